@@ -1,0 +1,333 @@
+"""The run's config: frozen dataclasses, and the one door from ml_collections and the command line into them.
+
+A config file returns a ConfigDict made by `to_config_dict`; `override` sets dotted keys on it from text (both
+`--config=file.py:key=value` and `--config.key=value` come through it); `from_config_dict` converts it once, refusing
+unknown keys, wrong types and contradictions by name. The annotations below are the schema. Imports no JAX.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ml_collections import ConfigDict
+
+from clip_jax.errors import ConfigError, UserError
+from clip_jax.models.variants import ModelConfig, ViTConfig, model_config
+from clip_jax.typed import convert, flatten, leaf_types, parse, resolve_key, split_outside_brackets
+
+Values = Mapping[str, Any] | ConfigDict
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where pairs come from.
+
+    Attributes:
+      source: `tfds`, a TFDS dataset in ArrayRecord files, or `synthetic`, random pairs for benchmarks.
+      dataset: TFDS name, such as `digits` or `my_pairs:1.0.0`.
+      split: TFDS split, such as `train` or `train[:1%]`.
+      data_dir: folder of the prepared TFDS datasets; empty means TFDS's own default.
+      image_key: feature that holds the image.
+      caption_key: feature that holds the caption.
+      build: make the dataset with this package's own builder when it is not there.
+      crop: `square`, the paper's random square crop of the resized image, or `resized`, open_clip's random
+        resized crop.
+      crop_scale: area of the crop over area of the image, smallest and largest; for `crop=resized`.
+      workers: processes that read and decode; 0 means threads of the training process.
+      threads: threads in each of these processes.
+      prefetch: batches kept ready in each of these processes.
+    """
+
+    source: Literal["tfds", "synthetic"] = "tfds"
+    dataset: str = ""
+    split: str = "train"
+    data_dir: str = ""
+    image_key: str = "image"
+    caption_key: str = "caption"
+    build: bool = False
+    crop: Literal["square", "resized"] = "square"
+    crop_scale: tuple[float, float] = (0.9, 1.0)
+    workers: int = 0
+    threads: int = 4
+    prefetch: int = 8
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with decoupled decay, linear warm-up and a cosine to 0 (paper, §2.5 and tables 18-20).
+
+    Attributes:
+      lr: peak learning rate.
+      warmup_steps: steps from 0 to the peak.
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: added to the root of the second moment.
+      weight_decay: decoupled decay, multiplied by the learning rate.
+      decay_mask: what is decayed: `paper`, everything but gains, biases and logit_scale; `open_clip` also spares
+        the towers' positions and the class token.
+      max_scale: upper limit of exp(logit_scale), applied after the update.
+    """
+
+    lr: float = 5e-4
+    warmup_steps: int = 2_000
+    b1: float = 0.9
+    b2: float = 0.98
+    eps: float = 1e-6
+    weight_decay: float = 0.2
+    decay_mask: Literal["paper", "open_clip"] = "paper"
+    max_scale: float = 100.0
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices as a grid; one device is a grid of one.
+
+    Attributes:
+      data: rows of the batch are split over this axis; -1 means all devices that `fsdp` leaves.
+      fsdp: rows of the batch and the parameters are split over this axis.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Checkpoints in `workdir/checkpoints`.
+
+    Attributes:
+      every: steps between checkpoints; the last step is always saved.
+      keep: newest checkpoints to keep.
+    """
+
+    every: int = 1_000
+    keep: int = 3
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Zero-shot classification of held-out images, in training and at its end.
+
+    Attributes:
+      dataset: TFDS name of a labelled dataset; empty means no evaluation.
+      split: TFDS split.
+      image_key: feature that holds the image.
+      label_key: feature that holds the class label.
+      prompts: names of template sets in `clip_jax/evals/prompts.py`; each gives a row of the result.
+      every: steps between evaluations; 0 means only at the end.
+      batch: images a step, over all devices.
+    """
+
+    dataset: str = ""
+    split: str = "test"
+    image_key: str = "image"
+    label_key: str = "label"
+    prompts: tuple[str, ...] = ("photo",)
+    every: int = 0
+    batch: int = 256
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What is written while training.
+
+    Attributes:
+      every: steps between metrics.
+      tensorboard: write TensorBoard events beside `metrics.jsonl`.
+      wandb_project: Weights & Biases project; empty means off.
+      wandb_name: name of the run there; empty means the workdir's.
+    """
+
+    every: int = 50
+    tensorboard: bool = True
+    wandb_project: str = ""
+    wandb_name: str = ""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A training run.
+
+    Attributes:
+      model: the two towers.
+      batch: pairs a step, over all devices and processes.
+      samples: pairs seen in the whole run; the run has `steps` = samples / batch steps.
+      seed: of initial weights, data order and augmentation.
+    """
+
+    model: ModelConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    batch: int = 32_768
+    samples: int = 12_800_000_000
+    seed: int = 0
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run."""
+        return self.samples // self.batch
+
+
+def to_config_dict(config: RunConfig) -> ConfigDict:
+    """Returns the config as the ConfigDict that a config file edits and returns."""
+    return ConfigDict(dataclasses.asdict(config))
+
+
+def from_config_dict(values: Values) -> RunConfig:
+    """Converts and checks a config.
+
+    Raises:
+      ConfigError: a key that does not exist, is missing or has the wrong type, or values that contradict each
+        other; the line names the key and what it may be.
+    """
+    config = convert(_plain(values), RunConfig)
+    for wrong, message in _contradictions(config):
+        if wrong:
+            raise ConfigError(message)
+    return config
+
+
+def override(config: ConfigDict, key: str, text: str) -> None:
+    """Sets one value of `config` from text, in place.
+
+    Args:
+      config: as `to_config_dict` gives it.
+      key: a dotted key such as `optim.lr`, or an ending that only one key has, such as `fsdp`. `model` takes the
+        name of one of the paper's models and replaces the section's sizes.
+      text: the value; numbers, true/false and tuples as in Python, text with or without quotes.
+
+    Raises:
+      ConfigError: no such key, several such keys, or text that is not of the key's type.
+    """
+    if key == "model":
+        _replace_model(config, text)
+        return
+    leaves = leaf_types(_plain(config), RunConfig)
+    path = resolve_key(key, leaves)
+    section = config
+    for part in path.split(".")[:-1]:
+        section = section[part]
+    with section.ignore_type():
+        section[path.rpartition(".")[2]] = parse(text, leaves[path], path)
+
+
+def apply_argument(config: ConfigDict, argument: str | None) -> ConfigDict:
+    """Applies what stands behind the colon in `--config=file.py:batch=4096,fsdp=8`, and returns the config.
+
+    Raises:
+      ConfigError: see `override`; or a part that is not `key=value`.
+    """
+    for part in split_outside_brackets(argument or ""):
+        key, equals, text = part.partition("=")
+        if not equals:
+            raise ConfigError(f"config argument {part!r} is not key=value (such as batch=4096,fsdp=8)")
+        override(config, key.strip(), text.strip())
+    return config
+
+
+def diff(old: Values, new: Values) -> dict[str, tuple[Any, Any]]:
+    """Returns the dotted keys whose values differ, with (old, new); a key that one side lacks has None there."""
+    a, b = flatten(_plain(old)), flatten(_plain(new))
+    return {key: (a.get(key), b.get(key)) for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)}
+
+
+def describe_diff(changes: Mapping[str, tuple[Any, Any]]) -> str:
+    """Returns a diff as one line: `optim.lr 0.001 -> 0.002, seed 0 -> 1`."""
+    return ", ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in changes.items())
+
+
+def _replace_model(config: ConfigDict, name: str) -> None:
+    try:
+        sizes = dataclasses.asdict(model_config(name))
+    except UserError as error:
+        raise ConfigError(f"config.model: {error}") from None
+    config.model = ConfigDict(sizes | {key: config.model[key] for key in ("init", "temperature", "dtype")})
+
+
+def _plain(values: Values) -> dict[str, Any]:
+    return values.to_dict() if isinstance(values, ConfigDict) else dict(values)
+
+
+def _contradictions(config: RunConfig) -> Iterator[tuple[bool, str]]:
+    """Yields (is it so, one line that names the keys) for everything that types cannot say."""
+    yield from _must_be_positive(config)
+    yield from _model_contradictions(config.model)
+    yield from _data_contradictions(config.data, config.eval)
+    optim, mesh = config.optim, config.mesh
+    yield (
+        config.samples < config.batch,
+        f"config.samples is {config.samples}, less than one config.batch ({config.batch})",
+    )
+    yield (
+        not 0 <= optim.warmup_steps < config.steps,
+        f"config.optim.warmup_steps is {optim.warmup_steps}; it must be at least 0 and less than the run's "
+        f"{config.steps} steps (config.samples / config.batch)",
+    )
+    for name in ("b1", "b2"):
+        value = getattr(optim, name)
+        yield not 0 <= value < 1, f"config.optim.{name} is {value}; it must be at least 0 and less than 1"
+    yield optim.weight_decay < 0, f"config.optim.weight_decay is {optim.weight_decay}; it must not be negative"
+    yield (
+        mesh.data < 1 and mesh.data != -1,
+        f"config.mesh.data is {mesh.data}; it must be positive, or -1 for all devices that config.mesh.fsdp leaves",
+    )
+    yield (
+        config.optim.max_scale * config.model.temperature < 1,
+        f"config.optim.max_scale is {optim.max_scale}, under the initial scale 1 / config.model.temperature "
+        f"({1 / config.model.temperature:.4g})",
+    )
+
+
+def _must_be_positive(config: RunConfig) -> Iterator[tuple[bool, str]]:
+    values = flatten(dataclasses.asdict(config))
+    names = "batch samples optim.lr optim.eps optim.max_scale mesh.fsdp checkpoint.every checkpoint.keep eval.batch"
+    names += " log.every data.threads data.prefetch model.embed_dim model.temperature"
+    sizes = [key for key in values if key.startswith(("model.vision.", "model.text.")) and type(values[key]) is int]
+    for key in [*names.split(), *sizes]:
+        yield values[key] <= 0, f"config.{key} is {values[key]}; it must be positive"
+    for key in ("data.workers", "eval.every", "seed"):
+        yield values[key] < 0, f"config.{key} is {values[key]}; it must not be negative"
+
+
+def _model_contradictions(model: ModelConfig) -> Iterator[tuple[bool, str]]:
+    vision, text = model.vision, model.text
+    cell, source = (vision.patch, "config.model.vision.patch") if isinstance(vision, ViTConfig) else (32, "32")
+    yield (
+        vision.image_size % cell != 0,
+        f"config.model.vision.image_size is {vision.image_size}; it must be a multiple of {source}"
+        + (f" ({cell})" if isinstance(vision, ViTConfig) else ""),
+    )
+    towers = [("text", text.width, text.heads)]
+    if isinstance(vision, ViTConfig):
+        towers.append(("vision", vision.width, vision.heads))
+    for tower, width, heads in towers:
+        yield (
+            width % heads != 0,
+            f"config.model.{tower}.width is {width}; it must be a multiple of config.model.{tower}.heads ({heads})",
+        )
+    yield (
+        text.context < 3,
+        f"config.model.text.context is {text.context}; it must hold SOT, EOT and at least one token (3)",
+    )
+
+
+def _data_contradictions(data: DataConfig, evaluation: EvalConfig) -> Iterator[tuple[bool, str]]:
+    yield (
+        data.source == "tfds" and not data.dataset,
+        "config.data.dataset is empty; config.data.source='tfds' needs the name of a TFDS dataset "
+        "(or set config.data.source=synthetic)",
+    )
+    smallest, largest = data.crop_scale
+    yield (
+        not 0 < smallest <= largest <= 1,
+        f"config.data.crop_scale is {data.crop_scale}; it must be (smallest, largest), both over 0 and at most 1",
+    )
+    yield (
+        bool(evaluation.dataset) and not evaluation.prompts,
+        f"config.eval.prompts is empty, and config.eval.dataset={evaluation.dataset!r} needs at least one template set",
+    )

@@ -1,0 +1,1 @@
+"""CLIP's towers and their sizes."""

@@ -1,0 +1,151 @@
+"""The table of CLIP's nine models (paper, tables 19 and 20; openai/CLIP `clip/model.py`), and the types of its rows.
+
+Imports no JAX, so that configs and `clip-jax --help` stay quick.
+"""
+
+import difflib
+from dataclasses import dataclass
+from typing import Literal
+
+from clip_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """A Vision Transformer image tower.
+
+    Attributes:
+      image_size: side of the square input, in pixels; a multiple of `patch`.
+      patch: side of a square patch, in pixels.
+      width: width of the residual stream; a multiple of `heads`.
+      heads: attention heads (width / 64 in the paper's models).
+      layers: number of pre-LN blocks.
+    """
+
+    image_size: int
+    patch: int
+    width: int
+    heads: int
+    layers: int
+    kind: Literal["vit"] = "vit"
+
+    @property
+    def tokens(self) -> int:
+        """Patches and the class token."""
+        return (self.image_size // self.patch) ** 2 + 1
+
+
+@dataclass(frozen=True)
+class ResNetConfig:
+    """A ModifiedResNet image tower: three-convolution stem, anti-aliased strides, attention pool.
+
+    Attributes:
+      image_size: side of the square input, in pixels; a multiple of 32.
+      width: channels of the stem; the last stage has 32 times as many.
+      heads: heads of the attention pool (width * 32 / 64 in the paper's models).
+      layers: bottleneck blocks in each of the four stages.
+    """
+
+    image_size: int
+    width: int
+    heads: int
+    layers: tuple[int, int, int, int]
+    kind: Literal["resnet"] = "resnet"
+
+    @property
+    def tokens(self) -> int:
+        """Positions of the last feature map and the mean token of the attention pool."""
+        return (self.image_size // 32) ** 2 + 1
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The causal text tower.
+
+    Attributes:
+      width: width of the residual stream; a multiple of `heads`.
+      heads: attention heads.
+      layers: number of pre-LN blocks.
+      context: tokens in a row, SOT and EOT included (77 in the released code; the paper says 76).
+      vocab_size: rows of the token embedding (49,408 in the released code; the paper says 49,152).
+    """
+
+    width: int
+    heads: int
+    layers: int
+    context: int = 77
+    vocab_size: int = 49_408
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A CLIP model: two towers into one embedding space.
+
+    Attributes:
+      embed_dim: size of the joint embedding.
+      vision: the image tower.
+      text: the text tower.
+      init: `released`, as openai/CLIP initialises, or `scaled`, the text tower's scheme on the ViT too.
+      temperature: initial temperature τ; logit_scale starts at ln(1/τ) (paper, §2.5).
+      dtype: dtype of activations and products. Parameters, norm and softmax statistics and logits stay float32
+        or wider. `float64` serves proofs and needs `jax_enable_x64`.
+    """
+
+    embed_dim: int
+    vision: ViTConfig | ResNetConfig
+    text: TextConfig
+    init: Literal["released", "scaled"] = "released"
+    temperature: float = 0.07
+    dtype: Literal["bfloat16", "float32", "float64"] = "float32"
+
+
+# fmt: off
+#                   embed               image  width  heads      layers                 width heads layers
+VARIANTS = {
+    "RN50":         (1024, ResNetConfig(  224,    64,    32, ( 3, 4,  6,  3)), TextConfig( 512,    8,   12)),
+    "RN101":        ( 512, ResNetConfig(  224,    64,    32, ( 3, 4, 23,  3)), TextConfig( 512,    8,   12)),
+    "RN50x4":       ( 640, ResNetConfig(  288,    80,    40, ( 4, 6, 10,  6)), TextConfig( 640,   10,   12)),
+    "RN50x16":      ( 768, ResNetConfig(  384,    96,    48, ( 6, 8, 18,  8)), TextConfig( 768,   12,   12)),
+    "RN50x64":      (1024, ResNetConfig(  448,   128,    64, (3, 15, 36, 10)), TextConfig(1024,   16,   12)),
+    #               embed            image  patch  width  heads  layers        width  heads  layers
+    "ViT-B/32":     ( 512, ViTConfig(  224,    32,   768,    12,    12), TextConfig( 512,    8,    12)),
+    "ViT-B/16":     ( 512, ViTConfig(  224,    16,   768,    12,    12), TextConfig( 512,    8,    12)),
+    "ViT-L/14":     ( 768, ViTConfig(  224,    14,  1024,    16,    24), TextConfig( 768,   12,    12)),
+    "ViT-L/14@336": ( 768, ViTConfig(  336,    14,  1024,    16,    24), TextConfig( 768,   12,    12)),
+}
+
+# Total parameters, logit_scale included; BatchNorm's running statistics are not parameters.
+PARAMETERS = {
+    "RN50":     102_007_137, "RN101":    119_688_033, "RN50x4":   178_300_601, "RN50x16":      290_979_217,
+    "RN50x64":  623_258_305, "ViT-B/32": 151_277_313, "ViT-B/16": 149_620_737, "ViT-L/14":     427_616_513,
+    "ViT-L/14@336": 427_944_193,
+}
+# fmt: on
+
+
+def model_config(name: str) -> ModelConfig:
+    """Returns the sizes of one of the paper's models.
+
+    Args:
+      name: as in the paper, `ViT-B/32` or `RN50x4`; case and `/`, `@`, `-`, `_` do not matter.
+
+    Raises:
+      UserError: no such model; the line lists all and guesses the nearest.
+    """
+    by_plain = {_plain(known): known for known in VARIANTS}
+    if _plain(name) not in by_plain:
+        near = difflib.get_close_matches(_plain(name), by_plain, n=1, cutoff=0.5)
+        guess = f"; did you mean {by_plain[near[0]]!r}?" if near else ""
+        raise UserError(f"unknown model {name!r}{guess} (models: {', '.join(VARIANTS)})")
+    embed_dim, vision, text = VARIANTS[by_plain[_plain(name)]]
+    return ModelConfig(embed_dim, vision, text)
+
+
+def variant_name(config: ModelConfig) -> str:
+    """Returns the paper's name for these sizes, or `custom`."""
+    sizes = (config.embed_dim, config.vision, config.text)
+    return next((name for name, row in VARIANTS.items() if row == sizes), "custom")
+
+
+def _plain(name: str) -> str:
+    return "".join(letter for letter in name.lower() if letter.isalnum())

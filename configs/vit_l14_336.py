@@ -1,0 +1,17 @@
+"""ViT-L/14@336: 428 M parameters, 336 px in patches of 14; one epoch more from a trained ViT-L/14.
+
+  python train.py --config=configs/vit_l14_336.py:fsdp=8 --workdir=runs/vit_l14_336 --config.data.dataset=my_pairs
+
+Published zero-shot ImageNet top-1 of OpenAI's weights: 76.56 %. The paper starts this run from ViT-L/14's weights.
+"""
+
+from ml_collections import ConfigDict
+
+from clip_jax.config import apply_argument
+from configs.paper import paper_config
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    config = paper_config("ViT-L/14@336", lr=2e-5, arg=None)
+    config.samples = 400_000_000
+    return apply_argument(config, arg)

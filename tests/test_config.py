@@ -1,0 +1,207 @@
+"""Configs: every mistake is one line that names the key, and every good value arrives with its type."""
+
+import dataclasses
+import runpy
+from pathlib import Path
+
+import jax
+import pytest
+from ml_collections import ConfigDict
+
+from clip_jax.config import (
+    DataConfig,
+    RunConfig,
+    apply_argument,
+    describe_diff,
+    diff,
+    from_config_dict,
+    override,
+    to_config_dict,
+)
+from clip_jax.errors import ConfigError, UserError
+from clip_jax.models.clip import CLIP, init_params
+from clip_jax.models.variants import PARAMETERS, VARIANTS, ModelConfig, ResNetConfig, model_config, variant_name
+from clip_jax.state import count_parameters
+
+VIT = dataclasses.asdict(model_config("ViT-B/32"))
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+def base() -> ConfigDict:
+    return to_config_dict(RunConfig(model=model_config("ViT-B/32"), data=DataConfig(dataset="pairs")))
+
+
+def load(name: str, arg: str | None = None) -> ConfigDict:
+    return runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"](arg)
+
+
+def test_round_trip():
+    run = RunConfig(model=model_config("RN50x4"), data=DataConfig(dataset="pairs"))
+    assert from_config_dict(to_config_dict(run)) == run
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        run.batch = 3  # pyrefly: ignore
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("optim.lr", "1e-3", 1e-3),
+        ("lr", "1", 1.0),
+        ("batch", "4096", 4096),
+        ("samples", "12.8e9", 12_800_000_000),
+        ("fsdp", "8", 8),
+        ("data.build", "True", True),
+        ("log.tensorboard", "false", False),
+        ("data.crop_scale", "(.5, 1)", (0.5, 1.0)),
+        ("eval.prompts", "('a b', c)", ("a b", "c")),
+        ("data.split", "train[:10%]", "train[:10%]"),
+        ("decay_mask", "open_clip", "open_clip"),
+        ("model.vision.layers", "6", 6),
+    ],
+)
+def test_values_from_text(key, text, value):
+    config = base()
+    override(config, key, text)
+    found = dataclasses.asdict(from_config_dict(config))
+    for part in {"lr": "optim.lr", "fsdp": "mesh.fsdp", "decay_mask": "optim.decay_mask"}.get(key, key).split("."):
+        found = found[part]
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "message"),
+    [
+        ("optim.lrr", "1", r"unknown key config.optim.lrr; the nearest is config.optim.lr \(keys here: optim.lr, .*b1"),
+        ("batchsize", "1", r"unknown key config.batchsize; the nearest is config.batch \(.*samples"),
+        ("modle.text.width", "1", r"the nearest is config.model.text.width"),
+        ("optim", "1", r"config.optim is a section; set one of its keys \(optim.lr, "),
+        ("every", "1", r"config.every is ambiguous; write one of checkpoint.every, eval.every, log.every"),
+        ("optim.lr", "fast", r"config.optim.lr is 'fast'; it must be a float"),
+        ("batch", "1.5", r"config.batch is 1.5; it must be an int"),
+        ("batch", "True", r"config.batch is True; it must be an int"),
+        ("log.tensorboard", "1", r"config.log.tensorboard is 1; it must be true or false"),
+        ("data.crop_scale", "3", r"config.data.crop_scale is '3'; it must be a tuple of 2: \(a float, a float\)"),
+        ("data.crop_scale", "(1,2,3)", r"it must be a tuple of 2"),
+        ("eval.prompts", "photo", r"config.eval.prompts is 'photo'; it must be a tuple, such as \(a,b\)"),
+        ("data.crop", "round", r"config.data.crop is 'round'; it must be one of 'square', 'resized'"),
+        ("model", "ViT-B/23", r"config.model: unknown model 'ViT-B/23'; did you mean 'ViT-B/32'\?"),
+    ],
+)
+def test_overrides_that_are_refused(key, text, message):
+    with pytest.raises(ConfigError, match=message):
+        override(base(), key, text)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"batch": 0}, "config.batch is 0; it must be positive"),
+        ({"seed": -1}, "config.seed is -1; it must not be negative"),
+        ({"samples": 5}, "config.samples is 5, less than one config.batch"),
+        ({"samples": 32_768 * 10}, "config.optim.warmup_steps is 2000; .* less than the run's 10 steps"),
+        ({"mesh": {"data": 0}}, "config.mesh.data is 0; it must be positive, or -1"),
+        ({"mesh": 3}, "config.mesh is 3; it must be a section with data, fsdp"),
+        ({"optim": {"b2": 1.0}}, "config.optim.b2 is 1.0"),
+        ({"optim": {"weight_decay": -0.1}}, "config.optim.weight_decay is -0.1"),
+        ({"optim": {"max_scale": 10.0}}, "config.optim.max_scale is 10.0, under the initial scale"),
+        ({"optim": {"lrr": 1.0}}, "unknown key config.optim.lrr; the nearest is config.optim.lr"),
+        ({"data": {"dataset": ""}}, "config.data.dataset is empty"),
+        ({"data": {"crop_scale": (0.9, 0.5), "dataset": "x"}}, "config.data.crop_scale is"),
+        ({"eval": {"dataset": "x", "prompts": ()}}, "config.eval.prompts is empty"),
+        ({"model": {"vision": {"kind": "mlp"}}}, "config.model.embed_dim is missing; it is an int"),
+        ({"model": VIT | {"vision": {"kind": "mlp"}}}, "config.model.vision.kind is 'mlp'; it must be one"),
+    ],
+)
+def test_contradictions(values, message):
+    config = base().to_dict() | values
+    with pytest.raises(ConfigError, match=message):
+        from_config_dict(config)
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "message"),
+    [
+        ("model.vision.patch", "30", r"image_size is 224; it must be a multiple of config.model.vision.patch \(30\)"),
+        ("model.text.heads", "7", r"config.model.text.width is 512; it must be a multiple of .*text.heads \(7\)"),
+        ("model.vision.heads", "7", r"config.model.vision.width is 768; it must be a multiple of"),
+        ("model.text.context", "2", r"config.model.text.context is 2; it must hold SOT, EOT and"),
+        ("model.text.layers", "0", r"config.model.text.layers is 0; it must be positive"),
+    ],
+)
+def test_model_contradictions(key, text, message):
+    config = base()
+    override(config, key, text)
+    with pytest.raises(ConfigError, match=message):
+        from_config_dict(config)
+
+
+def test_a_missing_key_is_named():
+    values = base().to_dict()
+    del values["model"]["text"]["width"]
+    with pytest.raises(ConfigError, match=r"config.model.text.width is missing; it is an int"):
+        from_config_dict(values)
+
+
+def test_argument_of_a_config_file():
+    config = apply_argument(base(), "batch=4096,fsdp=8,crop_scale=(.2,.9),lr=1e-3")
+    run = from_config_dict(config)
+    assert (run.batch, run.mesh.fsdp, run.data.crop_scale, run.optim.lr) == (4096, 8, (0.2, 0.9), 1e-3)
+    with pytest.raises(ConfigError, match=r"config argument '8' is not key=value"):
+        apply_argument(base(), "batch=4096,8")
+
+
+def test_model_override_replaces_the_sizes_and_keeps_the_rest():
+    config = base()
+    override(config, "model.dtype", "bfloat16")
+    override(config, "model", "vit-l14")
+    run = from_config_dict(config)
+    assert run.model == dataclasses.replace(model_config("ViT-L/14"), dtype="bfloat16")
+
+
+def test_diff_is_flat():
+    changed = base()
+    changed.optim.lr = 1e-3
+    changed.seed = 3
+    found = diff(base(), changed)
+    assert found == {"optim.lr": (5e-4, 1e-3), "seed": (0, 3)}
+    assert describe_diff(found) == "optim.lr 0.0005 -> 0.001, seed 0 -> 3"
+
+
+RECIPES = {  # FACTS of the paper: learning rate, β2, ε
+    "rn50": ("RN50", 5e-4, 0.999, 1e-8),
+    "rn101": ("RN101", 5e-4, 0.999, 1e-8),
+    "rn50x4": ("RN50x4", 5e-4, 0.999, 1e-8),
+    "rn50x16": ("RN50x16", 4e-4, 0.999, 1e-8),
+    "rn50x64": ("RN50x64", 3.6e-4, 0.999, 1e-8),
+    "vit_b32": ("ViT-B/32", 5e-4, 0.98, 1e-6),
+    "vit_b16": ("ViT-B/16", 5e-4, 0.98, 1e-6),
+    "vit_l14": ("ViT-L/14", 4e-4, 0.98, 1e-6),
+    "vit_l14_336": ("ViT-L/14@336", 2e-5, 0.98, 1e-6),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_paper_configs(name):
+    model_name, lr, b2, eps = RECIPES[name]
+    run = from_config_dict(load(name))
+    assert variant_name(run.model) == model_name
+    assert (run.optim.lr, run.optim.b2, run.optim.eps) == (lr, b2, eps)
+    assert (run.batch, run.optim.b1, run.optim.weight_decay, run.optim.warmup_steps) == (32_768, 0.9, 0.2, 2_000)
+    assert run.samples == (400_000_000 if name == "vit_l14_336" else 12_800_000_000)
+    if isinstance(run.model.vision, ResNetConfig):
+        with pytest.raises(UserError, match="ResNet image tower is not built yet"):
+            CLIP(run.model)
+    else:
+        params = jax.eval_shape(lambda: init_params(CLIP(run.model), jax.random.key(0)))
+        assert count_parameters(params) == PARAMETERS[model_name]
+
+
+def test_every_model_has_a_config():
+    assert {model for model, *_ in RECIPES.values()} == set(VARIANTS)
+    assert set(RECIPES) | {"demo", "paper"} == {path.stem for path in CONFIGS.glob("*.py")}
+
+
+def test_config_files_take_arguments():
+    assert load("vit_b32", "batch=64,fsdp=2").batch == 64
+    assert isinstance(from_config_dict(load("demo", "seed=3")).model, ModelConfig)
