@@ -1,0 +1,152 @@
+"""Pre-LN transformer blocks with QuickGELU, and the two initialisations that the paper's models can start from.
+
+Unlike Linen's defaults, LayerNorm has epsilon 1e-5, takes its variance in two passes (E[x²]-E[x]² errs by 1e-3 on
+channels whose mean is 100, and ViT residual streams have such channels), keeps its statistics in float32, and
+returns the compute dtype.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from clip_jax.array_types import Array, Float
+
+Initializer = Callable[..., jax.Array]
+
+
+def quick_gelu(x: Float[Array, "*any"]) -> Float[Array, "*any"]:
+    """Returns x·sigmoid(1.702x), CLIP's activation (openai/CLIP `clip/model.py`, QuickGELU)."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+def layer_norm(dtype: DTypeLike, *, name: str) -> nn.LayerNorm:
+    """Returns a LayerNorm with float32 statistics whose result has `dtype`."""
+    return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, dtype=dtype, name=name)
+
+
+def symmetric_uniform(bound: float) -> Initializer:
+    """Returns an initializer for U(-bound, bound)."""
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+@dataclass(frozen=True)
+class BlockInit:
+    """Initializers of a block's weights; `qkv_bias` and `out_bias` are 0 in both schemes."""
+
+    qkv: Initializer
+    out: Initializer
+    mlp_in: Initializer
+    mlp_out: Initializer
+    mlp_in_bias: Initializer
+    mlp_out_bias: Initializer
+
+    @classmethod
+    def torch_default(cls, width: int) -> "BlockInit":
+        """What torch gives unasked, and the released ViTs therefore have: fan-in uniform, Xavier for q, k, v."""
+        mlp_in, mlp_out = symmetric_uniform(width**-0.5), symmetric_uniform((4 * width) ** -0.5)
+        return cls(
+            qkv=symmetric_uniform(math.sqrt(6 / (4 * width))),
+            out=symmetric_uniform(width**-0.5),
+            mlp_in=mlp_in,
+            mlp_out=mlp_out,
+            mlp_in_bias=mlp_in,
+            mlp_out_bias=mlp_out,
+        )
+
+    @classmethod
+    def scaled(cls, width: int, layers: int) -> "BlockInit":
+        """The text tower's scheme: branches into the residual stream are scaled by 1/sqrt(2·layers)."""
+        into_stream = nn.initializers.normal(width**-0.5 * (2 * layers) ** -0.5)
+        return cls(
+            qkv=nn.initializers.normal(width**-0.5),
+            out=into_stream,
+            mlp_in=nn.initializers.normal((2 * width) ** -0.5),
+            mlp_out=into_stream,
+            mlp_in_bias=symmetric_uniform(width**-0.5),
+            mlp_out_bias=symmetric_uniform((4 * width) ** -0.5),
+        )
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one fused projection for q, k and v; softmax statistics in float32."""
+
+    heads: int
+    causal: bool
+    init_from: BlockInit
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+        batch, length, width = x.shape
+        qkv = nn.Dense(3 * width, kernel_init=self.init_from.qkv, dtype=self.dtype, name="qkv")(x)
+        query, key, value = (
+            part.reshape(batch, length, self.heads, width // self.heads) for part in jnp.split(qkv, 3, axis=-1)
+        )
+        mixed = jax.nn.dot_product_attention(query, key, value, is_causal=self.causal)
+        return nn.Dense(width, kernel_init=self.init_from.out, dtype=self.dtype, name="out")(
+            mixed.reshape(batch, length, width)
+        )
+
+
+class MLP(nn.Module):
+    """Two dense layers, four times as wide between them, with QuickGELU."""
+
+    init_from: BlockInit
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+        width, init = x.shape[-1], self.init_from
+        hidden = nn.Dense(4 * width, kernel_init=init.mlp_in, bias_init=init.mlp_in_bias, dtype=self.dtype, name="in")(
+            x
+        )
+        return nn.Dense(width, kernel_init=init.mlp_out, bias_init=init.mlp_out_bias, dtype=self.dtype, name="out")(
+            quick_gelu(hidden)
+        )
+
+
+class Block(nn.Module):
+    """A pre-LN transformer block."""
+
+    heads: int
+    causal: bool
+    init_from: BlockInit
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+        attention = Attention(self.heads, self.causal, self.init_from, self.dtype, name="attention")
+        x = x + attention(layer_norm(self.dtype, name="ln_1")(x))
+        x = x + MLP(self.init_from, self.dtype, name="mlp")(layer_norm(self.dtype, name="ln_2")(x))
+        record(self, "output", x)
+        return x
+
+
+class Transformer(nn.Module):
+    """A stack of blocks; the stream after block i is the intermediate `block_i/output`."""
+
+    layers: int
+    heads: int
+    causal: bool
+    init_from: BlockInit
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+        for i in range(self.layers):
+            x = Block(self.heads, self.causal, self.init_from, self.dtype, name=f"block_{i}")(x)
+        return x
+
+
+def record(module: nn.Module, name: str, value: jax.Array) -> None:
+    """Keeps `value` as a named intermediate: costs nothing unless `mutable=["intermediates"]` asks for it."""
+    module.sow("intermediates", name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)

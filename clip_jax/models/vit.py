@@ -1,0 +1,65 @@
+"""The Vision Transformer image tower (paper, §2.4; openai/CLIP `clip/model.py`, VisionTransformer).
+
+The patch convolution has stride = kernel, so it is written as a reshape and a dense layer, which is the same sum
+and much faster on CPUs.
+"""
+
+from typing import Literal
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from clip_jax.array_types import Array, Float
+from clip_jax.models.layers import BlockInit, Transformer, layer_norm, record, symmetric_uniform
+from clip_jax.models.variants import ViTConfig
+
+
+class VisionTransformer(nn.Module):
+    """Images to embeddings.
+
+    Intermediates: `patches`, `transformer/block_i/output` for every block, `pooled` (the class token after
+    `ln_post`, the features that linear probes use).
+    """
+
+    config: ViTConfig
+    embed_dim: int
+    init_scheme: Literal["released", "scaled"]
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, images: Float[Array, "b s s 3"]) -> Float[Array, "b e"]:
+        config, dtype = self.config, self.dtype
+        width = config.width
+        normal = nn.initializers.normal(width**-0.5)
+        patches = patchify(images.astype(dtype), patch=config.patch)
+        x = nn.Dense(
+            width,
+            use_bias=False,
+            kernel_init=symmetric_uniform(patches.shape[-1] ** -0.5),
+            dtype=dtype,
+            name="patch_embedding",
+        )(patches)
+        record(self, "patches", x)
+
+        class_token = self.param("class_token", normal, (width,))
+        positions = self.param("positions", normal, (config.tokens, width))
+        first = jnp.broadcast_to(class_token.astype(dtype), (x.shape[0], 1, width))
+        x = jnp.concatenate([first, x], axis=1) + positions.astype(dtype)
+        x = layer_norm(dtype, name="ln_pre")(x)
+
+        blocks = (
+            BlockInit.scaled(width, config.layers) if self.init_scheme == "scaled" else BlockInit.torch_default(width)
+        )
+        x = Transformer(config.layers, config.heads, False, blocks, dtype, name="transformer")(x)
+        pooled = layer_norm(dtype, name="ln_post")(x[:, 0])
+        record(self, "pooled", pooled)
+        return nn.Dense(self.embed_dim, use_bias=False, kernel_init=normal, dtype=dtype, name="projection")(pooled)
+
+
+def patchify(images: Float[Array, "b s s c"], *, patch: int) -> Float[Array, "b l patch_pixels"]:
+    """Cuts images into square patches: patches in row-major order, pixels within a patch as (row, column, channel)."""
+    batch, height, width, channels = images.shape
+    rows, columns = height // patch, width // patch
+    grid = images.reshape(batch, rows, patch, columns, patch, channels).transpose(0, 1, 3, 2, 4, 5)
+    return grid.reshape(batch, rows * columns, patch * patch * channels)

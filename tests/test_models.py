@@ -1,0 +1,242 @@
+"""The models against the paper's counts, and by their properties."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import clip_jax
+from clip_jax.errors import UserError
+from clip_jax.models.clip import CLIP, forward, init_params, unit
+from clip_jax.models.layers import layer_norm, quick_gelu
+from clip_jax.models.variants import (
+    PARAMETERS,
+    VARIANTS,
+    ModelConfig,
+    TextConfig,
+    ViTConfig,
+    model_config,
+    variant_name,
+)
+from clip_jax.models.vit import patchify
+from clip_jax.rules import leaf_paths
+from clip_jax.state import count_parameters
+
+VITS = [name for name in VARIANTS if name.startswith("ViT")]
+SMALL = ModelConfig(
+    embed_dim=24,
+    vision=ViTConfig(image_size=12, patch=4, width=32, heads=2, layers=2),
+    text=TextConfig(width=16, heads=2, layers=2, context=10, vocab_size=64),
+)
+SOT, EOT = 62, 63
+
+
+@pytest.fixture(scope="module")
+def small():
+    model = CLIP(SMALL)
+    return model, initial(model)
+
+
+def initial(model):
+    return jax.jit(lambda: init_params(model, jax.random.key(0)))()
+
+
+def tokens_of(*lengths: int) -> jnp.ndarray:
+    """Rows SOT, 1, 2, …, EOT with that many tokens between, then padding."""
+    rows = np.zeros((len(lengths), SMALL.text.context), np.int32)
+    for row, length in zip(rows, lengths, strict=True):
+        row[: length + 2] = [SOT, *range(1, length + 1), EOT]
+    return jnp.asarray(rows)
+
+
+@pytest.mark.parametrize("name", VITS)
+def test_parameter_counts_equal_the_papers(name):
+    model = clip_jax.create_model(name)
+    params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    assert count_parameters(params) == PARAMETERS[name]
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+
+
+def test_towers_split_the_count_as_published():
+    params = jax.eval_shape(lambda: init_params(clip_jax.create_model("ViT-B/32"), jax.random.key(0)))
+    assert count_parameters(params["image"]) == 87_849_216
+    assert count_parameters(params["text"]) == 63_428_096
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name.startswith("RN")])
+def test_resnets_refuse_clearly(name):
+    with pytest.raises(UserError, match=f"^{name}: the ResNet image tower is not built yet"):
+        clip_jax.create_model(name)
+
+
+def test_unknown_model_names_the_nearest():
+    with pytest.raises(UserError, match=r"unknown model 'ViT-B/23'; did you mean 'ViT-B/32'\?.*RN50x64"):
+        clip_jax.create_model("ViT-B/23")
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variant_names_round_trip(name):
+    assert variant_name(model_config(name.lower().replace("/", "-"))) == name
+
+
+def test_a_later_token_changes_no_earlier_state(small):
+    """Causality by gradients: the state of token i depends on tokens up to i only."""
+    model, params = small
+    tokens = tokens_of(6)
+
+    def states(positions):
+        changed = params | {"text": params["text"] | {"positions": positions}}
+        _, kept = model.apply({"params": changed}, tokens, method="encode_text", mutable=["intermediates"])
+        return kept["intermediates"]["text"]["transformer"]["block_1"]["output"][0]
+
+    jacobian = np.abs(jax.jit(jax.jacobian(states))(params["text"]["positions"])).sum(axis=(1, 3))
+    later = np.triu(np.ones_like(jacobian), 1)
+    assert (jacobian[later == 1] == 0).all()
+    assert (jacobian[later == 0] > 0).all()
+
+
+def test_tokens_after_eot_change_nothing(small):
+    model, params = small
+    tokens = tokens_of(3, 5)
+    noisy = jnp.where(jnp.cumsum(tokens == EOT, axis=1) - (tokens == EOT) > 0, 7, tokens)
+    assert (noisy != tokens).any()
+    encode = jax.jit(lambda rows: model.apply({"params": params}, rows, method="encode_text"))
+    assert jnp.array_equal(encode(tokens), encode(noisy))
+
+
+def test_batch_rows_are_independent(small):
+    model, params = small
+    images = jax.random.normal(jax.random.key(1), (4, 12, 12, 3))
+    encode = jax.jit(lambda x: model.apply({"params": params}, x, method="encode_image"))
+    order = jnp.array([2, 0, 3, 1])
+    np.testing.assert_array_equal(encode(images)[order], encode(images[order]))
+
+
+def test_output_is_unit_features_and_the_initial_temperature(small):
+    model, params = small
+    images = jax.random.normal(jax.random.key(1), (3, 12, 12, 3))
+    output = model.apply({"params": params}, images, tokens_of(1, 2, 3))
+    for features in (output.image, output.text):
+        assert features.shape == (3, 24)
+        np.testing.assert_allclose(jnp.linalg.norm(features, axis=1), 1, rtol=1e-6)
+    np.testing.assert_allclose(output.scale, 1 / 0.07, rtol=1e-6)
+    raw = model.apply({"params": params}, images, method="encode_image")
+    np.testing.assert_allclose(unit(raw), output.image, rtol=1e-6)
+
+
+def test_named_intermediates(small):
+    model, params = small
+    images = jax.random.normal(jax.random.key(1), (2, 12, 12, 3))
+    _, kept = model.apply({"params": params}, images, tokens_of(1, 2), mutable=["intermediates"])
+    paths = leaf_paths(kept["intermediates"])
+    towers = {"image": ("patches", "pooled"), "text": ("pooled",)}
+    expected = {f"{tower}/{name}" for tower, names in towers.items() for name in names}
+    expected |= {f"{tower}/transformer/block_{i}/output" for tower in towers for i in range(2)}
+    assert set(paths) == expected
+    assert kept["intermediates"]["image"]["pooled"].shape == (2, 32)
+
+
+def test_bfloat16_keeps_f32_parameters_and_features(small):
+    model = CLIP(dataclasses.replace(SMALL, dtype="bfloat16"))
+    params = initial(model)
+    images = jax.random.normal(jax.random.key(1), (2, 12, 12, 3))
+    apply = jax.jit(lambda x: model.apply({"params": params}, x, tokens_of(1, 2), mutable=["intermediates"]))
+    output, kept = apply(images)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(kept)} == {jnp.dtype("bfloat16")}
+    assert {leaf.dtype for leaf in output} == {jnp.dtype("float32")}
+    exact = forward(small[0], params, images, tokens_of(1, 2))
+    np.testing.assert_allclose(output.image, exact.image, atol=0.02)
+
+
+def test_patches_are_row_major():
+    image = jnp.arange(4 * 4 * 3, dtype=jnp.float32).reshape(1, 4, 4, 3)
+    patches = patchify(image, patch=2)
+    assert patches.shape == (1, 4, 12)
+    np.testing.assert_array_equal(patches[0, 1], image[0, :2, 2:].reshape(-1))
+    np.testing.assert_array_equal(patches[0, 2], image[0, 2:, :2].reshape(-1))
+
+
+def test_patch_embedding_is_the_convolution():
+    """Stride = kernel: the dense layer on patches and the convolution are one sum."""
+    image = jax.random.normal(jax.random.key(0), (2, 12, 12, 3))
+    kernel = jax.random.normal(jax.random.key(1), (4, 4, 3, 8))
+    convolved = jax.lax.conv_general_dilated(
+        image, kernel, (4, 4), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"), precision="highest"
+    )
+    dense = jnp.matmul(patchify(image, patch=4), kernel.reshape(-1, 8), precision="highest")
+    np.testing.assert_allclose(dense, convolved.reshape(2, 9, 8), atol=1e-5)
+
+
+def test_quick_gelu():
+    x = np.linspace(-4, 4, 33, dtype=np.float32)
+    np.testing.assert_allclose(quick_gelu(jnp.asarray(x)), x / (1 + np.exp(-1.702 * x)), rtol=1e-6)
+
+
+def test_layer_norm_is_exact_where_the_mean_is_large():
+    """E[x²]-E[x]² in float32 errs by more than 1e-3 here."""
+    x = 100 + np.random.default_rng(0).standard_normal((4, 768))
+    norm = layer_norm(jnp.float32, name="norm")
+    result = norm.apply({"params": {"scale": jnp.ones(768), "bias": jnp.zeros(768)}}, jnp.asarray(x, jnp.float32))
+    exact = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(result, exact, atol=5e-5)
+    small = np.full((1, 768), 1e-3) * np.sign(np.arange(768) % 2 - 0.5)
+    result = norm.apply({"params": {"scale": jnp.ones(768), "bias": jnp.zeros(768)}}, jnp.asarray(small, jnp.float32))
+    np.testing.assert_allclose(np.abs(result), 1e-3 / math.sqrt(1e-6 + 1e-5), rtol=1e-4)  # epsilon 1e-5, not 1e-6
+
+
+def expected_stds(config: ModelConfig) -> dict[str, float]:
+    """Standard deviation of every tensor that does not start constant, from the definition of the two schemes."""
+
+    def uniform(bound):
+        return bound / math.sqrt(3)
+
+    def blocks(tower, width, layers, scaled):
+        into = width**-0.5 * (2 * layers) ** -0.5
+        for i in range(layers):
+            at = f"{tower}/transformer/block_{i}"
+            yield f"{at}/attention/qkv/kernel", width**-0.5 if scaled else uniform(math.sqrt(6 / (4 * width)))
+            yield f"{at}/attention/out/kernel", into if scaled else uniform(width**-0.5)
+            yield f"{at}/mlp/in/kernel", (2 * width) ** -0.5 if scaled else uniform(width**-0.5)
+            yield f"{at}/mlp/out/kernel", into if scaled else uniform((4 * width) ** -0.5)
+            yield f"{at}/mlp/in/bias", uniform(width**-0.5)
+            yield f"{at}/mlp/out/bias", uniform((4 * width) ** -0.5)
+
+    vision, text = config.vision, config.text
+    return dict(
+        [
+            ("image/patch_embedding/kernel", uniform((3 * vision.patch**2) ** -0.5)),
+            ("image/class_token", vision.width**-0.5),
+            ("image/positions", vision.width**-0.5),
+            ("image/projection/kernel", vision.width**-0.5),
+            ("text/token_embedding/embedding", 0.02),
+            ("text/positions", 0.01),
+            ("text/projection/kernel", text.width**-0.5),
+            *blocks("image", vision.width, vision.layers, config.init == "scaled"),
+            *blocks("text", text.width, text.layers, True),
+        ]
+    )
+
+
+@pytest.mark.parametrize("scheme", ["released", "scaled"])
+def test_initial_standard_deviation_of_every_tensor(scheme):
+    config = ModelConfig(
+        embed_dim=96,
+        vision=ViTConfig(image_size=48, patch=8, width=256, heads=4, layers=3),
+        text=TextConfig(width=192, heads=3, layers=2, vocab_size=500),
+        init=scheme,
+    )
+    params = initial(CLIP(config))
+    stds = expected_stds(config)
+    for path, leaf in zip(leaf_paths(params), jax.tree.leaves(params), strict=True):
+        if path in stds:
+            slack = 5 / math.sqrt(2 * leaf.size)  # five standard errors of a standard deviation
+            assert float(leaf.std()) == pytest.approx(stds.pop(path), rel=slack), path
+        elif path == "logit_scale":
+            assert float(leaf) == pytest.approx(math.log(1 / 0.07))
+        else:
+            assert (leaf == (1 if path.endswith("scale") else 0)).all(), path
+    assert not stds
