@@ -1,0 +1,85 @@
+"""Rules, decay mask, schedule and clamp."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from clip_jax.config import OptimConfig
+from clip_jax.models.clip import create_model, init_params
+from clip_jax.optim import clamp_scale, decay_mask, learning_rate, make_optimizer
+from clip_jax.rules import apply_rules, leaf_paths
+
+
+@pytest.fixture(scope="module")
+def vit():
+    model = create_model("ViT-B/32")
+    return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+
+
+def test_first_matching_rule_wins():
+    tree = {"a": {"bias": 1, "kernel": 2}, "b": 3}
+    rules = ((r"bias$", "x"), (r"^a/", "y"), (r"", "z"))
+    assert apply_rules(rules, tree) == {"a": {"bias": "x", "kernel": "y"}, "b": "z"}
+
+
+def test_uncovered_leaves_and_idle_rules_are_refused():
+    with pytest.raises(ValueError, match=r"no rule matches b/new"):
+        apply_rules(((r"^a$", 1),), {"a": 0, "b": {"new": 0}})
+    with pytest.raises(ValueError, match=r"no parameter takes the rules stale"):
+        apply_rules(((r"a", 1), (r"stale", 2)), {"a": 0})
+
+
+@pytest.mark.parametrize("scheme", ["paper", "open_clip"])
+def test_decay_spares_gains_biases_and_the_temperature(vit, scheme):
+    mask = decay_mask(OptimConfig(decay_mask=scheme), vit)
+    decayed = {path for path, on in zip(leaf_paths(mask), jax.tree.leaves(mask), strict=True) if on}
+    by_shape = {path for path, leaf in zip(leaf_paths(vit), jax.tree.leaves(vit), strict=True) if leaf.ndim >= 2}
+    positions = {"image/positions", "text/positions"}
+    # the class token is a vector, and yet no gain or bias
+    assert decayed == (by_shape | {"image/class_token"} if scheme == "paper" else by_shape - positions)
+
+
+def test_schedule():
+    rate = learning_rate(OptimConfig(lr=2.0, warmup_steps=10), steps=110)
+    assert float(rate(0)) == 0
+    assert float(rate(5)) == pytest.approx(1.0)
+    assert float(rate(10)) == pytest.approx(2.0)
+    assert float(rate(60)) == pytest.approx(1.0)
+    assert float(rate(110)) == pytest.approx(0, abs=1e-7)
+    assert float(learning_rate(OptimConfig(lr=2.0, warmup_steps=0), steps=10)(0)) == 2.0
+
+
+def test_adamw_is_the_papers():
+    """Two steps against AdamW written out: decoupled decay, bias correction, epsilon outside the root."""
+    config = OptimConfig(lr=0.1, warmup_steps=0, b1=0.8, b2=0.9, eps=1e-3, weight_decay=0.2)
+    params = {"x": {"kernel": jnp.array([1.0, -2.0]), "bias": jnp.array([0.5])}, "logit_scale": jnp.array(2.0)}
+    params |= {"x": params["x"] | {"positions": jnp.array([0.3])}}
+    params["y"] = {"embedding": jnp.array([0.1])}
+    optimizer = make_optimizer(config, steps=100)
+    state, rate = optimizer.init(params), learning_rate(config, steps=100)
+    leaves = zip(leaf_paths(params), jax.tree.leaves(params), strict=True)
+    expected = {path: np.asarray(leaf, np.float64) for path, leaf in leaves}
+    first = {path: np.zeros_like(leaf) for path, leaf in expected.items()}
+    second = {path: np.zeros_like(leaf) for path, leaf in expected.items()}
+    for step in range(2):
+        grads = jax.tree.map(lambda leaf, t=step: leaf * (0.3 + t), params)
+        for path, grad in zip(leaf_paths(grads), jax.tree.leaves(grads), strict=True):
+            grad = np.asarray(grad, np.float64)
+            first[path] = 0.8 * first[path] + 0.2 * grad
+            second[path] = 0.9 * second[path] + 0.1 * grad**2
+            moved = first[path] / (1 - 0.8 ** (step + 1)) / (np.sqrt(second[path] / (1 - 0.9 ** (step + 1))) + 1e-3)
+            decay = 0.0 if path.endswith(("bias", "logit_scale")) else 0.2 * expected[path]
+            expected[path] = expected[path] - float(rate(step)) * (moved + decay)
+        updates, state = optimizer.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    for path, leaf in zip(leaf_paths(params), jax.tree.leaves(params), strict=True):
+        np.testing.assert_allclose(leaf, expected[path], rtol=2e-6, err_msg=path)
+
+
+def test_clamp_limits_only_the_top():
+    for start, end in [(1.0, 1.0), (-3.0, -3.0), (7.0, np.log(100.0))]:
+        clamped = clamp_scale({"logit_scale": jnp.float32(start), "other": jnp.float32(99)}, 100.0)
+        assert float(clamped["logit_scale"]) == pytest.approx(end)
+        assert float(clamped["other"]) == 99
