@@ -50,7 +50,7 @@ class DataConfig:
     crop_scale: tuple[float, float] = (0.9, 1.0)
     workers: int = 0
     threads: int = 4
-    prefetch: int = 8
+    prefetch: int = 4
 
 
 @dataclass(frozen=True)

@@ -184,7 +184,9 @@ RECIPES = {  # FACTS of the paper: learning rate, β2, ε
 @pytest.mark.parametrize("name", RECIPES)
 def test_paper_configs(name):
     model_name, lr, b2, eps = RECIPES[name]
-    run = from_config_dict(load(name))
+    with pytest.raises(ConfigError, match=r"config.data.dataset is empty; .* \(or set config.data.source=synthetic\)"):
+        from_config_dict(load(name))
+    run = from_config_dict(load(name, "data.dataset=pairs"))
     assert variant_name(run.model) == model_name
     assert (run.optim.lr, run.optim.b2, run.optim.eps) == (lr, b2, eps)
     assert (run.batch, run.optim.b1, run.optim.weight_decay, run.optim.warmup_steps) == (32_768, 0.9, 0.2, 2_000)
