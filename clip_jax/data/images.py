@@ -1,0 +1,243 @@
+"""Images from encoded bytes to what the image tower reads.
+
+The host decodes and crops to uint8 [s, s, 3]; `normalize` runs on the device, inside jit, so that a quarter of the
+float32 bytes cross to it. Training and evaluation resize with PIL's antialiased bicubic filter, as CLIP was trained
+and is measured (paper §2.4-2.5; openai/CLIP `clip/clip.py`; open_clip `transform.py`).
+
+EXIF orientation is not applied and transparency is dropped, not blended: CLIP's preprocessing sees the pixels as they
+are stored. Imports neither JAX nor TensorFlow, for worker processes start with it.
+"""
+
+import io
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from clip_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as PILImage
+else:
+    PILImage = Any  # PIL is imported where images are: training on synthetic pairs does without it
+
+MAX_PIXELS = 1 << 26
+"""Images of more pixels are refused before a pixel is decoded: as RGB they would take over 192 MiB."""
+
+_JPEG = b"\xff\xd8\xff"
+_RESIZED_CROP_TRIES = 10
+
+
+class ImageError(UserError, ValueError):
+    """An image that cannot be decoded; the message is one line with the reason."""
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How pixels become the image tower's input; saved with every checkpoint.
+
+    Attributes:
+      size: side of the square that the tower reads.
+      mean: of red, green and blue, on a scale of 0 to 1.
+      std: of red, green and blue, on the same scale.
+    """
+
+    size: int = 224
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields as JSON holds them."""
+        return {"size": self.size, "mean": list(self.mean), "std": list(self.std)}
+
+
+def decode(encoded: bytes) -> np.ndarray:
+    """Returns the image as uint8 [h, w, 3], red, green, blue.
+
+    JPEG is read strictly: a truncated or corrupt scan is refused, where PIL and OpenCV return garbage without a word.
+    Other formats are what PIL reads; of an animation, the first frame. 16-bit grey is scaled to 8 bits.
+
+    Raises:
+      ImageError: not an image, damaged, of more than MAX_PIXELS pixels, or of a pixel format without an agreed range.
+    """
+    if not encoded:
+        raise ImageError("the image is empty (0 bytes)")
+    if encoded.startswith(_JPEG):
+        return _decode_jpeg(encoded)
+    return _decode_other(encoded)
+
+
+def eval_image(image: np.ndarray, preprocess: Preprocess) -> np.ndarray:
+    """Returns uint8 [s, s, 3]: the shorter side resized to s (bicubic), then the centre.
+
+    Equal to torchvision's `Resize(s, BICUBIC)` and `CenterCrop(s)`, with which CLIP's figures are measured.
+
+    Args:
+      image: uint8 [h, w, 3].
+      preprocess: s is its size.
+
+    Raises:
+      ImageError: a strip so long that, resized, it has more than MAX_PIXELS pixels.
+    """
+    size = preprocess.size
+    resized = _resize_shorter_side(image, size)
+    left, top = (round((side - size) / 2) for side in resized.size)
+    return _crop(resized, left, top, size)
+
+
+def square_crop(image: np.ndarray, preprocess: Preprocess, rng: np.random.Generator) -> np.ndarray:
+    """Returns uint8 [s, s, 3]: a random square of the image resized as in `eval_image`.
+
+    The only augmentation of the paper (§2.4). The square spans the shorter side, so it moves along the longer one.
+
+    Args:
+      image: uint8 [h, w, 3].
+      preprocess: s is its size.
+      rng: one draw is taken for each axis, whatever the image's shape.
+
+    Raises:
+      ImageError: as `eval_image`.
+    """
+    size = preprocess.size
+    resized = _resize_shorter_side(image, size)
+    left, top = (int(rng.integers(0, side - size, endpoint=True)) for side in resized.size)
+    return _crop(resized, left, top, size)
+
+
+def resized_crop(
+    image: np.ndarray,
+    preprocess: Preprocess,
+    rng: np.random.Generator,
+    *,
+    scale: tuple[float, float] = (0.9, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> np.ndarray:
+    """Returns uint8 [s, s, 3]: a random rectangle of the image, resized to the square (bicubic).
+
+    open_clip's augmentation, torchvision's `RandomResizedCrop`: area uniform, aspect log-uniform; if no rectangle
+    fits in ten tries, the largest one in the centre whose aspect is allowed.
+
+    Args:
+      image: uint8 [h, w, 3].
+      preprocess: s is its size.
+      rng: source of area, aspect and place.
+      scale: least and greatest area, as a share of the image's.
+      ratio: least and greatest width / height.
+    """
+    left, top, width, height = _random_box(image.shape[1], image.shape[0], rng, scale, ratio)
+    # Cut before resizing: with `resize(box=)` PIL's filter would read pixels outside the rectangle.
+    cut = image[top : top + height, left : left + width]
+    return np.array(_resize(cut, preprocess.size, preprocess.size))
+
+
+def normalize(images: Any, preprocess: Preprocess, dtype: Any = "float32") -> Any:
+    """Returns (images / 255 - mean) / std, computed in float32 and rounded once to `dtype`.
+
+    Args:
+      images: uint8 [..., 3], a NumPy or JAX array; traced under jit, it runs on the device.
+      preprocess: its mean and std.
+      dtype: of the result.
+
+    Returns:
+      [..., 3], an array of the library that `images` came from.
+    """
+    mean, std = np.asarray(preprocess.mean, np.float32), np.asarray(preprocess.std, np.float32)
+    return ((images.astype(np.float32) / np.float32(255) - mean) / std).astype(dtype)
+
+
+def _decode_jpeg(encoded: bytes) -> np.ndarray:
+    import simplejpeg
+
+    try:
+        height, width, *_ = simplejpeg.decode_jpeg_header(encoded)
+        _check_size(int(width), int(height))
+        return simplejpeg.decode_jpeg(encoded)
+    except ImageError:
+        raise
+    except ValueError as error:
+        raise ImageError(f"the JPEG cannot be decoded: {_one_line(error)}") from None
+
+
+def _decode_other(encoded: bytes) -> np.ndarray:
+    from PIL import Image
+
+    # PIL's readers are many; on damaged bytes they raise OSError, SyntaxError, struct.error, IndexError and more.
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            _check_size(*image.size)
+            return _to_rgb(image)
+    except ImageError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise ImageError(f"the image has more than {MAX_PIXELS:,} pixels") from None
+    except Image.UnidentifiedImageError:
+        raise ImageError(f"not an image that PIL can read; it begins with {encoded[:16]!r}") from None
+    except Exception as error:
+        raise ImageError(f"the image cannot be decoded: {_one_line(error)}") from None
+
+
+def _to_rgb(image: PILImage) -> np.ndarray:
+    if image.mode.startswith("I"):
+        return _scale_16_bits(np.asarray(image), image.mode)
+    if image.mode == "F":
+        raise ImageError("the image has float pixels (PIL mode F), whose range is not known")
+    if image.mode in ("P", "PA") and "transparency" in image.info:
+        image = image.convert("RGBA")  # straight to RGB, PIL warns of the transparency
+    return np.asarray(image.convert("RGB"))
+
+
+def _scale_16_bits(grey: np.ndarray, mode: str) -> np.ndarray:
+    """Returns uint8 [h, w, 3] of grey in 0..65535; `convert("RGB")` would clip it to white."""
+    if grey.min() < 0 or grey.max() > 65_535:
+        raise ImageError(f"the image has pixels outside 0..65535 (PIL mode {mode})")
+    scaled = ((grey.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    return np.repeat(scaled[:, :, None], 3, axis=2)
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise ImageError(f"the image has {width} x {height} pixels, more than {MAX_PIXELS:,}")
+
+
+def _resize_shorter_side(image: np.ndarray, size: int) -> PILImage:
+    height, width = image.shape[:2]
+    shorter = min(width, height)
+    new_width, new_height = width * size // shorter, height * size // shorter
+    if new_width * new_height > MAX_PIXELS:
+        raise ImageError(f"the image is a strip of {width} x {height} pixels; enlarged to {size}, it is too large")
+    return _resize(image, new_width, new_height)
+
+
+def _resize(image: np.ndarray, width: int, height: int) -> PILImage:
+    from PIL import Image
+
+    return Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def _crop(image: PILImage, left: int, top: int, size: int) -> np.ndarray:
+    return np.array(image.crop((left, top, left + size, top + size)))
+
+
+def _random_box(
+    width: int, height: int, rng: np.random.Generator, scale: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """Returns (left, top, width, height) of a rectangle within the image."""
+    for _ in range(_RESIZED_CROP_TRIES):
+        area = width * height * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = rng.integers(0, (width - w, height - h), endpoint=True)
+            return int(left), int(top), w, h
+    return _central_box(width, height, ratio)
+
+
+def _central_box(width: int, height: int, ratio: tuple[float, float]) -> tuple[int, int, int, int]:
+    w = min(width, max(1, round(height * ratio[1])))
+    h = min(height, max(1, round(width / ratio[0])))
+    return (width - w) // 2, (height - h) // 2, w, h
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

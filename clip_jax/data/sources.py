@@ -1,0 +1,297 @@
+"""Records by number: the random-access sources that the pipeline shuffles and slices.
+
+A TFDS dataset prepared as ArrayRecord is read through TFDS's NumPy path: TensorFlow writes such datasets, but nothing
+here imports it. Images stay encoded, so that decoding happens in the pipeline's threads and worker processes.
+"""
+
+import contextlib
+import difflib
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+
+from clip_jax.errors import UserError
+
+OWN_DATASETS = ("digits",)
+"""Datasets that this package can prepare itself (`clip-jax data build`)."""
+
+_NAME = re.compile(r"(?P<name>\w+)(/(?P<config>[^/:]+))?(:(?P<version>\d+\.\d+\.\d+))?")
+_VERSION = re.compile(r"\d+\.\d+\.\d+")
+FILE_FORMAT = "array_record"
+"""The TFDS file format that is read and written: the one with cheap random access."""
+_SYNTHETIC_CLASSES = 10
+
+
+class Record(NamedTuple):
+    """One image with its caption, its label, or both.
+
+    Attributes:
+      image: the encoded file, or uint8 [h, w, 3].
+      caption: empty where the dataset has none.
+      label: the class; -1 where the dataset has none.
+    """
+
+    image: bytes | np.ndarray
+    caption: str = ""
+    label: int = -1
+
+
+@runtime_checkable
+class Source(Protocol):
+    """What the pipeline reads from; `str(source)` names it in errors. Worker processes receive a pickle of it."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Record: ...
+
+
+class TfdsSource:
+    """A split of a TFDS dataset prepared as ArrayRecord.
+
+    The files are opened when the first record is read, again in every process that receives the source.
+
+    Attributes:
+      classes: names of the label's classes, in order; empty without `label_key`.
+      fingerprint: name, version, split and number of records, as JSON holds them.
+    """
+
+    def __init__(
+        self,
+        dataset: str,
+        split: str,
+        *,
+        data_dir: str = "",
+        image_key: str = "image",
+        caption_key: str = "caption",
+        label_key: str = "",
+    ):
+        """Finds the dataset and checks that it holds what is asked for.
+
+        Args:
+          dataset: TFDS name: `name`, `name/config`, `name:1.0.0` or `name/config:1.0.0`; the newest version if none
+            is given.
+          split: as TFDS slices splits: `train`, `train[:50%]`, `train[10:]+test`.
+          data_dir: folder of prepared datasets; empty means TFDS's default.
+          image_key: feature of images.
+          caption_key: feature of texts; may be empty if `label_key` is given.
+          label_key: feature of class labels; empty for none.
+
+        Raises:
+          UserError: TFDS is not installed; no such dataset or split; not in ArrayRecord files; or the features are
+            not what the keys say.
+        """
+        self._directory = find_dataset(dataset, data_dir)
+        _check_format(self._directory, dataset, data_dir)
+        self._split = split
+        self._keys = {"image": image_key, "caption": caption_key, "label": label_key}
+        self._records: Any = None
+        builder = _open_builder(self._directory)
+        self._check_features(builder.info.features)
+        self._records = self._open(builder)
+        self.classes: tuple[str, ...] = tuple(builder.info.features[label_key].names or ()) if label_key else ()
+        self.fingerprint: dict[str, Any] = {
+            "name": _name_and_config(builder.info),
+            "version": str(builder.info.version),
+            "split": split,
+            "records": len(self._records),
+        }
+
+    def __len__(self) -> int:
+        return self.fingerprint["records"]
+
+    def __getitem__(self, index: int) -> Record:
+        """Returns record `index`, which must be in [0, len(self))."""
+        if self._records is None:
+            self._records = self._open(_open_builder(self._directory))
+        image_key, caption_key, label_key = self._keys.values()
+        values = _parse_example(self._records[index])
+        return Record(
+            image=values[image_key].bytes_list.value[0],
+            caption=values[caption_key].bytes_list.value[0].decode("utf-8", errors="replace") if caption_key else "",
+            label=values[label_key].int64_list.value[0] if label_key else -1,
+        )
+
+    def __str__(self) -> str:
+        return f"{self.fingerprint['name']}:{self.fingerprint['version']} ({self._split})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_records": None}
+
+    def _open(self, builder: Any) -> Any:
+        import tensorflow_datasets as tfds
+
+        # Bytes, and our own look at the named features: TFDS's decoding would decode every other feature as well.
+        method = tfds.decode.DeserializeMethod.RAW_BYTES
+        try:
+            with _missing_module_named(self._directory):
+                return builder.as_data_source(self._split, deserialize_method=method)
+        except ValueError:
+            counts = ", ".join(f"{name} ({split.num_examples:,})" for name, split in builder.info.splits.items())
+            known = f"it has {counts} and slices of these, as in 'train[:50%]'"
+            raise UserError(f"{self._directory} has no split {self._split!r}; {known}") from None
+
+    def _check_features(self, features: Any) -> None:
+        import tensorflow_datasets as tfds
+
+        if not self._keys["caption"] and not self._keys["label"]:
+            raise UserError("caption_key and label_key are both empty; a record needs a caption or a label")
+        kinds = {"image": tfds.features.Image, "caption": tfds.features.Text, "label": tfds.features.ClassLabel}
+        for role, key in self._keys.items():
+            if key and not (key in features and isinstance(features[key], kinds[role])):
+                raise UserError(self._wrong_feature(role, kinds[role].__name__, features))
+
+    def _wrong_feature(self, role: str, kind: str, features: Any) -> str:
+        found = ", ".join(f"{name}: {type(feature).__name__}" for name, feature in features.items())
+        labelled = bool(self._keys["label"])  # evaluation asks for labels, training for captions
+        fields = (
+            "config.eval.image_key and config.eval.label_key"
+            if labelled
+            else "config.data.image_key and config.data.caption_key"
+        )
+        return (
+            f"{self._directory} has no feature {self._keys[role]!r} of kind {kind} for the {role}; it has {found}; "
+            f"name the right one with {fields}"
+        )
+
+
+class SyntheticSource:
+    """Random images with captions, for tests and trials without data; a record is a function of (seed, index).
+
+    Attributes:
+      classes: names of the labels, which are index modulo their number.
+      fingerprint: the arguments, as JSON holds them.
+    """
+
+    classes = tuple(f"class {label}" for label in range(_SYNTHETIC_CLASSES))
+
+    def __init__(self, size: int, image_size: int, seed: int):
+        """Args:
+        size: number of records.
+        image_size: side of the images.
+        seed: of everything in them.
+        """
+        self.fingerprint: dict[str, Any] = {
+            "name": "synthetic",
+            "records": size,
+            "image_size": image_size,
+            "seed": seed,
+        }
+
+    def __len__(self) -> int:
+        return self.fingerprint["records"]
+
+    def __getitem__(self, index: int) -> Record:
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        side, seed = self.fingerprint["image_size"], self.fingerprint["seed"]
+        image = np.random.default_rng((seed, index)).integers(0, 256, (side, side, 3), dtype=np.uint8)
+        label = index % _SYNTHETIC_CLASSES
+        return Record(image, f"random pixels, picture {index} of class {label}", label)
+
+    def __str__(self) -> str:
+        return f"{len(self)} synthetic records"
+
+
+def find_dataset(dataset: str, data_dir: str = "") -> Path:
+    """Returns the folder of a prepared TFDS dataset, the newest version if `dataset` names none.
+
+    TFDS renames this folder into place when a dataset is whole, so what is found is whole. The catalogue's code is not
+    consulted: it may import TensorFlow.
+
+    Raises:
+      UserError: not a name, or nothing prepared under it; the line says what is there and how to prepare it.
+    """
+    parts = _NAME.fullmatch(dataset)
+    if parts is None:
+        raise UserError(f"{dataset!r} is not a TFDS name (name, name/config, name:1.0.0 or name/config:1.0.0)")
+    root = datasets_root(data_dir)
+    folder = root / parts["name"] / parts["config"] if parts["config"] else root / parts["name"]
+    versions = _versions(folder)
+    version = parts["version"] or (versions[-1] if versions else "")
+    if version in versions:
+        return folder / version
+    raise UserError(_not_found(dataset, root, folder))
+
+
+def datasets_root(data_dir: str) -> Path:
+    """Returns the folder of prepared datasets: `data_dir`, or TFDS's default if that is empty."""
+    return Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+
+
+def prepare_command(dataset: str, root: Path) -> str:
+    """Returns the command line that prepares a dataset in a form that can be read here.
+
+    Not `tfds build`: in TFDS 4.9.10 that does not start without Apache Beam.
+    """
+    own = dataset.partition(":")[0]
+    if own in OWN_DATASETS:
+        return f"clip-jax data build {own} --data-dir={root}"
+    builder = f"tfds.builder('{dataset}', data_dir='{root}', file_format='{FILE_FORMAT}')"
+    return f'python -c "import tensorflow_datasets as tfds; {builder}.download_and_prepare()"'
+
+
+def _not_found(dataset: str, root: Path, folder: Path) -> str:
+    remedy = f"prepare it with: {prepare_command(dataset, root)}"
+    if versions := _versions(folder):
+        return f"dataset {dataset!r} is not in {root}, which has {', '.join(versions)} of it; use that, or {remedy}"
+    if configs := sorted(path.name for path in folder.glob("*") if _versions(path)):
+        return f"dataset {dataset!r} needs a config: {folder} has {', '.join(configs)} (as in {dataset}/{configs[0]})"
+    there = sorted(path.name for path in root.glob("*") if path.is_dir() and not path.name.startswith("."))
+    if close := difflib.get_close_matches(folder.name, there, n=1):
+        remedy = f"did you mean {close[0]!r}? Otherwise {remedy}"
+    return f"dataset {dataset!r} is not in {root}; {remedy}"
+
+
+def _versions(folder: Path) -> list[str]:
+    """Returns the whole versions in a dataset's folder, oldest first."""
+    names = [
+        path.parent.name for path in folder.glob("*/dataset_info.json") if (path.parent / "features.json").exists()
+    ]
+    return sorted(filter(_VERSION.fullmatch, names), key=lambda name: tuple(map(int, name.split("."))))
+
+
+def _open_builder(directory: Path) -> Any:
+    """Returns TFDS's read-only builder of a prepared dataset."""
+    with _missing_module_named(directory):
+        import tensorflow_datasets as tfds
+
+        return tfds.builder_from_directory(str(directory), file_format=FILE_FORMAT)
+
+
+@contextlib.contextmanager
+def _missing_module_named(directory: Path) -> Iterator[None]:
+    """Turns what is not installed into an error with the remedy; TFDS imports some modules at first use."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"reading {directory} needs the module {error.name}; "
+            "install it with: pip install tensorflow-datasets array-record importlib_resources"
+        ) from None
+
+
+def _parse_example(serialized: bytes) -> Any:
+    """Returns the features of one record by name, each with a `bytes_list` and an `int64_list`."""
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    parse = tf_example_pb2.Example.FromString  # pyrefly: ignore[missing-attribute]  # generated when it is imported
+    return parse(serialized).features.feature
+
+
+def _check_format(directory: Path, dataset: str, data_dir: str) -> None:
+    info = json.loads((directory / "dataset_info.json").read_text(encoding="utf-8"))
+    found = [info.get("fileFormat") or "tfrecord", *info.get("alternativeFileFormats", [])]
+    if FILE_FORMAT not in found:
+        raise UserError(
+            f"{directory} is prepared as {', '.join(found)}, and random access needs {FILE_FORMAT}; "
+            f"remove that folder and prepare it again with: {prepare_command(dataset, datasets_root(data_dir))}"
+        )
+
+
+def _name_and_config(info: Any) -> str:
+    return f"{info.name}/{info.config_name}" if info.config_name else info.name
