@@ -1,0 +1,137 @@
+"""Checkpoints of a run: state, data position, config and metadata together, written by Orbax in the background.
+
+A directory counts as a checkpoint only when all of its parts are there: Orbax lists any directory with a numeric
+name, also an empty or half-deleted one.
+"""
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import flax
+import jax
+import orbax.checkpoint as ocp
+
+import clip_jax
+from clip_jax.config import CheckpointConfig, RunConfig, describe_diff, diff
+from clip_jax.data.images import Preprocess
+from clip_jax.errors import UserError
+from clip_jax.state import TrainState
+
+_ITEMS = ("state", "data", "config", "metadata")
+_NO_SHAPE = ("init", "temperature", "dtype")  # of the model's keys; they may change when a run is resumed
+_LOG = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """The checkpoints of one workdir.
+
+    Args:
+      workdir: the run's folder; the checkpoints lie in `workdir/checkpoints`, made at the first save.
+      config: when old ones go.
+    """
+
+    def __init__(self, workdir: Path, config: CheckpointConfig) -> None:
+        self._folder = workdir.absolute() / "checkpoints"
+        self._keep = config.keep
+        self._open_manager: ocp.CheckpointManager | None = None
+
+    @property
+    def _manager(self) -> ocp.CheckpointManager:
+        """Orbax's manager, opened late: opening makes the folder, and a refused run must write nothing."""
+        if self._open_manager is None:
+            options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, cleanup_tmp_directories=True)
+            self._open_manager = ocp.CheckpointManager(self._folder, options=options, item_names=_ITEMS)
+        return self._open_manager
+
+    def latest(self) -> int | None:
+        """Returns the newest whole checkpoint's step, or None."""
+        steps = [int(path.name) for path in self._folder.glob("*") if path.name.isdigit()]
+        for step in sorted(steps, reverse=True):
+            missing = [item for item in _ITEMS if not (self._folder / str(step) / item).is_dir()]
+            if not missing:
+                return step
+            _LOG.warning("checkpoint %s lacks %s; it is passed over", self._folder / str(step), ", ".join(missing))
+        return None
+
+    def read_config(self, step: int) -> dict[str, Any]:
+        """Returns the config that a checkpoint was written with, as nested dicts."""
+        return self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
+
+    def restore(self, step: int, target: TrainState) -> tuple[TrainState, int]:
+        """Reads a checkpoint onto the mesh of `target`.
+
+        Args:
+          step: as `latest` gives it.
+          target: shapes, dtypes and shardings, as `abstract_state` gives them.
+
+        Returns:
+          The state, and the data position in samples.
+        """
+        restored = self._manager.restore(
+            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target), data=ocp.args.JsonRestore())
+        )
+        return restored["state"], restored["data"]["position"]
+
+    def save(self, step: int, state: TrainState, *, position: int, config: RunConfig, data: dict[str, Any]) -> None:
+        """Starts writing a checkpoint; the state may be donated as soon as this returns.
+
+        Args:
+          step: updates done.
+          state: on its mesh.
+          position: pairs consumed, over all processes.
+          config: the run's.
+          data: what identifies the training data.
+        """
+        parts = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            data=ocp.args.JsonSave({"position": position}),
+            config=ocp.args.JsonSave(dataclasses.asdict(config)),
+            metadata=ocp.args.JsonSave(_metadata(config, data)),
+        )
+        self._manager.save(step, args=parts)
+
+    def wait(self) -> None:
+        """Returns when all is written; an error of a background write is raised here."""
+        if self._open_manager is not None:
+            self._open_manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits as `wait` does, and ends the background threads."""
+        self.wait()
+        if self._open_manager is not None:
+            self._open_manager.close()
+
+
+def check_same_model(saved: dict[str, Any], config: RunConfig, *, where: Path) -> None:
+    """Raises a UserError if a checkpoint's model is another one than the config's.
+
+    Args:
+      saved: as `Checkpoints.read_config` gives it.
+      config: the run's.
+      where: the workdir, for the message.
+    """
+    changes = diff(saved["model"], as_json(config)["model"])
+    changes = {key: values for key, values in changes.items() if key not in _NO_SHAPE}
+    if changes:
+        raise UserError(
+            f"{where} holds checkpoints of another model: {describe_diff(changes)} (saved -> config); "
+            "use another --workdir, or the config that the run began with"
+        )
+
+
+def as_json(config: RunConfig) -> dict[str, Any]:
+    """Returns a config as JSON holds it: tuples as lists."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def _metadata(config: RunConfig, data: dict[str, Any]) -> dict[str, Any]:
+    """What a reader of the weights alone must know."""
+    return {
+        "activation": "quick_gelu",
+        "preprocess": Preprocess(size=config.model.vision.image_size).to_dict(),
+        "data": data,
+        "versions": {"clip_jax": clip_jax.__version__, "jax": jax.__version__, "flax": flax.__version__},
+    }

@@ -1,0 +1,51 @@
+"""The train state, born sharded: shapes first, then shardings, then one jitted initialisation into them."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from clip_jax.models.clip import CLIP, init_params
+from clip_jax.partition import state_shardings
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """All that a step reads and writes; also a tree of these leaves' shapes or shardings.
+
+    Attributes:
+      step: int32 scalar, updates done so far.
+      params: float32, nested dicts.
+      opt_state: optax's.
+    """
+
+    step: Any
+    params: dict[str, Any]
+    opt_state: Any
+
+
+def new_state(model: CLIP, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+    """Returns a fresh state; pure, so that it can be traced and jitted into shardings."""
+    params = init_params(model, jax.random.key(seed))
+    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
+
+
+def abstract_state(model: CLIP, optimizer: optax.GradientTransformation, *, mesh: Mesh) -> TrainState:
+    """Returns shapes, dtypes and shardings of the state without making it."""
+    shapes = jax.eval_shape(lambda: new_state(model, optimizer, 0))
+    shardings = state_shardings(shapes, mesh)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def create_state(model: CLIP, optimizer: optax.GradientTransformation, *, mesh: Mesh, seed: int) -> TrainState:
+    """Returns a fresh state on the mesh; the same values for every mesh."""
+    target = abstract_state(model, optimizer, mesh=mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
+    return jax.jit(lambda: new_state(model, optimizer, seed), out_shardings=shardings)()
+
+
+def count_parameters(params: Any) -> int:
+    """Returns the number of parameters; arrays or shapes."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -1,0 +1,79 @@
+"""One optimizer step: normalise on device, both towers, contrastive loss, AdamW, clamp of the temperature."""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from clip_jax.config import RunConfig
+from clip_jax.data.images import Preprocess, normalize
+from clip_jax.losses import LossOutput, softmax_loss
+from clip_jax.models.clip import CLIP, forward
+from clip_jax.optim import clamp_scale, global_norm, learning_rate
+from clip_jax.partition import ROWS, replicated, row_sharding
+from clip_jax.state import TrainState
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+def make_train_step(
+    model: CLIP,
+    optimizer: optax.GradientTransformation,
+    config: RunConfig,
+    *,
+    mesh: Mesh,
+    state: TrainState,
+) -> TrainStep:
+    """Returns the jitted step; it donates its state.
+
+    Args:
+      model: the towers.
+      optimizer: as `make_optimizer` gives it.
+      config: the run's.
+      mesh: the devices.
+      state: the state or its shapes, for its shardings.
+
+    Returns:
+      A function of (state, batch), where a batch holds the global arrays `image` (uint8 [b, s, s, 3]), `tokens`
+      (int32 [b, l]) and `weight` (float32 [b]), to the next state and scalar metrics.
+    """
+    logits_sharding = NamedSharding(mesh, ROWS)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        loss_of = jax.value_and_grad(contrastive_loss, has_aux=True)
+        (_, output), grads = loss_of(state.params, model, batch, logits_sharding)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = clamp_scale(cast(dict, optax.apply_updates(state.params, updates)), config.optim.max_scale)
+        metrics = {
+            "loss": output.loss,
+            "accuracy": (output.image_accuracy + output.text_accuracy) / 2,
+            "logit_scale": jnp.exp(state.params["logit_scale"]),
+            "learning_rate": jnp.asarray(learning_rate(config.optim, steps=config.steps)(state.step)),
+            "gradient_norm": global_norm(grads),
+            "pairs": batch["weight"].sum(),
+        }
+        return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return jax.jit(
+        train_step,
+        in_shardings=(shardings, row_sharding(mesh)),
+        out_shardings=(shardings, replicated(mesh)),
+        donate_argnums=0,
+    )
+
+
+def contrastive_loss(
+    params: dict[str, Any], model: CLIP, batch: Batch, logits_sharding: NamedSharding | None
+) -> tuple[jax.Array, LossOutput]:
+    """Returns (loss, all of the loss's outputs) of one batch."""
+    preprocess = Preprocess(size=model.config.vision.image_size)
+    images = normalize(batch["image"], preprocess, model.config.dtype)
+    features = forward(model, params, images, batch["tokens"])
+    output = softmax_loss(*features, batch["weight"], logits_sharding=logits_sharding)
+    return output.loss, output

@@ -1,0 +1,118 @@
+"""Checkpoints: bits survive the trip, on any mesh; what is not whole is passed over."""
+
+import dataclasses
+import logging
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from clip_jax.checkpoint import Checkpoints, as_json, check_same_model
+from clip_jax.config import CheckpointConfig, DataConfig, MeshConfig, OptimConfig, RunConfig
+from clip_jax.errors import UserError
+from clip_jax.models.clip import CLIP
+from clip_jax.models.variants import ModelConfig, TextConfig, ViTConfig
+from clip_jax.optim import make_optimizer
+from clip_jax.partition import make_mesh
+from clip_jax.state import abstract_state, create_state
+
+RUN = RunConfig(
+    model=ModelConfig(
+        embed_dim=16,
+        vision=ViTConfig(image_size=16, patch=8, width=32, heads=2, layers=1),
+        text=TextConfig(width=32, heads=2, layers=1, context=12, vocab_size=128),
+    ),
+    data=DataConfig(source="synthetic"),
+    optim=OptimConfig(warmup_steps=1),
+    batch=16,
+    samples=160,
+)
+MODEL, OPTIMIZER = CLIP(RUN.model), make_optimizer(RUN.optim, steps=RUN.steps)
+
+
+def state_on(mesh_config: MeshConfig, *, seed: int = 0):
+    return create_state(MODEL, OPTIMIZER, mesh=make_mesh(mesh_config), seed=seed)
+
+
+def save(checkpoints: Checkpoints, step: int, state) -> None:
+    checkpoints.save(step, state, position=step * RUN.batch, config=RUN, data={"name": "made up"})
+
+
+def assert_same_bits(one, two) -> None:
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    opened = Checkpoints(tmp_path, CheckpointConfig(keep=2))
+    yield opened
+    opened.close()
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(8, 1), MeshConfig(2, 4), MeshConfig(1, 8)], ids=str)
+def test_any_mesh_restores_the_same_bits(tmp_path, mesh):
+    state = state_on(MeshConfig(4, 2))
+    writer = Checkpoints(tmp_path, CheckpointConfig())
+    save(writer, 3, state)
+    writer.close()
+    reader = Checkpoints(tmp_path, CheckpointConfig())
+    restored, position = reader.restore(3, abstract_state(MODEL, OPTIMIZER, mesh=make_mesh(mesh)))
+    assert position == 48
+    assert_same_bits(state, restored)
+    assert restored.params["text"]["projection"]["kernel"].sharding.mesh.shape["fsdp"] == mesh.fsdp
+    reader.close()
+
+
+def test_the_state_may_be_donated_while_it_is_written(checkpoints):
+    state = state_on(MeshConfig())
+    kept = jax.tree.map(np.array, state)
+    double = jax.jit(lambda tree: jax.tree.map(lambda x: x * 2 + 1, tree), donate_argnums=0)
+    save(checkpoints, 1, state)
+    for _ in range(3):
+        state = double(state)
+    jax.block_until_ready(state)
+    checkpoints.wait()
+    restored, _ = checkpoints.restore(1, abstract_state(MODEL, OPTIMIZER, mesh=make_mesh(MeshConfig())))
+    assert_same_bits(kept, restored)
+
+
+def test_the_newest_are_kept(checkpoints, tmp_path):
+    assert checkpoints.latest() is None
+    assert not (tmp_path / "checkpoints").exists()  # looking writes nothing
+    state = state_on(MeshConfig())
+    for step in (1, 2, 3):
+        save(checkpoints, step, state)
+    checkpoints.wait()
+    assert checkpoints.latest() == 3
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()) == ["2", "3"]
+
+
+def test_what_is_not_whole_is_passed_over(checkpoints, tmp_path, caplog):
+    save(checkpoints, 2, state_on(MeshConfig()))
+    checkpoints.wait()
+    (tmp_path / "checkpoints" / "9").mkdir()
+    (tmp_path / "checkpoints" / "8" / "state").mkdir(parents=True)
+    with caplog.at_level(logging.WARNING):
+        assert checkpoints.latest() == 2
+    assert f"{tmp_path / 'checkpoints' / '9'} lacks state, data, config, metadata" in caplog.text
+    assert f"{tmp_path / 'checkpoints' / '8'} lacks data, config, metadata" in caplog.text
+
+
+def test_config_and_metadata_travel(checkpoints, tmp_path):
+    save(checkpoints, 2, state_on(MeshConfig()))
+    checkpoints.wait()
+    assert checkpoints.read_config(2) == as_json(RUN)
+    metadata = (tmp_path / "checkpoints" / "2" / "metadata" / "metadata").read_text()
+    for word in ('"quick_gelu"', '"made up"', '"size": 16', '"mean"', '"jax"'):
+        assert word in metadata
+
+
+def test_another_model_is_refused_by_name():
+    deeper = dataclasses.replace(RUN.model, text=dataclasses.replace(RUN.model.text, layers=2))
+    other = dataclasses.replace(RUN, model=deeper)
+    with pytest.raises(UserError, match=r"^w holds checkpoints of another model: text.layers 1 -> 2 \(saved"):
+        check_same_model(as_json(RUN), other, where=Path("w"))
+    harmless = dataclasses.replace(RUN, model=dataclasses.replace(RUN.model, dtype="bfloat16", init="scaled"))
+    check_same_model(as_json(RUN), harmless, where=Path("w"))
