@@ -1,0 +1,111 @@
+"""The evaluation that a run's config asks for: zero-shot classification of held-out images, and retrieval by prompt."""
+
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from clip_jax.config import RunConfig
+from clip_jax.data.images import Preprocess
+from clip_jax.data.pipeline import EvalTransform, eval_batches
+from clip_jax.data.sources import TfdsSource
+from clip_jax.evals.embedding import Embedder, ImageFeatures
+from clip_jax.evals.prompts import templates
+from clip_jax.evals.retrieval import find_images
+from clip_jax.evals.zero_shot import ZeroShotResult, class_weights, classify
+from clip_jax.models.clip import CLIP
+from clip_jax.partition import check_batch
+
+SHEET_CAPTIONS, SHEET_IMAGES = 12, 8
+
+
+class Evaluated(NamedTuple):
+    """What an evaluation found: a result for each template set, and the images' features."""
+
+    results: tuple[ZeroShotResult, ...]
+    images: ImageFeatures
+
+
+class RetrievalSheet(NamedTuple):
+    """Captions and the images found for them.
+
+    Attributes:
+      captions: q texts.
+      images: uint8 [q, k, s, s, 3], best first.
+      hits: bool [q, k], whether the image is of the caption's class.
+    """
+
+    captions: tuple[str, ...]
+    images: np.ndarray
+    hits: np.ndarray
+
+
+class Evaluation:
+    """Zero-shot evaluation on one labelled dataset.
+
+    Args:
+      config: the run's, with `config.eval.dataset` set.
+      model: the towers.
+      mesh: the devices.
+
+    Raises:
+      UserError: the dataset, its features or a template set is not there, or the batch does not fit the mesh.
+    """
+
+    def __init__(self, config: RunConfig, model: CLIP, *, mesh: Mesh) -> None:
+        from clip_jax.data.tokenizer import Tokenizer  # a run without evaluation may have no tokenizer installed
+
+        check_batch("eval.batch", config.eval.batch, mesh)
+        self.templates = {name: templates(name) for name in config.eval.prompts}
+        self._batch = config.eval.batch
+        self._transform = EvalTransform(Preprocess(size=config.model.vision.image_size))
+        self._source = TfdsSource(
+            config.eval.dataset,
+            config.eval.split,
+            data_dir=config.data.data_dir,
+            image_key=config.eval.image_key,
+            caption_key="",
+            label_key=config.eval.label_key,
+        )
+        self._embedder = Embedder(model, Tokenizer(), mesh=mesh, batch=config.eval.batch)
+
+    @classmethod
+    def open(cls, config: RunConfig, model: CLIP, *, mesh: Mesh) -> "Evaluation | None":
+        """Returns the evaluation that the config asks for, or None."""
+        return cls(config, model, mesh=mesh) if config.eval.dataset else None
+
+    def run(self, params: dict[str, Any]) -> Evaluated:
+        """Embeds all images once and classifies them with each template set; collective over processes."""
+        images = self._embedder.images(params, self._batches())
+        classes = self._source.classes
+        results = []
+        for name, prompts in self.templates.items():
+            weights = class_weights(lambda texts: self._embedder.texts(params, texts), classes, prompts)
+            results.append(classify(images.features, images.labels, weights, prompts=name, classes=classes))
+        return Evaluated(tuple(results), images)
+
+    def retrieve(self, params: dict[str, Any], evaluated: Evaluated) -> RetrievalSheet:
+        """Searches the images with one caption a class, in a wording of the last template set."""
+        classes = self._source.classes[:SHEET_CAPTIONS]
+        wordings = list(self.templates.values())[-1]
+        captions = tuple(wordings[i % len(wordings)].format(name) for i, name in enumerate(classes))
+        top = min(SHEET_IMAGES, len(evaluated.images.labels))
+        found = find_images(evaluated.images.features, self._embedder.texts(params, captions), top=top)
+        index, labels = evaluated.images.index[found], evaluated.images.labels[found]
+        pixels = np.stack([[self._transform(self._source[int(i)])["image"] for i in row] for row in index])
+        return RetrievalSheet(captions, pixels, labels == np.arange(len(classes))[:, None])
+
+    def _batches(self):
+        return eval_batches(
+            self._source,
+            transform=self._transform,
+            batch=self._batch,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+
+
+def scalars(evaluated: Evaluated) -> dict[str, float]:
+    """Returns the numbers that belong into the metrics, such as `zero_shot/photo/top1`."""
+    return {f"zero_shot/{result.prompts}/top1": result.top1 for result in evaluated.results}

@@ -1,0 +1,193 @@
+"""Metrics of a run: JSON lines always, TensorBoard and Weights & Biases if asked for.
+
+`metrics.jsonl` holds one object a line, `{"step": 3, "loss": 2.5}`. Floats are written so that they read back to the
+same bits; NaN and the infinities as Python's `json` writes them (NaN, Infinity, -Infinity). A process that is killed
+leaves at most one torn line, which the next one ends before it appends.
+"""
+
+import importlib.util
+import json
+import logging
+import secrets
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from clip_jax.errors import UserError
+
+FILE = "metrics.jsonl"
+_LOG = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """A place that metrics go to."""
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Takes the numbers of a step."""
+
+    def close(self) -> None:
+        """Writes what is buffered and lets go."""
+
+
+class MetricWriter:
+    """Writes scalars to all backends; for use in `with`.
+
+    A failure of TensorBoard or W&B is logged once and turns that backend off: training goes on.
+
+    Args:
+      workdir: gets `metrics.jsonl` and the folder `tensorboard`.
+      tensorboard: whether to write TensorBoard events.
+      wandb: arguments of `wandb.init`; None means off.
+      run_config: the run's config, for W&B.
+
+    Raises:
+      UserError: W&B is asked for and not installed.
+    """
+
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        tensorboard: bool = True,
+        wandb: Mapping[str, Any] | None = None,
+        run_config: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._backends: list[Backend] = []
+        if wandb is not None:
+            self._backends.append(WandbBackend(workdir, wandb, run_config))
+        if tensorboard and importlib.util.find_spec("tensorboardX") is not None:
+            self._backends.append(TensorBoardBackend(workdir / "tensorboard"))
+        elif tensorboard:
+            _LOG.warning("tensorboardX is not installed; no TensorBoard events are written")
+        self._lines = JsonLines(workdir / FILE)
+
+    def __enter__(self) -> "MetricWriter":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Writes the numbers of a step."""
+        self._lines.write(step, scalars)
+        for backend in list(self._backends):
+            self._try(backend, lambda backend=backend: backend.write(step, scalars))
+
+    def close(self) -> None:
+        """Closes all backends; a second call does nothing."""
+        for backend in list(self._backends):
+            self._try(backend, backend.close)
+        self._backends.clear()
+        self._lines.close()
+
+    def _try(self, backend: Backend, action: Any) -> None:
+        try:
+            action()
+        except Exception as error:  # of any kind: these libraries talk to disks and networks
+            self._backends.remove(backend)
+            _LOG.warning(
+                "%s failed and is off from here on: %s: %s", type(backend).__name__, type(error).__name__, error
+            )
+
+
+class JsonLines:
+    """`metrics.jsonl`, opened for appending."""
+
+    def __init__(self, path: Path) -> None:
+        _end_torn_line(path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Appends one line, at once."""
+        self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+class TensorBoardBackend:
+    """TensorBoard event files, by tensorboardX."""
+
+    def __init__(self, folder: Path) -> None:
+        with _torch_hidden():
+            from tensorboardX import SummaryWriter
+        self._writer = SummaryWriter(str(folder))
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Adds one point to every scalar's curve."""
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Writes what is buffered."""
+        self._writer.close()
+
+
+class WandbBackend:
+    """A Weights & Biases run."""
+
+    def __init__(self, workdir: Path, arguments: Mapping[str, Any], run_config: Mapping[str, Any] | None) -> None:
+        try:
+            import wandb
+        except ModuleNotFoundError:
+            raise UserError(
+                "config.log.wandb_project is set, and the package wandb is not installed: pip install wandb"
+            ) from None
+        options = {"dir": str(workdir), "id": _wandb_id(workdir), "resume": "allow", "config": dict(run_config or {})}
+        self._run = wandb.init(**(options | dict(arguments)))
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Logs the scalars."""
+        self._run.log(dict(scalars), step=step)
+
+    def close(self) -> None:
+        """Ends the run."""
+        self._run.finish()
+
+
+def read(workdir: Path) -> list[dict[str, Any]]:
+    """Returns one dict a step, in order, with `step` and every scalar written for it.
+
+    Where a step was written twice, as after a resume, the later line holds. A torn line is passed over.
+    """
+    path = workdir / FILE
+    by_step: dict[int, dict[str, Any]] = {}
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        by_step.setdefault(row["step"], {}).update(row)
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def _wandb_id(workdir: Path) -> str:
+    """Returns the id under which W&B knows the run of this workdir, so that a resumed run goes on in its curves."""
+    file = workdir / "wandb_id"
+    if not file.exists():
+        file.write_text(secrets.token_hex(4))
+    return file.read_text()
+
+
+@contextmanager
+def _torch_hidden() -> Iterator[None]:
+    """Keeps tensorboardX from importing torch where that is installed: seconds and memory for nothing."""
+    if "torch" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = None  # pyrefly: ignore
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
+
+
+def _end_torn_line(path: Path) -> None:
+    if path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size:
+        with path.open("a") as file:
+            file.write("\n")

@@ -1,0 +1,128 @@
+"""From steps on the device to numbers that a person watches: metrics are read one step late, so that the next step is
+already running while they are fetched.
+"""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from clip_jax.checkpoint import as_json
+from clip_jax.config import LogConfig, RunConfig
+from clip_jax.console import Progress
+from clip_jax.metrics import MetricWriter
+
+
+class Monitor:
+    """Times steps, and sends their metrics to the console and to the files of the workdir; for use in `with`.
+
+    Only process 0 shows and writes; the others still wait for their metrics, which bounds how far ahead they run.
+
+    Args:
+      config: the run's.
+      workdir: where metrics go.
+      start_step: updates done before this process.
+      chance_loss: the loss of a model that knows nothing.
+    """
+
+    def __init__(self, config: RunConfig, workdir: Path, *, start_step: int, chance_loss: float) -> None:
+        self._config, self._workdir = config, workdir
+        self._start_step, self._chance_loss = start_step, chance_loss
+        self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
+        self._progress: Progress | None = None
+        self._writer: MetricWriter | None = None
+        self._stack = ExitStack()
+
+    def __enter__(self) -> "Monitor":
+        if jax.process_index() == 0:
+            log = self._config.log
+            self._writer = self._stack.enter_context(
+                MetricWriter(
+                    self._workdir,
+                    tensorboard=log.tensorboard,
+                    wandb=wandb_arguments(log, self._workdir),
+                    run_config=as_json(self._config),
+                )
+            )
+            self._progress = self._stack.enter_context(
+                Progress(
+                    self._config.steps,
+                    start_step=self._start_step,
+                    chance_loss=self._chance_loss,
+                    log_every=log.every,
+                )
+            )
+        self._begin_window()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Counts the time inside as data-wait."""
+        began = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - began
+
+    def finished(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+        """Takes the metrics of a step that was just started, and reads those of the step before."""
+        previous, self._pending = self._pending, (step, metrics)
+        if previous is not None:
+            self._read(*previous)
+
+    def flush(self) -> None:
+        """Reads the metrics that are still on the device."""
+        if self._pending is not None:
+            self._read(*self._pending)
+            self._pending = None
+
+    def record(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Writes other numbers of a step, such as an evaluation's."""
+        if self._writer is not None:
+            self._writer.write(step, scalars)
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Keeps the time inside, such as an evaluation's, out of the step times; reads what is pending first."""
+        self.flush()
+        began = time.perf_counter()
+        yield
+        self._window_began += time.perf_counter() - began
+
+    def print(self, text: str) -> None:
+        """Shows a line above the progress bar."""
+        if self._progress is not None:
+            self._progress.print(text)
+
+    def _read(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self._window_steps += 1
+        values |= self._speed()
+        if self._progress is not None:
+            self._progress.update(step, values)
+        if step % self._config.log.every == 0 or step in (self._start_step + 1, self._config.steps):
+            self.record(step, values)
+            self._begin_window()
+
+    def _begin_window(self) -> None:
+        self._window_began, self._window_steps, self._waited = time.perf_counter(), 0, 0.0
+
+    def _speed(self) -> dict[str, float]:
+        elapsed = time.perf_counter() - self._window_began
+        step_time = elapsed / self._window_steps
+        return {
+            "step_time": step_time,
+            "samples_per_second": self._config.batch / step_time,
+            "data_wait": min(1.0, self._waited / elapsed),
+        }
+
+
+def wandb_arguments(log: LogConfig, workdir: Path) -> dict[str, Any] | None:
+    """Returns what `wandb.init` is given, or None where W&B is off."""
+    if not log.wandb_project:
+        return None
+    return {"project": log.wandb_project, "name": log.wandb_name or workdir.name}

@@ -1,0 +1,81 @@
+"""Zero-shot classification and retrieval against their definitions, on made-up embeddings."""
+
+import math
+
+import numpy as np
+import pytest
+
+from clip_jax.errors import ConfigError
+from clip_jax.evals.prompts import TEMPLATES, templates
+from clip_jax.evals.retrieval import find_images
+from clip_jax.evals.zero_shot import ZeroShotResult, class_weights, classify, wilson_interval
+
+CLASSES = ("cat", "dog", "owl", "ant", "bee", "cow")
+
+
+def unit(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def fake_embed(texts):
+    """A fixed random unit vector for every text."""
+    return unit(np.stack([np.random.default_rng(list(text.encode())).standard_normal(16) for text in texts]))
+
+
+def test_class_weight_is_the_normalised_mean_over_templates():
+    prompts = ("a {}.", "the {}", "{}!")
+    weights = class_weights(fake_embed, CLASSES, prompts)
+    for name, weight in zip(CLASSES, weights, strict=True):
+        mean = np.mean([fake_embed([template.format(name)])[0] for template in prompts], axis=0)
+        np.testing.assert_allclose(weight, mean / np.linalg.norm(mean), rtol=1e-12)
+
+
+def test_classify_against_a_loop():
+    rng = np.random.default_rng(0)
+    features, labels = unit(rng.standard_normal((200, 16))), rng.integers(0, 6, 200)
+    weights = class_weights(fake_embed, CLASSES, ("{}",))
+    result = classify(features, labels, weights, prompts="p", classes=CLASSES)
+    confusion, in_five = np.zeros((6, 6), int), 0
+    for feature, label in zip(features, labels, strict=True):
+        scores = [float(feature @ weight) for weight in weights]
+        confusion[label, int(np.argmax(scores))] += 1
+        in_five += label in sorted(range(6), key=lambda i: -scores[i])[:5]
+    np.testing.assert_array_equal(result.confusion, confusion)
+    assert result.top5 == in_five / 200
+    assert result.top1 == np.trace(confusion) / 200
+    assert result.images == 200
+
+
+def test_means_and_mistakes():
+    confusion = np.array([[8, 2, 0], [0, 0, 0], [1, 0, 1]])
+    result = ZeroShotResult("p", ("a", "b", "c"), confusion, math.nan)
+    assert result.top1 == 9 / 12
+    assert result.mean_per_class == pytest.approx((0.8 + 0.5) / 2)  # class b has no images
+    assert result.confusions() == [("a", "b", 2), ("c", "a", 1)]
+
+
+def test_fewer_than_five_classes_have_no_top5():
+    weights = np.eye(3)
+    result = classify(np.eye(3), np.arange(3), weights, prompts="p", classes=("a", "b", "c"))
+    assert math.isnan(result.top5)
+    assert result.top1 == 1
+
+
+def test_wilson_interval():
+    assert wilson_interval(0.0, 10) == (0.0, pytest.approx(0.2775, abs=1e-4))
+    low, high = wilson_interval(0.95, 300)
+    assert (low, high) == (pytest.approx(0.9192, abs=1e-4), pytest.approx(0.9694, abs=1e-4))
+
+
+def test_find_images_ranks_by_cosine():
+    rng = np.random.default_rng(1)
+    images, texts = unit(rng.standard_normal((50, 8))), unit(rng.standard_normal((4, 8)))
+    found = find_images(images, texts, top=5)
+    for text, row in zip(texts, found, strict=True):
+        assert list(row) == sorted(range(50), key=lambda i: -float(images[i] @ text))[:5]
+
+
+def test_prompt_sets():
+    assert all("{}" in template for row in TEMPLATES.values() for template in row)
+    with pytest.raises(ConfigError, match=r"no template set 'digit'; the nearest is 'digits' \(sets: photo, digits,"):
+        templates("digit")
