@@ -1,0 +1,76 @@
+"""The command `clip-jax`: thin over the modules, which are imported only by the subcommand that needs them."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from clip_jax.command_line import one_line_errors
+from clip_jax.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs one subcommand; a user's mistake is one line on stderr and exit code 2."""
+    arguments = _parser().parse_args(argv)
+    with one_line_errors():
+        arguments.run(arguments)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="clip-jax", description="CLIP in JAX: what surrounds train.py.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    models = commands.add_parser("models", help="list the paper's models and their parameters")
+    models.set_defaults(run=_models)
+
+    data = commands.add_parser("data", help="prepare datasets")
+    actions = data.add_subparsers(required=True, metavar="action")
+    build = actions.add_parser("build", help="build a dataset of this package as TFDS ArrayRecord files")
+    build.add_argument("name", help="digits: scikit-learn's handwritten digits with captions")
+    build.add_argument("--data-dir", default="", help="where TFDS datasets lie (default: TFDS's own)")
+    build.set_defaults(run=_data_build)
+
+    config_diff = commands.add_parser("config-diff", help="show what differs between two runs' configs")
+    config_diff.add_argument("old", type=Path, help="a workdir or its config.json")
+    config_diff.add_argument("new", type=Path, help="a workdir or its config.json")
+    config_diff.set_defaults(run=_config_diff)
+    return parser
+
+
+def _models(_: argparse.Namespace) -> None:
+    from clip_jax.console import print_table
+    from clip_jax.models.variants import PARAMETERS, VARIANTS
+
+    rows = [
+        [name, f"{PARAMETERS[name]:,}", str(embed_dim), str(vision.image_size), str(vision.tokens), str(text.width)]
+        for name, (embed_dim, vision, text) in VARIANTS.items()
+    ]
+    print_table("The paper's models", ["model", "parameters", "embed", "pixels", "image tokens", "text width"], rows)
+
+
+def _data_build(arguments: argparse.Namespace) -> None:
+    from clip_jax.data.build import build_dataset
+
+    print(build_dataset(arguments.name, arguments.data_dir))
+
+
+def _config_diff(arguments: argparse.Namespace) -> None:
+    from clip_jax.config import diff
+
+    changes = diff(_read_config(arguments.old), _read_config(arguments.new))
+    for key, (old, new) in changes.items():
+        print(f"{key}: {old!r} -> {new!r}")
+    if not changes:
+        print("no difference")
+
+
+def _read_config(path: Path) -> dict:
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is not a run's config: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

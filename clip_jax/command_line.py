@@ -1,0 +1,110 @@
+"""What `train.py` and `clip-jax` share: config overrides from the command line, and errors as one line.
+
+Overrides are taken out of argv before absl and config_flags see them, so that they are checked against the config's
+own types.
+"""
+
+import re
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+from ml_collections import ConfigDict
+
+from clip_jax.config import RunConfig, from_config_dict, override
+from clip_jax.errors import ConfigError, UserError
+
+Overrides = list[tuple[str, str]]
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Ends the program with one line on stderr and exit code 2 where the user made a mistake."""
+    try:
+        yield
+    except UserError as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """Parses absl flags and with them the config file; for `app.run(flags_parser=…)`.
+
+    Raises:
+      UserError: an unknown flag, or a config file that is not there or fails.
+    """
+    if any(re.fullmatch(r"--?help(short|full|xml)?", argument) for argument in argv):
+        return app.parse_flags_with_usage(list(argv))
+    try:
+        return flags.FLAGS(list(argv))
+    except UserError:
+        raise
+    except flags.Error as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise UserError(" ".join(dict.fromkeys((lines[0], lines[-1])))) from None
+    except Exception as error:
+        raise ConfigError(_describe_failure(error)) from error
+
+
+def take_overrides(argv: Sequence[str]) -> tuple[list[str], Overrides]:
+    """Splits argv into what is left for absl and the `--config.key=value` (or `--config.key value`) overrides.
+
+    Raises:
+      ConfigError: an override without a value.
+    """
+    rest: list[str] = []
+    overrides: Overrides = []
+    arguments = iter(argv)
+    for argument in arguments:
+        match = re.fullmatch(r"--?config\.([^=]+)(?:=(.*))?", argument, re.DOTALL)
+        if match is None:
+            rest.append(argument)
+            continue
+        key, text = match.groups()
+        text = next(arguments, None) if text is None else text
+        if text is None or text.startswith("--"):
+            raise ConfigError(f"--config.{key} has no value; write --config.{key}=value")
+        overrides.append((key, text))
+    return rest, overrides
+
+
+def build_config(values: Any, overrides: Overrides, *, file: str | None) -> RunConfig:
+    """Returns the checked config of a run.
+
+    Args:
+      values: what the config file returned; None if no file was named.
+      overrides: from the command line, applied in order.
+      file: the config file, for messages.
+
+    Raises:
+      ConfigError: see `clip_jax.config`.
+    """
+    if values is None:
+        raise ConfigError("--config is missing; name a config file such as --config=configs/demo.py")
+    if not isinstance(values, ConfigDict):
+        raise ConfigError(f"--config={file}: {_not_a_config(values)}")
+    with values.unlocked():
+        for key, text in overrides:
+            override(values, key, text)
+    return from_config_dict(values)
+
+
+def _not_a_config(values: Any) -> str:
+    """Says what came instead of a ConfigDict; config_flags hands over a missing file as an object that raises."""
+    try:
+        values.keys()
+    except OSError:
+        return "no such file"
+    except AttributeError:
+        pass
+    return f"get_config returned {type(values).__name__}; it must return a ConfigDict"
+
+
+def _describe_failure(error: Exception) -> str:
+    """Says where in a config file an exception came from."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"--config: {type(error).__name__} in {Path(frame.filename).name}, line {frame.lineno}: {error}"

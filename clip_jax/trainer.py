@@ -1,0 +1,173 @@
+"""A training run, in the order in which it happens.
+
+Everything that can be refused is refused before anything is written: mesh, batch, data, model, checkpoints of another
+model. The loop's contract: get a batch, start the step, read the metrics of the step before, then checkpoint and
+evaluate where due. The data position is the number of pairs consumed, so that a resumed run goes on with the next.
+"""
+
+import json
+import math
+import tempfile
+from contextlib import closing
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from clip_jax.checkpoint import Checkpoints, as_json, check_same_model
+from clip_jax.config import RunConfig, describe_diff, diff
+from clip_jax.data.loader import TrainingData, open_training_data
+from clip_jax.errors import UserError
+from clip_jax.evals.evaluation import Evaluated, Evaluation, scalars
+from clip_jax.evals.report import report_training, report_zero_shot
+from clip_jax.models.clip import CLIP
+from clip_jax.models.variants import variant_name
+from clip_jax.monitor import Monitor
+from clip_jax.optim import make_optimizer
+from clip_jax.partition import check_batch, make_mesh, place_rows
+from clip_jax.state import TrainState, abstract_state, count_parameters, create_state
+from clip_jax.step import TrainStep, make_train_step
+
+
+class Run(NamedTuple):
+    """The parts of a run that do not change while it trains."""
+
+    config: RunConfig
+    workdir: Path
+    mesh: Mesh
+    data: TrainingData
+    evaluation: Evaluation | None
+    checkpoints: Checkpoints
+    train_step: TrainStep
+    target: TrainState
+
+
+def train(config: RunConfig, workdir: Path, *, data: TrainingData | None = None) -> TrainState:
+    """Trains until the config's last step, resuming from the newest checkpoint of `workdir`.
+
+    Args:
+      config: the run's.
+      workdir: made if it is not there; gets checkpoints, metrics, config and the report.
+      data: training data instead of what `config.data` names.
+
+    Returns:
+      The final state.
+
+    Raises:
+      UserError: see the module docstring; nothing was overwritten.
+    """
+    model = CLIP(config.model)
+    optimizer = make_optimizer(config.optim, steps=config.steps)
+    mesh = make_mesh(config.mesh)
+    check_batch("batch", config.batch, mesh)
+    target = abstract_state(model, optimizer, mesh=mesh)
+    run = Run(
+        config=config,
+        workdir=workdir,
+        mesh=mesh,
+        data=open_training_data(config) if data is None else data,
+        evaluation=Evaluation.open(config, model, mesh=mesh),
+        checkpoints=Checkpoints(workdir, config.checkpoint),
+        train_step=make_train_step(model, optimizer, config, mesh=mesh, state=target),
+        target=target,
+    )
+    resumed = run.checkpoints.latest()
+    notes = [] if resumed is None else [_check_resumable(run, resumed)]
+    prepare_workdir(workdir, config)
+    if resumed is None:
+        state, position = create_state(model, optimizer, mesh=mesh, seed=config.seed), 0
+    else:
+        state, position = run.checkpoints.restore(resumed, target)
+    return _train_from(run, state, position, notes)
+
+
+def _train_from(run: Run, state: TrainState, position: int, notes: list[str]) -> TrainState:
+    """Trains a fresh or restored state to the end, evaluates it and reports."""
+    chance_loss = math.log(run.config.batch)
+    with (
+        closing(run.checkpoints),
+        Monitor(run.config, run.workdir, start_step=int(state.step), chance_loss=chance_loss) as monitor,
+    ):
+        for line in [_describe(run), *notes]:
+            monitor.print(line)
+        state = _loop(run, state, position, monitor)
+        evaluated = _evaluate(run, state, monitor)
+    _report(run, state, evaluated)
+    return state
+
+
+def _loop(run: Run, state: TrainState, position: int, monitor: Monitor) -> TrainState:
+    config, last = run.config, run.config.steps
+    with closing(run.data.batches(position)) as batches:
+        for step in range(int(state.step) + 1, last + 1):
+            with monitor.waiting_for_data():
+                batch = next(batches)
+            state, metrics = run.train_step(state, place_rows(_for_step(batch), run.mesh))
+            position += config.batch
+            monitor.finished(step, metrics)
+            if step % config.checkpoint.every == 0 or step == last:
+                run.checkpoints.save(step, state, position=position, config=config, data=run.data.fingerprint)
+            if config.eval.every and step % config.eval.every == 0 and step != last:
+                _evaluate(run, state, monitor)
+    monitor.flush()
+    return state
+
+
+def _for_step(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The part of a batch that the device needs; the record index stays on the host."""
+    return {name: batch[name] for name in ("image", "tokens", "weight")}
+
+
+def _evaluate(run: Run, state: TrainState, monitor: Monitor) -> Evaluated | None:
+    if run.evaluation is None:
+        return None
+    with monitor.pause():
+        evaluated = run.evaluation.run(state.params)
+        monitor.record(int(state.step), scalars(evaluated))
+    return evaluated
+
+
+def _report(run: Run, state: TrainState, evaluated: Evaluated | None) -> None:
+    if evaluated is not None and run.evaluation is not None:
+        sheet = run.evaluation.retrieve(state.params, evaluated)  # by all processes
+        if jax.process_index() == 0:
+            report_zero_shot(run.workdir, evaluated, sheet, templates=run.evaluation.templates)
+    if jax.process_index() == 0:
+        report_training(run.workdir, run.config)
+
+
+def _check_resumable(run: Run, step: int) -> str:
+    """Refuses checkpoints of another model; returns a line on what else changed since."""
+    saved = run.checkpoints.read_config(step)
+    check_same_model(saved, run.config, where=run.workdir)
+    changes = diff(saved, as_json(run.config))
+    return f"resuming at step {step}" + (f"; changed since: {describe_diff(changes)}" if changes else "")
+
+
+def prepare_workdir(workdir: Path, config: RunConfig) -> None:
+    """Makes the workdir and writes the config into it.
+
+    Raises:
+      UserError: it cannot be made or written.
+    """
+    if jax.process_index() != 0:
+        return
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=workdir, suffix=".tmp", delete=False) as file:
+            json.dump(as_json(config), file, indent=2)
+        Path(file.name).replace(workdir / "config.json")
+    except OSError as error:
+        raise UserError(f"--workdir {workdir} cannot be written: {error.strerror}; name a folder that can") from None
+
+
+def _describe(run: Run) -> str:
+    config = run.config
+    parameters = count_parameters(run.target.params)
+    return (
+        f"{variant_name(config.model)} model, {parameters:,} parameters; {run.data.description}; "
+        f"{config.steps} steps of {config.batch} pairs on {run.mesh.size} device(s), "
+        f"mesh data={run.mesh.shape['data']} fsdp={run.mesh.shape['fsdp']}"
+    )

@@ -1,0 +1,231 @@
+"""Whole runs, small: resume is bitwise, refusals write nothing, and synthetic training needs few packages."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from clip_jax import metrics
+from clip_jax.config import CheckpointConfig, DataConfig, EvalConfig, LogConfig, MeshConfig, OptimConfig, RunConfig
+from clip_jax.data.loader import TrainingData, open_training_data
+from clip_jax.errors import UserError
+from clip_jax.models.variants import ModelConfig, TextConfig, ViTConfig
+from clip_jax.trainer import train
+
+ROOT = Path(__file__).parent.parent
+SYNTHETIC = RunConfig(
+    model=ModelConfig(
+        embed_dim=16,
+        vision=ViTConfig(image_size=16, patch=8, width=32, heads=2, layers=1),
+        text=TextConfig(width=32, heads=2, layers=1, context=32),
+    ),
+    data=DataConfig(source="synthetic"),
+    optim=OptimConfig(lr=1e-3, warmup_steps=2),
+    checkpoint=CheckpointConfig(every=5),
+    log=LogConfig(every=1, tensorboard=False),
+    batch=16,
+    samples=16 * 12,
+)
+
+
+def on_digits(digits_dir: Path) -> RunConfig:
+    data = DataConfig(dataset="digits", data_dir=str(digits_dir), crop="resized")
+    evaluation = EvalConfig(dataset="digits", prompts=("digits_unseen",), every=6, batch=64)
+    return dataclasses.replace(SYNTHETIC, data=data, eval=evaluation)
+
+
+def interrupted(data: TrainingData, *, after: int) -> TrainingData:
+    """The same data, which fails once `after` batches were taken."""
+
+    def batches(position):
+        stream = data.batches(position)
+        for _ in range(after):
+            yield next(stream)
+        raise ConnectionError("the store is gone")
+
+    return data._replace(batches=batches)
+
+
+def series(workdir: Path, name: str = "loss") -> dict[int, float]:
+    return {row["step"]: row[name] for row in metrics.read(workdir) if name in row}
+
+
+def snapshot(folder: Path) -> dict[str, str]:
+    """Path to hash of every file."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(digits_dir, tmp_path):
+    config = on_digits(digits_dir)
+    straight = train(config, tmp_path / "straight")
+    with pytest.raises(ConnectionError):
+        train(config, tmp_path / "broken", data=interrupted(open_training_data(config), after=8))
+    assert max(series(tmp_path / "broken")) < 12
+    resumed = train(config, tmp_path / "broken")
+
+    expected, found = series(tmp_path / "straight"), series(tmp_path / "broken")
+    assert list(expected) == list(range(1, 13))
+    assert len(set(expected.values())) == 12
+    assert {step: loss.hex() for step, loss in found.items()} == {s: x.hex() for s, x in expected.items()}
+    for a, b in zip(jax.tree.leaves(straight), jax.tree.leaves(resumed), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def test_a_killed_process_resumes_bit_for_bit(digits_dir, tmp_path):
+    """train.py is killed with SIGKILL between two checkpoints and started again."""
+    command = [
+        sys.executable, "train.py", "--config=configs/demo.py:batch=48,samples=1200,warmup_steps=4",
+        f"--config.data.data_dir={digits_dir}", "--config.data.build=false", "--config.log.every=1",
+        "--config.checkpoint.every=6", "--config.eval.dataset=", "--config.log.tensorboard=false",
+    ]  # fmt: skip
+    environment = os.environ | {"XLA_FLAGS": ""}
+
+    def start(name):
+        return subprocess.Popen([*command, f"--workdir={tmp_path / name}"], cwd=ROOT, env=environment)
+
+    assert start("straight").wait() == 0
+    killed = start("killed")
+    while killed.poll() is None and max(series(tmp_path / "killed"), default=0) < 15:
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    assert start("killed").wait() == 0
+    expected, found = series(tmp_path / "straight"), series(tmp_path / "killed")
+    assert len(set(expected.values())) == 25
+    assert {step: loss.hex() for step, loss in found.items()} == {s: x.hex() for s, x in expected.items()}
+
+
+def test_a_run_leaves_what_a_person_looks_at(digits_dir, tmp_path, capsys):
+    config = on_digits(digits_dir)
+    train(config, tmp_path)
+    (result,) = json.loads((tmp_path / "zero_shot.json").read_text())
+    assert result["images"] == 300
+    assert result["prompts"] == "digits_unseen"
+    assert np.sum(result["confusion"]) == 300
+    assert set(series(tmp_path, "zero_shot/digits_unseen/top1")) == {6, 12}
+    assert series(tmp_path, "zero_shot/digits_unseen/top1")[12] == result["acc1"]
+    for name in ("training.png", "confusion.png", "retrieval.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "config.json").read_text())["batch"] == 16
+    shown = capsys.readouterr().out
+    assert re.search(r"custom model, [\d,]+ parameters; [\d,]+ pairs of digits", shown)
+    assert "Zero-shot classification of 300 held-out images" in shown
+    assert "chance 2.77" in shown
+
+
+def test_metrics_of_every_step(tmp_path):
+    train(SYNTHETIC, tmp_path)
+    rows = metrics.read(tmp_path)
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    names = {"loss", "accuracy", "logit_scale", "learning_rate", "gradient_norm", "pairs"}
+    names |= {"step_time", "samples_per_second", "data_wait"}
+    assert all(names <= set(row) for row in rows)
+    assert rows[0]["logit_scale"] == pytest.approx(1 / 0.07)
+    assert rows[0]["loss"] == pytest.approx(np.log(16), rel=0.5)
+    assert rows[2]["learning_rate"] == pytest.approx(1e-3)
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path):
+    first = train(SYNTHETIC, tmp_path)
+    before = snapshot(tmp_path / "checkpoints")
+    again = train(SYNTHETIC, tmp_path)
+    assert snapshot(tmp_path / "checkpoints") == before
+    assert int(first.step) == int(again.step) == 12
+
+
+def test_what_changed_since_the_checkpoint_is_said(tmp_path, capsys):
+    with pytest.raises(ConnectionError):
+        train(SYNTHETIC, tmp_path, data=interrupted(open_training_data(SYNTHETIC), after=8))
+    capsys.readouterr()
+    train(dataclasses.replace(SYNTHETIC, optim=dataclasses.replace(SYNTHETIC.optim, lr=2e-3)), tmp_path)
+    assert "resuming at step 5; changed since: optim.lr 0.001 -> 0.002" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_another_model_is_refused_and_kept(tmp_path):
+    train(SYNTHETIC, tmp_path)
+    before = snapshot(tmp_path)
+    wider = dataclasses.replace(SYNTHETIC.model, embed_dim=24)
+    with pytest.raises(UserError, match=r"holds checkpoints of another model: embed_dim 16 -> 24 \(saved"):
+        train(dataclasses.replace(SYNTHETIC, model=wider), tmp_path)
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch": 12, "samples": 120}, r"config.batch is 12, not divisible by the mesh's 8 devices; use 8 or 16"),
+        ({"mesh": MeshConfig(fsdp=3)}, r"there are 8 devices; data x fsdp must be 8"),
+        ({"data": DataConfig(dataset="nothing_here")}, r"'nothing_here' is not in .*file_format='array_record'"),
+        ({"data": DataConfig(dataset="digits")}, r"clip-jax data build digits --data[-_]dir"),
+        ({"eval": EvalConfig(dataset="digits", prompts=("digit",))}, r"no template set 'digit'"),
+    ],
+)
+def test_refusals_write_nothing(change, message, tmp_path):
+    empty = {"data": dataclasses.replace(change.get("data", SYNTHETIC.data), data_dir=str(tmp_path / "data"))}
+    with pytest.raises(UserError, match=message):
+        train(dataclasses.replace(SYNTHETIC, **(change | empty)), tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dataset_without_the_features_lists_what_is_there(digits_dir, tmp_path):
+    config = on_digits(digits_dir)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, caption_key="text"))
+    with pytest.raises(UserError, match=r"no feature 'text'(?=.*image: Image)(?=.*caption: Text).*config.data.cap"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("below", [".", "deeper/still"])
+def test_an_unwritable_workdir(tmp_path, below):
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(UserError, match=r"^--workdir .*file.* cannot be written: "):
+        train(SYNTHETIC, tmp_path / "file" / below)
+    assert snapshot(tmp_path) == {"file": hashlib.sha256(b"kept").hexdigest()}
+
+
+BARE = """
+import sys
+for name in {absent!r}:
+    sys.modules[name] = None
+from pathlib import Path
+from clip_jax.command_line import build_config
+from clip_jax.trainer import train
+from configs.demo import get_config
+config = get_config("source=synthetic,batch=16,samples=48,warmup_steps=1,eval.dataset=")
+train(build_config(config, [], file="demo"), Path({workdir!r}))
+"""
+
+
+def test_synthetic_training_needs_few_packages(tmp_path):
+    absent = ["tensorflow", "tensorflow_datasets", "grain", "array_record", "torch", "tokenizers", "ftfy", "regex"]
+    absent += ["simplejpeg", "PIL", "sklearn", "matplotlib", "tensorboardX", "jaxtyping", "cv2"]
+    code = BARE.format(absent=absent, workdir=str(tmp_path))
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
+    assert result.returncode == 0, result.stderr
+    assert series(tmp_path)
+
+
+def test_training_never_imports_tensorflow(digits_dir, tmp_path):
+    code = f"""
+import sys
+from pathlib import Path
+from clip_jax.command_line import build_config
+from clip_jax.trainer import train
+from configs.demo import get_config
+config = get_config("build=false,batch=16,samples=48,warmup_steps=1,data_dir={digits_dir}")
+train(build_config(config, [], file="demo"), Path({str(tmp_path)!r}))
+sys.exit("tensorflow" in sys.modules or "torch" in sys.modules)
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
+    assert result.returncode == 0, result.stderr

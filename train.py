@@ -1,0 +1,38 @@
+"""Trains a CLIP model: python train.py --config=configs/demo.py --workdir=runs/demo
+
+Any value of the config can be set: --config=configs/vit_b32.py:batch=4096,fsdp=8 --config.optim.lr=1e-3
+A workdir that holds checkpoints is resumed.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from clip_jax.command_line import Overrides, build_config, one_line_errors, parse_flags, take_overrides
+from clip_jax.errors import UserError
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, such as configs/demo.py[:key=value,...].")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and the report.")
+
+
+def main(argv: Sequence[str], *, overrides: Overrides) -> None:
+    if argv[1:]:
+        raise UserError(f"unexpected argument {argv[1]!r}; flags begin with --")
+    file = config_flags.get_config_filename(flags.FLAGS["config"]) if flags.FLAGS["config"].present else None
+    config = build_config(_CONFIG.value, overrides, file=file)
+    if not _WORKDIR.value:
+        raise UserError("--workdir is missing; name a folder for this run, such as --workdir=runs/first")
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # Orbax speaks at every save
+    from clip_jax.trainer import train  # after all that can be refused without waiting for JAX
+
+    train(config, Path(_WORKDIR.value))
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        sys.argv, given = take_overrides(sys.argv)
+        app.run(lambda argv: main(argv, overrides=given), flags_parser=parse_flags)
