@@ -5,8 +5,10 @@ name, also an empty or half-deleted one.
 """
 
 import dataclasses
+import functools
 import json
 import logging
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +134,18 @@ def _metadata(config: RunConfig, data: dict[str, Any]) -> dict[str, Any]:
     return {
         "activation": "quick_gelu",
         "preprocess": Preprocess(size=config.model.vision.image_size).to_dict(),
+        "tokenizer": "clip",
         "data": data,
+        "git_revision": _git_revision(),
         "versions": {"clip_jax": clip_jax.__version__, "jax": jax.__version__, "flax": flax.__version__},
     }
+
+
+@functools.cache
+def _git_revision() -> str | None:
+    """Returns the commit of this package's checkout; None where it is installed without one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

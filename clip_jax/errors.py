@@ -1,5 +1,8 @@
 """Errors that a user can cause: one line says what was wrong, where, and what to do."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """A mistake in what the user gave; `train.py` and `clip-jax` print its one line and exit with code 2."""
@@ -7,3 +10,9 @@ class UserError(Exception):
 
 class ConfigError(UserError):
     """A config value that cannot be used: an unknown key, a wrong type, or values that contradict each other."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Returns "; did you mean 'digits'?" for the nearest known name, or nothing where none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -28,12 +28,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
             vision=ViTConfig(image_size=16, patch=4, width=96, heads=3, layers=4),
             text=TextConfig(width=64, heads=2, layers=2, context=24),
         ),
-        data=DataConfig(dataset="digits", build=True, crop="resized", crop_scale=(0.7, 1.0)),
-        optim=OptimConfig(lr=2e-3, warmup_steps=40),
+        data=DataConfig(dataset="digits", build=True, crop="resized", crop_scale=(0.85, 1.0)),
+        optim=OptimConfig(lr=1e-3, warmup_steps=40),
         checkpoint=CheckpointConfig(every=200),
         eval=EvalConfig(dataset="digits", prompts=("digits", "digits_unseen"), every=100, batch=80),
         log=LogConfig(every=10),
         batch=240,
-        samples=400 * 240,
+        samples=500 * 240,
     )
     return apply_argument(to_config_dict(run), arg)

@@ -7,28 +7,17 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from tiny import TINY
 
 from clip_jax.checkpoint import Checkpoints, as_json, check_same_model
-from clip_jax.config import CheckpointConfig, DataConfig, MeshConfig, OptimConfig, RunConfig
+from clip_jax.config import CheckpointConfig, MeshConfig
 from clip_jax.errors import UserError
 from clip_jax.models.clip import CLIP
-from clip_jax.models.variants import ModelConfig, TextConfig, ViTConfig
 from clip_jax.optim import make_optimizer
 from clip_jax.partition import make_mesh
 from clip_jax.state import abstract_state, create_state
 
-RUN = RunConfig(
-    model=ModelConfig(
-        embed_dim=16,
-        vision=ViTConfig(image_size=16, patch=8, width=32, heads=2, layers=1),
-        text=TextConfig(width=32, heads=2, layers=1, context=12, vocab_size=128),
-    ),
-    data=DataConfig(source="synthetic"),
-    optim=OptimConfig(warmup_steps=1),
-    batch=16,
-    samples=160,
-)
-MODEL, OPTIMIZER = CLIP(RUN.model), make_optimizer(RUN.optim, steps=RUN.steps)
+MODEL, OPTIMIZER = CLIP(TINY.model), make_optimizer(TINY.optim, steps=TINY.steps)
 
 
 def state_on(mesh_config: MeshConfig, *, seed: int = 0):
@@ -36,7 +25,7 @@ def state_on(mesh_config: MeshConfig, *, seed: int = 0):
 
 
 def save(checkpoints: Checkpoints, step: int, state) -> None:
-    checkpoints.save(step, state, position=step * RUN.batch, config=RUN, data={"name": "made up"})
+    checkpoints.save(step, state, position=step * TINY.batch, config=TINY, data={"name": "made up"})
 
 
 def assert_same_bits(one, two) -> None:
@@ -59,7 +48,7 @@ def test_any_mesh_restores_the_same_bits(tmp_path, mesh):
     writer.close()
     reader = Checkpoints(tmp_path, CheckpointConfig())
     restored, position = reader.restore(3, abstract_state(MODEL, OPTIMIZER, mesh=make_mesh(mesh)))
-    assert position == 48
+    assert position == 96
     assert_same_bits(state, restored)
     assert restored.params["text"]["projection"]["kernel"].sharding.mesh.shape["fsdp"] == mesh.fsdp
     reader.close()
@@ -103,16 +92,16 @@ def test_what_is_not_whole_is_passed_over(checkpoints, tmp_path, caplog):
 def test_config_and_metadata_travel(checkpoints, tmp_path):
     save(checkpoints, 2, state_on(MeshConfig()))
     checkpoints.wait()
-    assert checkpoints.read_config(2) == as_json(RUN)
+    assert checkpoints.read_config(2) == as_json(TINY)
     metadata = (tmp_path / "checkpoints" / "2" / "metadata" / "metadata").read_text()
-    for word in ('"quick_gelu"', '"made up"', '"size": 16', '"mean"', '"jax"'):
+    for word in ('"quick_gelu"', '"tokenizer": "clip"', '"git_revision"', '"made up"', '"size": 16', '"mean"', '"jax"'):
         assert word in metadata
 
 
 def test_another_model_is_refused_by_name():
-    deeper = dataclasses.replace(RUN.model, text=dataclasses.replace(RUN.model.text, layers=2))
-    other = dataclasses.replace(RUN, model=deeper)
+    deeper = dataclasses.replace(TINY.model, text=dataclasses.replace(TINY.model.text, layers=2))
+    other = dataclasses.replace(TINY, model=deeper)
     with pytest.raises(UserError, match=r"^w holds checkpoints of another model: text.layers 1 -> 2 \(saved"):
-        check_same_model(as_json(RUN), other, where=Path("w"))
-    harmless = dataclasses.replace(RUN, model=dataclasses.replace(RUN.model, dtype="bfloat16", init="scaled"))
-    check_same_model(as_json(RUN), harmless, where=Path("w"))
+        check_same_model(as_json(TINY), other, where=Path("w"))
+    harmless = dataclasses.replace(TINY, model=dataclasses.replace(TINY.model, dtype="bfloat16", init="scaled"))
+    check_same_model(as_json(TINY), harmless, where=Path("w"))

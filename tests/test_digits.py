@@ -141,7 +141,7 @@ def test_a_dataset_that_is_there_is_not_built_again(digits_dir, monkeypatch):
 def test_building_an_unknown_dataset_names_the_nearest(tmp_path):
     with pytest.raises(UserError, match="did you mean 'digits'"):
         build_dataset("digit", str(tmp_path))
-    with pytest.raises(UserError, match=r"there is digits"):
+    with pytest.raises(UserError, match=r"it builds digits"):
         build_dataset("imagenet", str(tmp_path))
 
 

@@ -7,28 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import TINY
 
-from clip_jax.config import DataConfig, MeshConfig, OptimConfig, RunConfig
+from clip_jax.config import MeshConfig, OptimConfig
 from clip_jax.data.pipeline import synthetic_batches
 from clip_jax.models.clip import CLIP
-from clip_jax.models.variants import ModelConfig, TextConfig, ViTConfig
 from clip_jax.optim import make_optimizer
 from clip_jax.partition import make_mesh, place_rows
 from clip_jax.rules import leaf_paths
 from clip_jax.state import abstract_state, create_state
 from clip_jax.step import make_train_step
-
-RUN = RunConfig(
-    model=ModelConfig(
-        embed_dim=16,
-        vision=ViTConfig(image_size=16, patch=8, width=32, heads=2, layers=1),
-        text=TextConfig(width=32, heads=2, layers=1, context=12, vocab_size=128),
-    ),
-    data=DataConfig(source="synthetic"),
-    optim=OptimConfig(lr=1e-3, warmup_steps=5),
-    batch=32,
-    samples=32 * 20,
-)
 
 
 def batches(run, count):
@@ -68,12 +56,12 @@ def losses(run, devices, count=20):
 
 @pytest.fixture(scope="module")
 def alone():
-    return losses(RUN, 1)
+    return losses(TINY, 1)
 
 
 @pytest.mark.parametrize("mesh", [MeshConfig(8, 1), MeshConfig(2, 4), MeshConfig(1, 8)], ids=str)
 def test_one_device_and_eight_train_alike(alone, mesh):
-    sharded, _ = losses(dataclasses.replace(RUN, mesh=mesh), 8)
+    sharded, _ = losses(dataclasses.replace(TINY, mesh=mesh), 8)
     difference = np.abs(sharded / alone[0] - 1).max()
     print(f"largest relative difference of 20 losses, 1 device against {mesh}: {difference:.1e}")
     assert len(set(alone[0])) == 20
@@ -82,7 +70,7 @@ def test_one_device_and_eight_train_alike(alone, mesh):
 
 def test_float64_losses_are_equal_on_every_mesh():
     with jax.enable_x64(True):
-        run = dataclasses.replace(RUN, model=dataclasses.replace(RUN.model, dtype="float64"))
+        run = dataclasses.replace(TINY, model=dataclasses.replace(TINY.model, dtype="float64"))
         one, _ = losses(run, 1, count=5)
         eight, _ = losses(dataclasses.replace(run, mesh=MeshConfig(2, 4)), 8, count=5)
     assert one.dtype == np.float64
@@ -90,14 +78,14 @@ def test_float64_losses_are_equal_on_every_mesh():
 
 
 def test_initial_parameters_do_not_depend_on_the_mesh():
-    _, one, _ = setup(RUN, 1)
-    _, eight, _ = setup(dataclasses.replace(RUN, mesh=MeshConfig(2, 4)), 8)
+    _, one, _ = setup(TINY, 1)
+    _, eight, _ = setup(dataclasses.replace(TINY, mesh=MeshConfig(2, 4)), 8)
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(eight), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 def test_every_parameter_learns(alone):
-    _, before, _ = setup(RUN, 1)
+    _, before, _ = setup(TINY, 1)
     after = alone[1]
     paths = leaf_paths(before.params)
     for path, a, b in zip(paths, jax.tree.leaves(before.params), jax.tree.leaves(after.params), strict=True):
@@ -106,7 +94,7 @@ def test_every_parameter_learns(alone):
 
 
 def test_the_temperature_is_clamped_after_the_update_and_can_come_back():
-    run = dataclasses.replace(RUN, optim=OptimConfig(lr=1e-2, warmup_steps=0, max_scale=15.0))
+    run = dataclasses.replace(TINY, optim=OptimConfig(lr=1e-2, warmup_steps=0, max_scale=15.0))
     mesh, state, step = setup(run, 1)
     top = float(np.log(np.float32(15.0)))
     scales = []
@@ -119,7 +107,7 @@ def test_the_temperature_is_clamped_after_the_update_and_can_come_back():
 
 
 def test_the_temperature_has_a_gradient_at_the_limit():
-    run = dataclasses.replace(RUN, optim=OptimConfig(lr=1e-2, warmup_steps=0, max_scale=1 / 0.07))
+    run = dataclasses.replace(TINY, optim=OptimConfig(lr=1e-2, warmup_steps=0, max_scale=1 / 0.07))
     mesh, state, step = setup(run, 1)
     state, _ = step(state, place_rows(batches(run, 1)[0], mesh))
     assert float(state.params["logit_scale"]) < float(np.log(1 / 0.07))  # at random features a lower scale is better
@@ -127,14 +115,14 @@ def test_the_temperature_has_a_gradient_at_the_limit():
 
 def test_weight_zero_pairs_do_not_count():
     """A pair of weight 0 may hold anything."""
-    mesh, state, step = setup(RUN, 8)
-    batch = batches(RUN, 1)[0]
+    mesh, state, step = setup(TINY, 8)
+    batch = batches(TINY, 1)[0]
     batch["weight"][5:9] = 0
     other = {name: rows.copy() for name, rows in batch.items()}
     other["image"][5:9] = 255 - other["image"][5:9]
     other["tokens"][5:9] = other["tokens"][9:13]
     _, one = step(state, place_rows(batch, mesh))
-    _, state, _ = setup(RUN, 8)
+    _, state, _ = setup(TINY, 8)
     _, two = step(state, place_rows(other, mesh))
     assert float(one["pairs"]) == 28
     for name in one:
@@ -142,15 +130,15 @@ def test_weight_zero_pairs_do_not_count():
 
 
 def test_the_state_is_donated():
-    mesh, state, step = setup(RUN, 8)
+    mesh, state, step = setup(TINY, 8)
     old = jax.tree.leaves(state.params)
-    step(state, place_rows(batches(RUN, 1)[0], mesh))
+    step(state, place_rows(batches(TINY, 1)[0], mesh))
     assert all(leaf.is_deleted() for leaf in old)
 
 
 def test_the_step_holds_no_whole_similarity_matrix():
     """In the compiled step of the real mesh each device has its rows of the [b, b] logits only."""
-    run = dataclasses.replace(RUN, batch=512, samples=512 * 10)
+    run = dataclasses.replace(TINY, batch=512, samples=512 * 10)
     mesh, state, step = setup(run, 8)
     text = step.lower(state, place_rows(batches(run, 1)[0], mesh)).compile().as_text()
     assert "f32[512,512]" not in text

@@ -14,34 +14,30 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from tiny import TINY
 
 from clip_jax import metrics
-from clip_jax.config import CheckpointConfig, DataConfig, EvalConfig, LogConfig, MeshConfig, OptimConfig, RunConfig
+from clip_jax.config import CheckpointConfig, DataConfig, EvalConfig, MeshConfig, OptimConfig, RunConfig
 from clip_jax.data.loader import TrainingData, open_training_data
 from clip_jax.errors import UserError
-from clip_jax.models.variants import ModelConfig, TextConfig, ViTConfig
+from clip_jax.models.variants import TextConfig
 from clip_jax.trainer import train
 
 ROOT = Path(__file__).parent.parent
-SYNTHETIC = RunConfig(
-    model=ModelConfig(
-        embed_dim=16,
-        vision=ViTConfig(image_size=16, patch=8, width=32, heads=2, layers=1),
-        text=TextConfig(width=32, heads=2, layers=1, context=32),
-    ),
-    data=DataConfig(source="synthetic"),
+SYNTHETIC = dataclasses.replace(
+    TINY,
     optim=OptimConfig(lr=1e-3, warmup_steps=2),
     checkpoint=CheckpointConfig(every=5),
-    log=LogConfig(every=1, tensorboard=False),
     batch=16,
     samples=16 * 12,
 )
 
 
 def on_digits(digits_dir: Path) -> RunConfig:
+    model = dataclasses.replace(TINY.model, text=TextConfig(width=32, heads=2, layers=1, context=32))
     data = DataConfig(dataset="digits", data_dir=str(digits_dir), crop="resized")
     evaluation = EvalConfig(dataset="digits", prompts=("digits_unseen",), every=6, batch=64)
-    return dataclasses.replace(SYNTHETIC, data=data, eval=evaluation)
+    return dataclasses.replace(SYNTHETIC, model=model, data=data, eval=evaluation)
 
 
 def interrupted(data: TrainingData, *, after: int) -> TrainingData:

@@ -77,5 +77,5 @@ def test_find_images_ranks_by_cosine():
 
 def test_prompt_sets():
     assert all("{}" in template for row in TEMPLATES.values() for template in row)
-    with pytest.raises(ConfigError, match=r"no template set 'digit'; the nearest is 'digits' \(sets: photo, digits,"):
+    with pytest.raises(ConfigError, match=r"no template set 'digit'; did you mean 'digits'\? \(sets: photo, digits,"):
         templates("digit")

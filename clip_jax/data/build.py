@@ -6,7 +6,6 @@ Writing ArrayRecord through TFDS needs TensorFlow, training does not; so a build
 
 import argparse
 import contextlib
-import difflib
 import importlib
 import io
 import os
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from clip_jax.data import digits
 from clip_jax.data.sources import FILE_FORMAT, OWN_DATASETS, datasets_root, find_dataset
-from clip_jax.errors import UserError
+from clip_jax.errors import UserError, did_you_mean
 
 _BUILDERS = {"digits": ("clip_jax.data.digits.builder", "Digits", digits.VERSION)}
 _ERROR_LINES = 3
@@ -131,9 +130,11 @@ def _entry(name: str) -> tuple[str, str, str]:
     """Returns (module, class, version) of the builder of a dataset of ours."""
     if name in _BUILDERS:
         return _BUILDERS[name]
-    close = difflib.get_close_matches(name, _BUILDERS, n=1, cutoff=0.4)
-    hint = f"did you mean {close[0]!r}?" if close else "another TFDS dataset is prepared with TFDS itself"
-    raise UserError(f"{name!r} is not a dataset that clip-jax builds (there is {', '.join(_BUILDERS)}); {hint}")
+    guess = did_you_mean(name, _BUILDERS)
+    raise UserError(
+        f"{name!r} is not a dataset that clip-jax builds{guess} (it builds {', '.join(_BUILDERS)}; other datasets are "
+        "prepared with TFDS itself)"
+    )
 
 
 if __name__ == "__main__":

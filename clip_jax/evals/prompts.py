@@ -1,9 +1,7 @@
 """Named sets of prompt templates; `{}` stands for the class name."""
 
-import difflib
-
 from clip_jax.data.digits import captions
-from clip_jax.errors import ConfigError
+from clip_jax.errors import ConfigError, did_you_mean
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "photo": ("a photo of a {}.",),
@@ -19,8 +17,6 @@ def templates(name: str) -> tuple[str, ...]:
       ConfigError: no such set; the line lists all and guesses the nearest.
     """
     if name not in TEMPLATES:
-        near = difflib.get_close_matches(name, TEMPLATES, n=1, cutoff=0.0)[0]
-        raise ConfigError(
-            f"config.eval.prompts: no template set {name!r}; the nearest is {near!r} (sets: {', '.join(TEMPLATES)})"
-        )
+        guess = did_you_mean(name, TEMPLATES)
+        raise ConfigError(f"config.eval.prompts: no template set {name!r}{guess} (sets: {', '.join(TEMPLATES)})")
     return TEMPLATES[name]

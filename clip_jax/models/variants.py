@@ -3,11 +3,10 @@
 Imports no JAX, so that configs and `clip-jax --help` stay quick.
 """
 
-import difflib
 from dataclasses import dataclass
 from typing import Literal
 
-from clip_jax.errors import UserError
+from clip_jax.errors import UserError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -134,9 +133,7 @@ def model_config(name: str) -> ModelConfig:
     """
     by_plain = {_plain(known): known for known in VARIANTS}
     if _plain(name) not in by_plain:
-        near = difflib.get_close_matches(_plain(name), by_plain, n=1, cutoff=0.5)
-        guess = f"; did you mean {by_plain[near[0]]!r}?" if near else ""
-        raise UserError(f"unknown model {name!r}{guess} (models: {', '.join(VARIANTS)})")
+        raise UserError(f"unknown model {name!r}{did_you_mean(name, VARIANTS)} (models: {', '.join(VARIANTS)})")
     embed_dim, vision, text = VARIANTS[by_plain[_plain(name)]]
     return ModelConfig(embed_dim, vision, text)
 
