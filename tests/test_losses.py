@@ -96,6 +96,21 @@ def test_chance_and_perfect_pairs():
     assert float(perfect.image_accuracy) == float(perfect.text_accuracy) == 1
 
 
+def test_accuracies_count_who_finds_its_partner(x64):
+    """Noisy copies: each side finds its partner sometimes, and not equally often."""
+    image, noise = pairs(64)
+    text = unit(image + 0.9 * np.sort(noise, axis=0))
+    weight = (np.random.default_rng(3).random(64) < 0.8).astype(np.float64)
+    output = softmax_loss(jnp.asarray(image), jnp.asarray(text), jnp.asarray(9.0), jnp.asarray(weight))
+    kept = np.flatnonzero(weight)
+    similarity = image[kept] @ text[kept].T
+    by_image = np.mean(similarity.argmax(1) == np.arange(len(kept)))
+    by_text = np.mean(similarity.argmax(0) == np.arange(len(kept)))
+    assert 0 < by_image < 1
+    assert by_image != by_text
+    assert (float(output.image_accuracy), float(output.text_accuracy)) == pytest.approx((by_image, by_text))
+
+
 def test_symmetry_and_permutation(x64):
     image, text = map(jnp.asarray, pairs())
     weight = jnp.asarray(np.random.default_rng(1).integers(0, 2, 24), jnp.float64)
