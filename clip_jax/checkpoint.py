@@ -59,8 +59,10 @@ class Checkpoints:
         return None
 
     def read_config(self, step: int) -> dict[str, Any]:
-        """Returns the config that a checkpoint was written with, as nested dicts."""
-        return self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
+        """Returns the config that a checkpoint was written with, as nested dicts; writes nothing."""
+        options = ocp.CheckpointManagerOptions(read_only=True)
+        with ocp.CheckpointManager(self._folder, options=options, item_names=_ITEMS) as reader:
+            return reader.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
 
     def restore(self, step: int, target: TrainState) -> tuple[TrainState, int]:
         """Reads a checkpoint onto the mesh of `target`.

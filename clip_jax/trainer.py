@@ -7,7 +7,6 @@ evaluate where due. The data position is the number of pairs consumed, so that a
 
 import json
 import math
-import tempfile
 from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
@@ -156,9 +155,9 @@ def prepare_workdir(workdir: Path, config: RunConfig) -> None:
         return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=workdir, suffix=".tmp", delete=False) as file:
-            json.dump(as_json(config), file, indent=2)
-        Path(file.name).replace(workdir / "config.json")
+        temporary = workdir / "config.json.tmp"
+        temporary.write_text(json.dumps(as_json(config), indent=2) + "\n")
+        temporary.replace(workdir / "config.json")
     except OSError as error:
         raise UserError(f"--workdir {workdir} cannot be written: {error.strerror}; name a folder that can") from None
 

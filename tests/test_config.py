@@ -168,7 +168,7 @@ def test_diff_is_flat():
     assert describe_diff(found) == "optim.lr 0.0005 -> 0.001, seed 0 -> 3"
 
 
-RECIPES = {  # FACTS of the paper: learning rate, β2, ε
+RECIPES = {  # of the paper: model, learning rate, β2, ε
     "rn50": ("RN50", 5e-4, 0.999, 1e-8),
     "rn101": ("RN101", 5e-4, 0.999, 1e-8),
     "rn50x4": ("RN50x4", 5e-4, 0.999, 1e-8),

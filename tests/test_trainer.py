@@ -150,10 +150,14 @@ def test_what_changed_since_the_checkpoint_is_said(tmp_path, capsys):
 
 def test_a_checkpoint_of_another_model_is_refused_and_kept(tmp_path):
     train(SYNTHETIC, tmp_path)
+    unfinished = tmp_path / "checkpoints" / "13.orbax-checkpoint-tmp"
+    unfinished.mkdir()
+    (unfinished / "part").write_text("of a save that was killed")
     before = snapshot(tmp_path)
     wider = dataclasses.replace(SYNTHETIC.model, embed_dim=24)
     with pytest.raises(UserError, match=r"holds checkpoints of another model: embed_dim 16 -> 24 \(saved"):
         train(dataclasses.replace(SYNTHETIC, model=wider), tmp_path)
+    time.sleep(0.5)  # Orbax would remove it in the background
     assert snapshot(tmp_path) == before
 
 
