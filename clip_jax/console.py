@@ -1,7 +1,9 @@
 """What a run shows: a progress bar on a terminal, plain lines elsewhere; and small tables."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from typing import Any, Protocol, TextIO, cast, runtime_checkable
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -10,23 +12,45 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
-_CLOSED = (BrokenPipeError, ValueError, OSError)  # what writing to a closed stream raises; training goes on
+
+@runtime_checkable
+class Stream(Protocol):
+    """What is needed of a text stream, such as `sys.stdout`."""
+
+    def write(self, text: str, /) -> Any:
+        """Takes text."""
+
+    def flush(self) -> Any:
+        """Sends it on."""
+
+    def isatty(self) -> bool:
+        """Whether this is a terminal."""
+        ...
 
 
 class Progress:
-    """Shows the steps of a run on stdout; for use in `with`.
+    """Shows the steps of a run; for use in `with`. Training goes on where the stream is closed.
 
     Args:
       total_steps: steps of the whole run.
       start_step: steps done before.
       chance_loss: the loss of a model that knows nothing, shown beside the loss.
       log_every: steps between lines where there is no terminal.
+      stream: where to; stdout if None.
     """
 
-    def __init__(self, total_steps: int, *, start_step: int = 0, chance_loss: float, log_every: int) -> None:
+    def __init__(
+        self,
+        total_steps: int,
+        *,
+        start_step: int = 0,
+        chance_loss: float,
+        log_every: int,
+        stream: Stream | None = None,
+    ) -> None:
         self._total, self._start, self._log_every = total_steps, start_step, log_every
         self._chance_loss = chance_loss
-        self._console = Console(highlight=False)
+        self._console = _console(stream)
         self._bar = Bar(
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -43,8 +67,7 @@ class Progress:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        with suppress(*_CLOSED):
-            self._live.stop()
+        self._live.stop()
 
     def update(self, step: int, scalars: Mapping[str, float]) -> None:
         """Shows the numbers of a finished step.
@@ -56,8 +79,7 @@ class Progress:
         numbers, eta = self._numbers(scalars), clock((self._total - step) * scalars["step_time"])
         if self._console.is_terminal:
             self._bar.update(self._task, completed=step, eta=eta)
-            with suppress(*_CLOSED):
-                self._live.update(Group(self._bar, Text(numbers)))
+            self._live.update(Group(self._bar, Text(numbers)))
         elif step % self._log_every == 0 or step in (self._start + 1, self._total):
             self.print(f"step {step}/{self._total}  {numbers}  ETA {eta}")
 
@@ -82,7 +104,7 @@ def clock(seconds: float) -> str:
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Shows a table on stdout: ruled on a terminal, aligned plain text elsewhere."""
-    console = Console(highlight=False)
+    console = _console(None)
     if not console.is_terminal:
         _print(console, plain_table(title, columns, rows))
         return
@@ -100,9 +122,41 @@ def plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     return "\n".join([title, *("  " + line.rstrip() for line in aligned)])
 
 
+class _Output:
+    """A text stream that drops what it cannot write, so that no display ends a run.
+
+    The exceptions must not reach rich, which exits the process on a broken pipe, and draws from a thread of its own.
+    """
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        self.encoding = getattr(stream, "encoding", None) or "utf-8"
+
+    def isatty(self) -> bool:
+        """Whether this is a terminal; raises ValueError if closed, which rich takes for no."""
+        return self._stream.isatty()
+
+    def write(self, text: str) -> int:
+        """Writes text, with escapes for what the stream's encoding lacks."""
+        with suppress(OSError, ValueError):
+            self._stream.write(text.encode(self.encoding, "backslashreplace").decode(self.encoding))
+        return len(text)
+
+    def flush(self) -> None:
+        """Flushes the stream."""
+        with suppress(OSError, ValueError):
+            self._stream.flush()
+
+
+def _console(stream: Stream | None) -> Console:
+    """Returns a console that shows text as it is: a class may well be called "[red]" or ":smile:"."""
+    target = stream or sys.stdout  # None where the process was started without a stdout; rich then writes nowhere
+    file = cast(TextIO, _Output(target)) if target else None
+    return Console(file=file, highlight=False, markup=False, emoji=False)
+
+
 def _print(console: Console, text: str) -> None:
-    with suppress(*_CLOSED):
-        if console.is_terminal:
-            console.print(text, markup=False)
-        else:
-            print(text, file=console.file, flush=True)  # rich would wrap it at 80 columns
+    if console.is_terminal:
+        console.print(text)
+    else:
+        print(text, file=console.file, flush=True)  # rich would wrap it at 80 columns

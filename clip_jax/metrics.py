@@ -8,16 +8,19 @@ leaves at most one torn line, which the next one ends before it appends.
 import importlib.util
 import json
 import logging
+import os
 import secrets
 import sys
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, SupportsFloat, runtime_checkable
 
 from clip_jax.errors import UserError
 
 FILE = "metrics.jsonl"
+TENSORBOARD_FLUSH_SECONDS = 10.0
 _LOG = logging.getLogger(__name__)
 
 
@@ -27,6 +30,9 @@ class Backend(Protocol):
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Takes the numbers of a step."""
+
+    def flush(self) -> None:
+        """Sends what is buffered to where it outlives the process."""
 
     def close(self) -> None:
         """Writes what is buffered and lets go."""
@@ -58,10 +64,8 @@ class MetricWriter:
         self._backends: list[Backend] = []
         if wandb is not None:
             self._backends.append(WandbBackend(workdir, wandb, run_config))
-        if tensorboard and importlib.util.find_spec("tensorboardX") is not None:
-            self._backends.append(TensorBoardBackend(workdir / "tensorboard"))
-        elif tensorboard:
-            _LOG.warning("tensorboardX is not installed; no TensorBoard events are written")
+        if tensorboard:
+            self._open_tensorboard(workdir / "tensorboard")
         self._lines = JsonLines(workdir / FILE)
 
     def __enter__(self) -> "MetricWriter":
@@ -70,11 +74,18 @@ class MetricWriter:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Writes the numbers of a step."""
-        self._lines.write(step, scalars)
+    def write(self, step: int, scalars: Mapping[str, SupportsFloat]) -> None:
+        """Writes the numbers of a step, Python's or numpy's."""
+        values = {name: float(value) for name, value in scalars.items()}
+        self._lines.write(step, values)
         for backend in list(self._backends):
-            self._try(backend, lambda backend=backend: backend.write(step, scalars))
+            self._try(backend, lambda backend=backend: backend.write(step, values))
+
+    def flush(self) -> None:
+        """Sends what is buffered to disk."""
+        self._lines.flush()
+        for backend in list(self._backends):
+            self._try(backend, backend.flush)
 
     def close(self) -> None:
         """Closes all backends; a second call does nothing."""
@@ -83,14 +94,21 @@ class MetricWriter:
         self._backends.clear()
         self._lines.close()
 
-    def _try(self, backend: Backend, action: Any) -> None:
+    def _open_tensorboard(self, folder: Path) -> None:
+        if importlib.util.find_spec("tensorboardX") is None:
+            _LOG.warning("tensorboardX is not installed; no TensorBoard events are written")
+            return
+        try:
+            self._backends.append(TensorBoardBackend(folder))
+        except Exception as error:
+            _warn_off(TensorBoardBackend, error)
+
+    def _try(self, backend: Backend, action: Callable[[], None]) -> None:
         try:
             action()
         except Exception as error:  # of any kind: these libraries talk to disks and networks
             self._backends.remove(backend)
-            _LOG.warning(
-                "%s failed and is off from here on: %s: %s", type(backend).__name__, type(error).__name__, error
-            )
+            _warn_off(type(backend), error)
 
 
 class JsonLines:
@@ -105,23 +123,44 @@ class JsonLines:
         self._file.write(json.dumps({"step": step, **scalars}) + "\n")
         self._file.flush()
 
+    def flush(self) -> None:
+        """Waits until the disk has the lines, against a failure of the machine."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
 
 
 class TensorBoardBackend:
-    """TensorBoard event files, by tensorboardX."""
+    """TensorBoard event files, by tensorboardX.
+
+    Written in the calling thread: the thread of tensorboardX's `SummaryWriter` dies of a full disk in silence, and the
+    run then waits forever for room in its queue.
+    """
 
     def __init__(self, folder: Path) -> None:
         with _torch_hidden():
-            from tensorboardX import SummaryWriter
-        self._writer = SummaryWriter(str(folder))
+            from tensorboardX.event_file_writer import EventsWriter
+        folder.mkdir(parents=True, exist_ok=True)
+        # its names tell seconds: without a suffix of its own, a run restarted at once would overwrite the last one's
+        self._writer = EventsWriter(str(folder / "events"), filename_suffix="." + secrets.token_hex(4))
+        self._flush_due = 0.0
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Adds one point to every scalar's curve."""
-        for name, value in scalars.items():
-            self._writer.add_scalar(name, value, step)
+        from tensorboardX.proto.event_pb2 import Event  # pyrefly: ignore
+        from tensorboardX.proto.summary_pb2 import Summary  # pyrefly: ignore
+
+        points = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
+        self._writer.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=points)))
+        if time.monotonic() >= self._flush_due:  # not always: each one waits for the disk
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what is buffered."""
+        self._writer.flush()
+        self._flush_due = time.monotonic() + TENSORBOARD_FLUSH_SECONDS
 
     def close(self) -> None:
         """Writes what is buffered."""
@@ -145,6 +184,9 @@ class WandbBackend:
         """Logs the scalars."""
         self._run.log(dict(scalars), step=step)
 
+    def flush(self) -> None:
+        """Does nothing: W&B's own process sends what it was given."""
+
     def close(self) -> None:
         """Ends the run."""
         self._run.finish()
@@ -164,6 +206,10 @@ def read(workdir: Path) -> list[dict[str, Any]]:
             continue
         by_step.setdefault(row["step"], {}).update(row)
     return [by_step[step] for step in sorted(by_step)]
+
+
+def _warn_off(backend: type, error: Exception) -> None:
+    _LOG.warning("%s failed and is off from here on: %s: %s", backend.__name__, type(error).__name__, error)
 
 
 def _wandb_id(workdir: Path) -> str:

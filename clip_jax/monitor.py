@@ -93,6 +93,11 @@ class Monitor:
         yield
         self._window_began += time.perf_counter() - began
 
+    def sync(self) -> None:
+        """Puts on disk what was written so far, so that the metrics are as safe as a checkpoint."""
+        if self._writer is not None:
+            self._writer.flush()
+
     def print(self, text: str) -> None:
         """Shows a line above the progress bar."""
         if self._progress is not None:

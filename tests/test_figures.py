@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_jax.evals.figures import GREEN, RED, plot_confusion, plot_retrieval, plot_training
+from clip_jax.evals.figures import BLUE, GREEN, RED, plot_confusion, plot_retrieval, plot_training
 
 
 def pixels(path) -> np.ndarray:
@@ -15,6 +15,12 @@ def share_of(path, colour) -> float:
     """Share of the pixels with a colour, given as #rrggbb or (r, g, b)."""
     rgb = [int(colour[i : i + 2], 16) for i in (1, 3, 5)] if isinstance(colour, str) else colour
     return float((np.abs(pixels(path).astype(int) - rgb).max(axis=-1) <= 2).mean())
+
+
+def near(path, colour) -> np.ndarray:
+    """Positions [n, 2] of the pixels of a colour."""
+    rgb = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+    return np.argwhere(np.abs(pixels(path).astype(int) - rgb).max(axis=-1) <= 2)
 
 
 def rows(steps: int, names=("loss", "accuracy")) -> list[dict]:
@@ -28,6 +34,38 @@ def test_training_draws_whatever_is_there(tmp_path, data):
     height, width, _ = pixels(tmp_path / "training.png").shape
     assert (height, width) == (480, 1200)
     assert [path.name for path in tmp_path.iterdir()] == ["training.png"]
+
+
+def test_a_single_step_can_be_seen(tmp_path):
+    """In the middle of each panel, beside the legends, whose samples have the same colour."""
+    plot_training([{"step": 1, "loss": 1.0, "accuracy": 0.5}], tmp_path / "t.png", chance_loss=3.0, title="")
+    columns = near(tmp_path / "t.png", BLUE)[:, 1]
+    for middle in (330, 930):
+        assert (np.abs(columns - middle) < 30).sum() > 10
+
+
+def test_numbers_that_are_not_finite_are_gaps(tmp_path):
+    data = [{"step": step, "loss": loss} for step, loss in enumerate([3.0, float("nan"), float("inf"), 2.0], 1)]
+    plot_training(data, tmp_path / "t.png", chance_loss=3.0, title="")
+
+
+def test_names_with_dollars_are_no_formulas(tmp_path):
+    names = [r"$\bad$", "from $5 to $6"]
+    plot_confusion(np.eye(2, dtype=int), names, tmp_path / "c.png", title=r"$\frac$")
+    plot_training(
+        rows(2) + [{"step": 2, r"zero_shot/$\x$/top1": 0.5}], tmp_path / "t.png", chance_loss=1.0, title=names[0]
+    )
+    images = np.zeros((1, 1, 4, 4, 3), np.uint8)
+    plot_retrieval(names[:1], images, np.ones((1, 1), bool), tmp_path / "r.png", title=names[0])
+
+
+def test_a_long_caption_stays_in_its_row(tmp_path):
+    """Between the two rows' ink, left of the images, there is white."""
+    images = np.full((2, 3, 4, 4, 3), 128, np.uint8)
+    plot_retrieval(["many words " * 40] * 2, images, np.ones((2, 3), bool), tmp_path / "r.png", title="")
+    ink = (pixels(tmp_path / "r.png")[:, :300] < 200).any(axis=(1, 2))
+    starts = np.flatnonzero(np.diff(np.flatnonzero(ink)) > 12)
+    assert len(starts) == 1
 
 
 def test_curves_are_where_the_numbers_are(tmp_path):

@@ -5,13 +5,15 @@ import json
 import logging
 import math
 import re
+import subprocess
 import sys
+import time
 import types
+from typing import Any
 
+import numpy as np
 import pytest
-from rich.console import Console
 
-from clip_jax import console as console_module
 from clip_jax import metrics
 from clip_jax.console import Progress, clock, plain_table, print_table
 from clip_jax.errors import UserError
@@ -27,6 +29,35 @@ SCALARS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch):
+    """Without the variables by which rich is told to take a pipe for a terminal, or the reverse."""
+    for name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self):
+        return True
+
+    def shown(self) -> str:
+        return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self.getvalue())
+
+
+def test_imports_neither_jax_nor_tensorflow():
+    code = (
+        "import sys, tempfile, pathlib; from clip_jax import console, metrics\n"
+        "with metrics.MetricWriter(pathlib.Path(tempfile.mkdtemp())) as writer: writer.write(1, {'loss': 1.0})\n"
+        "print(sorted({'jax', 'tensorflow', 'torch'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
 def test_floats_read_back_to_the_same_bits(tmp_path):
     values = {"a": 0.1 + 0.2, "b": 1e-45, "c": math.inf, "d": -math.inf, "e": -0.0, "f": math.nan}
     with MetricWriter(tmp_path, tensorboard=False) as writer:
@@ -34,6 +65,15 @@ def test_floats_read_back_to_the_same_bits(tmp_path):
     (row,) = metrics.read(tmp_path)
     assert row.pop("step") == 7
     assert {name: value.hex() for name, value in row.items()} == {name: value.hex() for name, value in values.items()}
+
+
+def test_numpys_numbers_are_written_with_their_own_value(tmp_path):
+    numbers = {"a": np.float32(0.1), "b": np.array(2.5, np.float16), "c": np.int64(3)}
+    with MetricWriter(tmp_path) as writer:
+        writer.write(1, numbers)
+    (row,) = metrics.read(tmp_path)
+    assert np.float32(row["a"]).tobytes() == np.float32(0.1).tobytes()
+    assert row == {"step": 1, "a": float(np.float32(0.1)), "b": 2.5, "c": 3.0}
 
 
 def test_later_lines_hold_and_steps_are_merged_and_sorted(tmp_path):
@@ -61,19 +101,88 @@ def test_no_file_reads_as_no_rows(tmp_path):
     assert metrics.read(tmp_path) == []
 
 
-def test_tensorboard_gets_every_scalar(tmp_path):
-    from tensorboardX.proto.event_pb2 import Event
+def tensorboard_points(workdir) -> set[tuple[str, int, float]]:
+    """(tag, step, value) of everything in the event files."""
+    from tensorboardX.proto.event_pb2 import Event  # pyrefly: ignore
 
+    found = set()
+    for file in (workdir / "tensorboard").iterdir():
+        data = file.read_bytes()
+        while data:  # records: length (8 bytes), its checksum (4), the event, its checksum (4)
+            length = int.from_bytes(data[:8], "little")
+            event = Event.FromString(data[12 : 12 + length])
+            assert abs(event.wall_time - time.time()) < 600
+            found |= {(value.tag, event.step, value.simple_value) for value in event.summary.value}
+            data = data[16 + length :]
+    return found
+
+
+def test_tensorboard_gets_every_scalar(tmp_path):
     with MetricWriter(tmp_path) as writer:
         writer.write(5, {"loss": 1.5, "zero_shot/photo/top1": 0.5})
-    (file,) = (tmp_path / "tensorboard").iterdir()
-    data, found = file.read_bytes(), {}
-    while data:  # records: length (8 bytes), its checksum (4), the event, its checksum (4)
-        length = int.from_bytes(data[:8], "little")
-        event = Event.FromString(data[12 : 12 + length])
-        found |= {value.tag: (event.step, value.simple_value) for value in event.summary.value}
-        data = data[16 + length :]
-    assert found == {"loss": (5, 1.5), "zero_shot/photo/top1": (5, 0.5)}
+        assert len(tensorboard_points(tmp_path)) == 2  # the first ones at once
+        writer.write(6, {"loss": 1.25})
+        writer.flush()
+        assert len(tensorboard_points(tmp_path)) == 3
+        writer.write(7, {"loss": 1.0})
+    assert tensorboard_points(tmp_path) == {
+        ("loss", 5, 1.5),
+        ("zero_shot/photo/top1", 5, 0.5),
+        ("loss", 6, 1.25),
+        ("loss", 7, 1.0),
+    }
+
+
+def test_a_run_restarted_at_once_keeps_the_events_before(tmp_path):
+    for step in (1, 2, 3):
+        with MetricWriter(tmp_path) as writer:
+            writer.write(step, {"loss": 1.0})
+    assert tensorboard_points(tmp_path) == {("loss", step, 1.0) for step in (1, 2, 3)}
+
+
+class FullDisk:
+    """A file that takes bytes into its buffer and cannot write them out."""
+
+    def write(self, data):
+        return len(data)
+
+    def flush(self):
+        raise OSError(28, "No space left on device")
+
+    def close(self):
+        raise AssertionError("a backend that failed is not used again")
+
+
+def test_a_full_disk_neither_stops_nor_hangs_the_run(tmp_path, monkeypatch, caplog):
+    """tensorboardX's own writer thread would die here, and the 11th write wait for it forever."""
+    monkeypatch.setattr("tensorboardX.record_writer.open_file", lambda _: FullDisk())
+    with MetricWriter(tmp_path) as writer:
+        for step in range(30):
+            writer.write(step, {"loss": 1.0})
+    assert len(metrics.read(tmp_path)) == 30
+    assert [record.message for record in caplog.records] == [
+        "TensorBoardBackend failed and is off from here on: OSError: [Errno 28] No space left on device"
+    ]
+
+
+def test_tensorboard_that_cannot_begin_is_off(tmp_path, caplog):
+    (tmp_path / "tensorboard").write_text("a file where the folder goes")
+    with MetricWriter(tmp_path) as writer:
+        writer.write(1, {"loss": 1.0})
+    assert len(metrics.read(tmp_path)) == 1
+    assert [record.message.split(":")[0] for record in caplog.records] == [
+        "TensorBoardBackend failed and is off from here on"
+    ]
+
+
+def test_tensorboard_that_is_not_installed_is_said_once(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with MetricWriter(tmp_path) as writer:
+        writer.write(1, {"loss": 1.0})
+        writer.write(2, {"loss": 1.0})
+    assert [record.message for record in caplog.records] == [
+        "tensorboardX is not installed; no TensorBoard events are written"
+    ]
 
 
 class BrokenRun:
@@ -98,7 +207,7 @@ def test_a_failing_backend_is_turned_off_and_said_once(tmp_path, monkeypatch, ca
 
 
 def test_wandb_gets_config_and_steps(tmp_path, monkeypatch):
-    calls = []
+    calls: list[Any] = []
     run = types.SimpleNamespace(
         log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append("end")
     )
@@ -108,6 +217,7 @@ def test_wandb_gets_config_and_steps(tmp_path, monkeypatch):
     for _ in range(2):
         with MetricWriter(tmp_path, tensorboard=False, wandb=arguments, run_config={"batch": 3}) as writer:
             writer.write(4, {"loss": 1.0})
+            writer.flush()
     begun = arguments | {"dir": str(tmp_path), "config": {"batch": 3}, "resume": "allow", "id": calls[0]["id"]}
     assert calls == [begun, (4, {"loss": 1.0}), "end"] * 2  # a resumed run keeps its id
 
@@ -128,7 +238,7 @@ def test_plain_lines_where_there_is_no_terminal(capsys):
     show(Progress(95, start_step=2, chance_loss=2.7726, log_every=10), range(3, 96))
     shown = capsys.readouterr().out
     lines = shown.splitlines()
-    assert [int(re.match(r"step (\d+)/95 ", line)[1]) for line in lines] == [3, *range(10, 91, 10), 95]
+    assert [int(step) for step in re.findall(r"^step (\d+)/95 ", shown, re.MULTILINE)] == [3, *range(10, 91, 10), 95]
     assert lines[1] == (
         "step 10/95  loss 2.3456 (chance 2.77)  accuracy 12.5%  scale 14.29  250 ms/step  64 images/s  data-wait 3%  "
         "ETA 0:00:21"
@@ -137,24 +247,72 @@ def test_plain_lines_where_there_is_no_terminal(capsys):
     assert "\r" not in shown
 
 
-def test_a_bar_on_a_terminal(monkeypatch):
+def test_lines_go_to_the_stream_given(capsys):
     stream = io.StringIO()
-    terminal = Console(file=stream, force_terminal=True, width=200, highlight=False)
-    monkeypatch.setattr(console_module, "Console", lambda **_: terminal)
-    progress = Progress(10, chance_loss=2.7726, log_every=1)
-    with progress:
+    show(Progress(1, chance_loss=1.0, log_every=1, stream=stream), [1])
+    assert stream.getvalue().startswith("step 1/1 ")
+    assert capsys.readouterr().out == ""
+
+
+def test_a_bar_on_a_terminal():
+    terminal = Terminal()
+    with Progress(10, chance_loss=2.7726, log_every=1, stream=terminal) as progress:
         progress.update(6, SCALARS)
         progress.print("a line [above] the bar")
-    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
-    for words in ("6/10", "loss 2.3456 (chance 2.77)", "64 images/s", "ETA 0:00:01", "a line [above] the bar"):
-        assert words in shown
+    assert "\x1b" in terminal.getvalue()
+    numbers = "loss 2.3456 (chance 2.77)  accuracy 12.5%  scale 14.29  250 ms/step  64 images/s  data-wait 3%"
+    for words in (" 6/10 ", numbers, "ETA 0:00:01", "a line [above] the bar"):
+        assert words in terminal.shown()
 
 
-def test_a_closed_stdout_does_not_stop_the_run(monkeypatch):
+class Refusing:
+    """A stream that raises at every write."""
+
+    def __init__(self, error: Exception, terminal: bool):
+        self.error, self.terminal = error, terminal
+
+    def isatty(self):
+        return self.terminal
+
+    def write(self, _):
+        raise self.error
+
+    def flush(self):
+        raise self.error
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize("error", [BrokenPipeError(), OSError(5, "Input/output error"), ValueError("closed file")])
+def test_a_display_that_is_gone_does_not_stop_the_run(error, terminal, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", Refusing(error, terminal))
+    progress = Progress(3, chance_loss=1.0, log_every=1)
+    show(progress, (1, 2, 3))
+    progress.print("a line")
+    print_table("t", ["a"], [["b"]])
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_no_stdout_at_all(closed, monkeypatch):
     stream = io.StringIO()
     stream.close()
-    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "stdout", stream if closed else None)
     show(Progress(3, chance_loss=1.0, log_every=1), (1, 2, 3))
+    print_table("t", ["a"], [["b"]])
+
+
+def test_letters_that_stdout_lacks_are_escaped_rather_than_lost(monkeypatch):
+    data = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(data, encoding="ascii"))
+    print_table("t", ["a"], [["käse"]])
+    assert data.getvalue() == b"t\n  a\n  k\\xe4se\n"
+
+
+def test_a_table_on_a_terminal_shows_names_as_they_are(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    print_table("of [/b]", ["[bold]class", "n"], [["[/red] :smile:", "3"]])
+    for words in ("of [/b]", "[bold]class", "[/red] :smile:", "3"):
+        assert words in terminal.shown()
 
 
 def test_clock():

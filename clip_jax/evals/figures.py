@@ -19,6 +19,7 @@ else:
 # Distinguishable without colour vision (Okabe and Ito 2008).
 BLUE, ORANGE, GREEN, RED, GREY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#777777"
 SERIES = (ORANGE, GREEN, RED, BLUE)
+CAPTION_LINES = 5  # as many as are as high as an image
 
 
 def plot_training(rows: Sequence[Mapping[str, Any]], path: Path, *, chance_loss: float, title: str) -> None:
@@ -35,12 +36,12 @@ def plot_training(rows: Sequence[Mapping[str, Any]], path: Path, *, chance_loss:
     left, right = figure.subplots(1, 2)
     steps, loss = _curve(rows, "loss")
     left.plot(steps, loss, color=BLUE, linewidth=0.8, alpha=0.4)
-    left.plot(steps, _smooth(loss), color=BLUE, label="loss")
+    left.plot(steps, _smooth(loss), color=BLUE, marker=_marker(loss), label="loss")
     left.axhline(chance_loss, color=GREY, linestyle="--", label=f"chance, ln(batch) = {chance_loss:.2f}")
     left.set(xlabel="step", ylabel="contrastive loss")
 
     steps, accuracy = _curve(rows, "accuracy")
-    right.plot(steps, _smooth(accuracy), color=BLUE, label="in the batch")
+    right.plot(steps, _smooth(accuracy), color=BLUE, marker=_marker(accuracy), label="in the batch")
     names = sorted({key for row in rows for key in row if key.startswith("zero_shot/") and key.endswith("/top1")})
     for i, name in enumerate(names):
         steps, values = _curve(rows, name)
@@ -70,7 +71,8 @@ def plot_retrieval(captions: Sequence[str], images: np.ndarray, hits: np.ndarray
     for i, caption in enumerate(captions):
         text = figure.add_subplot(grid[i, 0])
         text.axis("off")
-        text.text(1, 0.5, textwrap.fill(caption, 38), ha="right", va="center", fontsize=9, parse_math=False)
+        shown = textwrap.fill(caption, 38, max_lines=CAPTION_LINES, placeholder=" …")
+        text.text(1, 0.5, shown, ha="right", va="center", fontsize=9)
         for j in range(columns):
             _draw_found(figure.add_subplot(grid[i, j + 1]), images[i, j], right=bool(hits[i, j]))
     _save(figure, path)
@@ -123,6 +125,10 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])
 
 
+def _marker(values: np.ndarray) -> str | None:
+    return "o" if len(values) == 1 else None  # a line through one point has no length
+
+
 def _new_figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
 
@@ -131,7 +137,10 @@ def _new_figure(width: float, height: float) -> Figure:
 
 def _save(figure: Figure, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.text import Text
 
+    for text in figure.findobj(Text):  # a caption with two dollars is no formula
+        text.set_parse_math(False)
     temporary = path.with_name(path.name + ".tmp")
     try:
         FigureCanvasAgg(figure).print_png(temporary)
