@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from clip_jax.data.tokenizer import tokenize
-    from clip_jax.models.clip import CLIP, create_model, init_params
+    from clip_jax.models.clip import CLIP, create_model, init_variables
 
 __version__ = "0.1.0"
-__all__ = ["CLIP", "create_model", "init_params", "tokenize"]
+__all__ = ["CLIP", "create_model", "init_variables", "tokenize"]
 
 _HOMES = {
     "CLIP": "clip_jax.models.clip",
     "create_model": "clip_jax.models.clip",
-    "init_params": "clip_jax.models.clip",
+    "init_variables": "clip_jax.models.clip",
     "tokenize": "clip_jax.data.tokenizer",
 }
 

@@ -23,7 +23,7 @@ from clip_jax.errors import UserError
 from clip_jax.state import TrainState
 
 _ITEMS = ("state", "data", "config", "metadata")
-_NO_SHAPE = ("init", "temperature", "dtype")  # of the model's keys; they may change when a run is resumed
+_NO_SHAPE = ("init", "temperature", "dtype", "bn_group")  # of the model's keys; they may change when a run is resumed
 _LOG = logging.getLogger(__name__)
 
 

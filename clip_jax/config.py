@@ -246,7 +246,7 @@ def _replace_model(config: ConfigDict, name: str) -> None:
         sizes = dataclasses.asdict(model_config(name))
     except UserError as error:
         raise ConfigError(f"config.model: {error}") from None
-    config.model = ConfigDict(sizes | {key: config.model[key] for key in ("init", "temperature", "dtype")})
+    config.model = ConfigDict(sizes | {key: config.model[key] for key in ("init", "temperature", "dtype", "bn_group")})
 
 
 def _plain(values: Values) -> dict[str, Any]:
@@ -259,6 +259,11 @@ def _contradictions(config: RunConfig) -> Iterator[tuple[bool, str]]:
     yield from _model_contradictions(config.model)
     yield from _data_contradictions(config.data, config.eval)
     optim, mesh = config.optim, config.mesh
+    yield (
+        config.model.bn_group > 0 and config.batch % config.model.bn_group != 0,
+        f"config.model.bn_group is {config.model.bn_group}; it must divide config.batch ({config.batch}), or be 0 for "
+        "statistics over the whole batch",
+    )
     yield (
         config.samples < config.batch,
         f"config.samples is {config.samples}, less than one config.batch ({config.batch})",
@@ -290,7 +295,7 @@ def _must_be_positive(config: RunConfig) -> Iterator[tuple[bool, str]]:
     sizes = [key for key in values if key.startswith(("model.vision.", "model.text.")) and type(values[key]) is int]
     for key in [*names.split(), *sizes]:
         yield values[key] <= 0, f"config.{key} is {values[key]}; it must be positive"
-    for key in ("data.workers", "eval.every", "seed"):
+    for key in ("data.workers", "eval.every", "model.bn_group", "seed"):
         yield values[key] < 0, f"config.{key} is {values[key]}; it must not be negative"
 
 

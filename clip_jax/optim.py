@@ -10,13 +10,18 @@ from clip_jax.config import OptimConfig
 from clip_jax.rules import apply_rules
 
 _MATRICES = (r"/kernel$", True), (r"/embedding$", True)
-_GAINS_AND_BIASES = (r"/(scale|bias)$", False), (r"^logit_scale$", False)
+_GAINS_AND_BIASES = (r"/(scale|bias)$", False), (r"(^|/)logit_scale$", False)
 
 # What weight decay touches. The paper spares gains, biases and the temperature, and so decays embeddings; open_clip
-# also spares the class token and the towers' positions.
+# also spares the class token and the towers' positions, but not the attention pool's.
 DECAY_RULES = {
     "paper": (*_GAINS_AND_BIASES, *_MATRICES, (r"/(class_token|positions)$", True)),
-    "open_clip": (*_GAINS_AND_BIASES, *_MATRICES, (r"/(class_token|positions)$", False)),
+    "open_clip": (
+        *_GAINS_AND_BIASES,
+        *_MATRICES,
+        (r"attention_pool/positions$", True),
+        (r"/(class_token|positions)$", False),
+    ),
 }
 
 
@@ -44,7 +49,7 @@ def make_optimizer(config: OptimConfig, *, steps: int) -> optax.GradientTransfor
 
 def decay_mask(config: OptimConfig, params: Any) -> Any:
     """Returns a tree like `params` with True where weight decay applies."""
-    return apply_rules(DECAY_RULES[config.decay_mask], params)
+    return apply_rules(DECAY_RULES[config.decay_mask], params, all_used=False)  # a ViT has no attention pool
 
 
 def clamp_scale(params: dict[str, Any], max_scale: float) -> dict[str, Any]:

@@ -17,15 +17,21 @@ from clip_jax.rules import apply_rules
 
 ROWS = PartitionSpec(("data", "fsdp"))
 
-# The larger dimension of every matrix is split; vectors and scalars are replicated.
+# The larger dimension of every matrix is split; vectors and scalars are replicated, and so are the small convolutions
+# of a ResNet's stem.
 PARAMETER_AXES = (
-    (r"(^|/)(scale|bias|class_token|logit_scale)$", PartitionSpec()),
+    (r"(^|/)(scale|bias|mean|var|class_token|logit_scale)$", PartitionSpec()),
     (r"/positions$", PartitionSpec(None, "fsdp")),
     (r"token_embedding/embedding$", PartitionSpec("fsdp", None)),
     (r"patch_embedding/kernel$", PartitionSpec(None, "fsdp")),
     (r"(attention/qkv|mlp/in)/kernel$", PartitionSpec(None, "fsdp")),
     (r"(attention|mlp)/out/kernel$", PartitionSpec("fsdp", None)),
-    (r"projection/kernel$", PartitionSpec("fsdp", None)),
+    (r"/projection/kernel$", PartitionSpec("fsdp", None)),
+    (r"stem_conv_\d/kernel$", PartitionSpec()),
+    (r"/conv_2/kernel$", PartitionSpec(None, None, None, "fsdp")),
+    (r"/(conv_1|conv_3|shortcut_conv)/kernel$", PartitionSpec(None, "fsdp")),
+    (r"attention_pool/(query|key|value)/kernel$", PartitionSpec(None, "fsdp")),
+    (r"attention_pool/out/kernel$", PartitionSpec("fsdp", None)),
 )
 COUNTER_AXES = ((r"(^|/)(step|count)$", PartitionSpec()),)
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from clip_jax.models.clip import CLIP, init_params
+from clip_jax.models.clip import CLIP, Variables, init_variables
 from clip_jax.partition import state_shardings
 
 
@@ -18,18 +18,25 @@ class TrainState(flax.struct.PyTreeNode):
     Attributes:
       step: int32 scalar, updates done so far.
       params: float32, nested dicts.
+      batch_stats: running statistics of a ResNet's BatchNorms; empty for a ViT.
       opt_state: optax's.
     """
 
     step: Any
     params: dict[str, Any]
+    batch_stats: Any
     opt_state: Any
+
+    @property
+    def variables(self) -> Variables:
+        """What the model is applied to."""
+        return {"params": self.params, "batch_stats": self.batch_stats}
 
 
 def new_state(model: CLIP, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
     """Returns a fresh state; pure, so that it can be traced and jitted into shardings."""
-    params = init_params(model, jax.random.key(seed))
-    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
+    variables = init_variables(model, jax.random.key(seed))
+    return TrainState(step=jnp.zeros((), jnp.int32), opt_state=optimizer.init(variables["params"]), **variables)
 
 
 def abstract_state(model: CLIP, optimizer: optax.GradientTransformation, *, mesh: Mesh) -> TrainState:

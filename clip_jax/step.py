@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from clip_jax.config import RunConfig
 from clip_jax.data.images import Preprocess, normalize
 from clip_jax.losses import LossOutput, softmax_loss
-from clip_jax.models.clip import CLIP, forward
+from clip_jax.models.clip import CLIP, forward_train
 from clip_jax.optim import clamp_scale, global_norm, learning_rate
 from clip_jax.partition import ROWS, replicated, row_sharding
 from clip_jax.state import TrainState
@@ -46,7 +46,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         loss_of = jax.value_and_grad(contrastive_loss, has_aux=True)
-        (_, output), grads = loss_of(state.params, model, batch, logits_sharding)
+        (_, (output, batch_stats)), grads = loss_of(state.params, state.batch_stats, model, batch, logits_sharding)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = clamp_scale(cast(dict, optax.apply_updates(state.params, updates)), config.optim.max_scale)
         metrics = {
@@ -57,7 +57,7 @@ def make_train_step(
             "gradient_norm": global_norm(grads),
             "pairs": batch["weight"].sum(),
         }
-        return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+        return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     return jax.jit(
@@ -69,11 +69,16 @@ def make_train_step(
 
 
 def contrastive_loss(
-    params: dict[str, Any], model: CLIP, batch: Batch, logits_sharding: NamedSharding | None
-) -> tuple[jax.Array, LossOutput]:
-    """Returns (loss, all of the loss's outputs) of one batch."""
+    params: dict[str, Any],
+    batch_stats: dict[str, Any],
+    model: CLIP,
+    batch: Batch,
+    logits_sharding: NamedSharding | None,
+) -> tuple[jax.Array, tuple[LossOutput, dict[str, Any]]]:
+    """Returns (loss, (all of the loss's outputs, updated batch_stats)) of one batch, in training mode."""
     preprocess = Preprocess(size=model.config.vision.image_size)
     images = normalize(batch["image"], preprocess, model.config.dtype)
-    features = forward(model, params, images, batch["tokens"])
+    variables = {"params": params, "batch_stats": batch_stats}
+    features, batch_stats = forward_train(model, variables, images, batch["tokens"])
     output = softmax_loss(*features, batch["weight"], logits_sharding=logits_sharding)
-    return output.loss, output
+    return output.loss, (output, batch_stats)

@@ -108,6 +108,7 @@ def _loop(run: Run, state: TrainState, position: int, monitor: Monitor) -> Train
             monitor.finished(step, metrics)
             if step % config.checkpoint.every == 0 or step == last:
                 run.checkpoints.save(step, state, position=position, config=config, data=run.data.fingerprint)
+                monitor.sync()
             if config.eval.every and step % config.eval.every == 0 and step != last:
                 _evaluate(run, state, monitor)
     monitor.flush()
@@ -123,14 +124,14 @@ def _evaluate(run: Run, state: TrainState, monitor: Monitor) -> Evaluated | None
     if run.evaluation is None:
         return None
     with monitor.pause():
-        evaluated = run.evaluation.run(state.params)
+        evaluated = run.evaluation.run(state.variables)
         monitor.record(int(state.step), scalars(evaluated))
     return evaluated
 
 
 def _report(run: Run, state: TrainState, evaluated: Evaluated | None) -> None:
     if evaluated is not None and run.evaluation is not None:
-        sheet = run.evaluation.retrieve(state.params, evaluated)  # by all processes
+        sheet = run.evaluation.retrieve(state.variables, evaluated)  # by all processes
         if jax.process_index() == 0:
             report_zero_shot(run.workdir, evaluated, sheet, templates=run.evaluation.templates)
     if jax.process_index() == 0:

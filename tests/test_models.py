@@ -10,12 +10,13 @@ import pytest
 
 import clip_jax
 from clip_jax.errors import UserError
-from clip_jax.models.clip import CLIP, forward, init_params, unit
+from clip_jax.models.clip import CLIP, forward, forward_train, init_variables, unit
 from clip_jax.models.layers import layer_norm, quick_gelu
 from clip_jax.models.variants import (
     PARAMETERS,
     VARIANTS,
     ModelConfig,
+    ResNetConfig,
     TextConfig,
     ViTConfig,
     model_config,
@@ -25,7 +26,6 @@ from clip_jax.models.vit import patchify
 from clip_jax.rules import leaf_paths
 from clip_jax.state import count_parameters
 
-VITS = [name for name in VARIANTS if name.startswith("ViT")]
 SMALL = ModelConfig(
     embed_dim=24,
     vision=ViTConfig(image_size=12, patch=4, width=32, heads=2, layers=2),
@@ -41,7 +41,7 @@ def small():
 
 
 def initial(model):
-    return jax.jit(lambda: init_params(model, jax.random.key(0)))()
+    return jax.jit(lambda: init_variables(model, jax.random.key(0)))()["params"]
 
 
 def tokens_of(*lengths: int) -> jnp.ndarray:
@@ -52,24 +52,46 @@ def tokens_of(*lengths: int) -> jnp.ndarray:
     return jnp.asarray(rows)
 
 
-@pytest.mark.parametrize("name", VITS)
-def test_parameter_counts_equal_the_papers(name):
+# BatchNorm's running means and variances.
+BUFFERS = {"RN50": 53_248, "RN101": 105_472, "RN50x4": 109_760, "RN50x16": 193_920, "RN50x64": 410_624}
+IMAGE_TOWERS = {
+    "RN50": 38_316_896,
+    "RN101": 56_259_936,
+    "RN50x4": 87_137_080,
+    "RN50x16": 167_328_912,
+    "RN50x64": 420_380_352,
+    "ViT-B/32": 87_849_216,
+    "ViT-B/16": 86_192_640,
+    "ViT-L/14": 303_966_208,
+    "ViT-L/14@336": 304_293_888,
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_parameter_and_buffer_counts_equal_the_papers(name):
     model = clip_jax.create_model(name)
-    params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    variables = jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))
+    params = variables["params"]
     assert count_parameters(params) == PARAMETERS[name]
-    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    assert count_parameters(params["image"]) == IMAGE_TOWERS[name]
+    assert count_parameters(params["text"]) == PARAMETERS[name] - IMAGE_TOWERS[name] - 1
+    assert count_parameters(variables["batch_stats"]) == BUFFERS.get(name, 0)
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
 
 
-def test_towers_split_the_count_as_published():
-    params = jax.eval_shape(lambda: init_params(clip_jax.create_model("ViT-B/32"), jax.random.key(0)))
-    assert count_parameters(params["image"]) == 87_849_216
-    assert count_parameters(params["text"]) == 63_428_096
-
-
-@pytest.mark.parametrize("name", [name for name in VARIANTS if name.startswith("RN")])
-def test_resnets_refuse_clearly(name):
-    with pytest.raises(UserError, match=f"^{name}: the ResNet image tower is not built yet"):
-        clip_jax.create_model(name)
+def test_a_resnets_running_statistics_move_in_training_only():
+    config = dataclasses.replace(SMALL, vision=ResNetConfig(image_size=32, width=8, heads=4, layers=(1, 1, 1, 1)))
+    model = CLIP(config)
+    variables = jax.jit(lambda: init_variables(model, jax.random.key(0)))()
+    images = jax.random.normal(jax.random.key(1), (4, 32, 32, 3))
+    tokens = tokens_of(1, 2, 3, 4)
+    trained, stats = jax.jit(lambda: forward_train(model, variables, images, tokens))()
+    assert all((a != b).all() for a, b in zip(*map(jax.tree.leaves, (stats, variables["batch_stats"])), strict=True))
+    evaluated = jax.jit(lambda: forward(model, variables, images, tokens))()
+    assert (trained.image != evaluated.image).any()
+    assert (trained.text == evaluated.text).all()
+    moved = jax.jit(lambda: forward(model, variables | {"batch_stats": stats}, images, tokens))()
+    assert (moved.image != evaluated.image).any()
 
 
 def test_unknown_model_names_the_nearest():
@@ -148,7 +170,7 @@ def test_bfloat16_keeps_f32_parameters_and_features(small):
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     assert {leaf.dtype for leaf in jax.tree.leaves(kept)} == {jnp.dtype("bfloat16")}
     assert {leaf.dtype for leaf in output} == {jnp.dtype("float32")}
-    exact = forward(small[0], params, images, tokens_of(1, 2))
+    exact = forward(small[0], {"params": params}, images, tokens_of(1, 2))
     np.testing.assert_allclose(output.image, exact.image, atol=0.02)
 
 

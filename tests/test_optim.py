@@ -7,15 +7,13 @@ import optax
 import pytest
 
 from clip_jax.config import OptimConfig
-from clip_jax.models.clip import create_model, init_params
-from clip_jax.optim import clamp_scale, decay_mask, learning_rate, make_optimizer
+from clip_jax.models.clip import create_model, init_variables
+from clip_jax.optim import DECAY_RULES, clamp_scale, decay_mask, learning_rate, make_optimizer
 from clip_jax.rules import apply_rules, leaf_paths
 
 
-@pytest.fixture(scope="module")
-def vit():
-    model = create_model("ViT-B/32")
-    return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+def params_of(name):
+    return jax.eval_shape(lambda: init_variables(create_model(name), jax.random.key(0)))["params"]
 
 
 def test_first_matching_rule_wins():
@@ -32,13 +30,22 @@ def test_uncovered_leaves_and_idle_rules_are_refused():
 
 
 @pytest.mark.parametrize("scheme", ["paper", "open_clip"])
-def test_decay_spares_gains_biases_and_the_temperature(vit, scheme):
-    mask = decay_mask(OptimConfig(decay_mask=scheme), vit)
+@pytest.mark.parametrize("name", ["ViT-B/32", "RN50"])
+def test_decay_spares_gains_biases_and_the_temperature(name, scheme):
+    params = params_of(name)
+    mask = decay_mask(OptimConfig(decay_mask=scheme), params)
     decayed = {path for path, on in zip(leaf_paths(mask), jax.tree.leaves(mask), strict=True) if on}
-    by_shape = {path for path, leaf in zip(leaf_paths(vit), jax.tree.leaves(vit), strict=True) if leaf.ndim >= 2}
-    positions = {"image/positions", "text/positions"}
-    # the class token is a vector, and yet no gain or bias
-    assert decayed == (by_shape | {"image/class_token"} if scheme == "paper" else by_shape - positions)
+    expected = {path for path, leaf in zip(leaf_paths(params), jax.tree.leaves(params), strict=True) if leaf.ndim >= 2}
+    if scheme == "open_clip":
+        expected -= {"image/positions", "text/positions"}  # the attention pool's stay
+    elif name == "ViT-B/32":
+        expected |= {"image/class_token"}  # a vector, and yet no gain or bias
+    assert decayed == expected
+
+
+@pytest.mark.parametrize("scheme", ["paper", "open_clip"])
+def test_every_decay_rule_is_some_models(scheme):
+    apply_rules(DECAY_RULES[scheme], {"vit": params_of("ViT-B/32"), "rn": params_of("RN50")})
 
 
 def test_schedule():

@@ -7,10 +7,10 @@ import pytest
 
 from clip_jax.config import MeshConfig, OptimConfig
 from clip_jax.errors import ConfigError
-from clip_jax.models.clip import create_model, init_params
+from clip_jax.models.clip import create_model, init_variables
 from clip_jax.optim import make_optimizer
 from clip_jax.partition import PARAMETER_AXES, check_batch, make_mesh, place_rows, state_shardings
-from clip_jax.rules import apply_rules
+from clip_jax.rules import apply_rules, leaf_paths
 from clip_jax.state import new_state
 
 
@@ -35,14 +35,22 @@ def test_batch_that_does_not_fit_says_what_would():
         check_batch("batch", 3, mesh)
 
 
-@pytest.mark.parametrize("name", ["ViT-B/32", "ViT-L/14@336"])
-def test_every_parameter_has_axes_and_every_rule_a_parameter(name):
-    params = jax.eval_shape(lambda: init_params(create_model(name), jax.random.key(0)))
-    apply_rules(PARAMETER_AXES, params)
-    shardings = state_shardings(params, make_mesh(MeshConfig(fsdp=8)))
-    for leaf, sharding in zip(jax.tree.leaves(params), jax.tree.leaves(shardings), strict=True):
+def variables_of(name):
+    return jax.eval_shape(lambda: init_variables(create_model(name), jax.random.key(0)))
+
+
+@pytest.mark.parametrize("name", ["ViT-B/32", "ViT-L/14@336", "RN50", "RN50x64"])
+def test_every_matrix_is_split_and_every_vector_whole(name):
+    variables = variables_of(name)
+    shardings = state_shardings(variables, make_mesh(MeshConfig(fsdp=8)))
+    leaves = zip(leaf_paths(variables), jax.tree.leaves(variables), jax.tree.leaves(shardings), strict=True)
+    for path, leaf, sharding in leaves:
         split = leaf.size // np.prod(sharding.shard_shape(leaf.shape))
-        assert split == (8 if leaf.ndim >= 2 else 1)
+        assert split == (1 if leaf.ndim < 2 or "stem_conv" in path else 8), path
+
+
+def test_every_rule_is_some_models():
+    apply_rules(PARAMETER_AXES, {name: variables_of(name) for name in ("ViT-B/32", "RN50")})
 
 
 def test_moments_are_sharded_like_their_parameters():

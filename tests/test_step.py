@@ -12,6 +12,7 @@ from tiny import TINY
 from clip_jax.config import MeshConfig, OptimConfig
 from clip_jax.data.pipeline import synthetic_batches
 from clip_jax.models.clip import CLIP
+from clip_jax.models.variants import ResNetConfig
 from clip_jax.optim import make_optimizer
 from clip_jax.partition import make_mesh, place_rows
 from clip_jax.rules import leaf_paths
@@ -66,6 +67,19 @@ def test_one_device_and_eight_train_alike(alone, mesh):
     print(f"largest relative difference of 20 losses, 1 device against {mesh}: {difference:.1e}")
     assert len(set(alone[0])) == 20
     assert difference <= 1e-5
+
+
+def test_a_resnet_trains_alike_on_every_mesh():
+    """BatchNorm's statistics are over the whole batch, or over groups of samples, wherever these lie."""
+    vision = ResNetConfig(image_size=32, width=16, heads=4, layers=(1, 1, 1, 1))
+    for group in (0, 8):
+        model = dataclasses.replace(TINY.model, vision=vision, bn_group=group)
+        run = dataclasses.replace(TINY, model=model)
+        one, state = losses(run, 1, count=5)
+        eight, _ = losses(dataclasses.replace(run, mesh=MeshConfig(4, 2)), 8, count=5)
+        print(f"bn_group {group}: largest relative difference of 5 losses {np.abs(eight / one - 1).max():.1e}")
+        assert np.abs(eight / one - 1).max() <= 1e-5
+        assert all((leaf != 0).any() for leaf in jax.tree.leaves(state.batch_stats))
 
 
 def test_float64_losses_are_equal_on_every_mesh():

@@ -20,7 +20,7 @@ from clip_jax import metrics
 from clip_jax.config import CheckpointConfig, DataConfig, EvalConfig, MeshConfig, OptimConfig, RunConfig
 from clip_jax.data.loader import TrainingData, open_training_data
 from clip_jax.errors import UserError
-from clip_jax.models.variants import TextConfig
+from clip_jax.models.variants import ResNetConfig, TextConfig
 from clip_jax.trainer import train
 
 ROOT = Path(__file__).parent.parent
@@ -74,6 +74,18 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(digits_dir, tmp_path
     assert list(expected) == list(range(1, 13))
     assert len(set(expected.values())) == 12
     assert {step: loss.hex() for step, loss in found.items()} == {s: x.hex() for s, x in expected.items()}
+    for a, b in zip(jax.tree.leaves(straight), jax.tree.leaves(resumed), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def test_a_resumed_resnet_keeps_its_running_statistics(tmp_path):
+    vision = ResNetConfig(image_size=32, width=8, heads=4, layers=(1, 1, 1, 1))
+    config = dataclasses.replace(SYNTHETIC, model=dataclasses.replace(TINY.model, vision=vision, bn_group=8))
+    straight = train(config, tmp_path / "straight")
+    with pytest.raises(ConnectionError):
+        train(config, tmp_path / "broken", data=interrupted(open_training_data(config), after=8))
+    resumed = train(config, tmp_path / "broken")
+    assert series(tmp_path / "straight") == series(tmp_path / "broken")
     for a, b in zip(jax.tree.leaves(straight), jax.tree.leaves(resumed), strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 

@@ -1,6 +1,6 @@
 """The evaluation that a run's config asks for: zero-shot classification of held-out images, and retrieval by prompt."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -14,7 +14,7 @@ from clip_jax.evals.embedding import Embedder, ImageFeatures
 from clip_jax.evals.prompts import templates
 from clip_jax.evals.retrieval import find_images
 from clip_jax.evals.zero_shot import ZeroShotResult, class_weights, classify
-from clip_jax.models.clip import CLIP
+from clip_jax.models.clip import CLIP, Variables
 from clip_jax.partition import check_batch
 
 SHEET_CAPTIONS, SHEET_IMAGES = 12, 8
@@ -75,23 +75,23 @@ class Evaluation:
         """Returns the evaluation that the config asks for, or None."""
         return cls(config, model, mesh=mesh) if config.eval.dataset else None
 
-    def run(self, params: dict[str, Any]) -> Evaluated:
+    def run(self, variables: Variables) -> Evaluated:
         """Embeds all images once and classifies them with each template set; collective over processes."""
-        images = self._embedder.images(params, self._batches())
+        images = self._embedder.images(variables, self._batches())
         classes = self._source.classes
         results = []
         for name, prompts in self.templates.items():
-            weights = class_weights(lambda texts: self._embedder.texts(params, texts), classes, prompts)
+            weights = class_weights(lambda texts: self._embedder.texts(variables, texts), classes, prompts)
             results.append(classify(images.features, images.labels, weights, prompts=name, classes=classes))
         return Evaluated(tuple(results), images)
 
-    def retrieve(self, params: dict[str, Any], evaluated: Evaluated) -> RetrievalSheet:
+    def retrieve(self, variables: Variables, evaluated: Evaluated) -> RetrievalSheet:
         """Searches the images with one caption a class, in a wording of the last template set."""
         classes = self._source.classes[:SHEET_CAPTIONS]
         wordings = list(self.templates.values())[-1]
         captions = tuple(wordings[i % len(wordings)].format(name) for i, name in enumerate(classes))
         top = min(SHEET_IMAGES, len(evaluated.images.labels))
-        found = find_images(evaluated.images.features, self._embedder.texts(params, captions), top=top)
+        found = find_images(evaluated.images.features, self._embedder.texts(variables, captions), top=top)
         index, labels = evaluated.images.index[found], evaluated.images.labels[found]
         pixels = np.stack([[self._transform(self._source[int(i)])["image"] for i in row] for row in index])
         return RetrievalSheet(captions, pixels, labels == np.arange(len(classes))[:, None])

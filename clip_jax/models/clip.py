@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from clip_jax.array_types import Array, Float, Int
-from clip_jax.errors import UserError
+from clip_jax.models.resnet import ModifiedResNet
 from clip_jax.models.text import TextTransformer
-from clip_jax.models.variants import ModelConfig, ResNetConfig, ViTConfig, model_config, variant_name
+from clip_jax.models.variants import ModelConfig, ResNetConfig, model_config
 from clip_jax.models.vit import VisionTransformer
+
+Variables = dict[str, Any]
 
 
 class CLIPOutput(NamedTuple):
@@ -27,37 +29,47 @@ class CLIP(nn.Module):
     """Two towers and `logit_scale`, a scalar parameter that starts at ln(1/temperature).
 
     Images are float [b, s, s, 3], already normalised (`clip_jax.data.images.normalize`); tokens are int32 [b, l], as
-    `clip_jax.tokenize` gives them. `forward`, `image_features` and `text_features` below apply it to parameters.
+    `clip_jax.tokenize` gives them. `forward`, `image_features` and `text_features` below apply it to variables.
     Named intermediates of both towers come back with
     `model.apply(variables, images, tokens, mutable=["intermediates"])`.
     """
 
     config: ModelConfig
 
-    def __post_init__(self) -> None:
-        if isinstance(self.config.vision, ResNetConfig):
-            raise UserError(f"{variant_name(self.config)}: the ResNet image tower is not built yet; the ViT models are")
-        super().__post_init__()
-
     def setup(self) -> None:
         config = self.config
         dtype = jnp.dtype(config.dtype)
-        vision = cast(ViTConfig, config.vision)
-        self.image = VisionTransformer(vision, config.embed_dim, config.init, dtype)
+        if isinstance(config.vision, ResNetConfig):
+            self.image = ModifiedResNet(config.vision, config.embed_dim, dtype, bn_group=config.bn_group)
+        else:
+            self.image = VisionTransformer(config.vision, config.embed_dim, config.init, dtype)
         self.text = TextTransformer(config.text, config.embed_dim, dtype)
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(-math.log(config.temperature)), ())
 
-    def __call__(self, images: Float[Array, "b s s 3"], tokens: Int[Array, "b l"]) -> CLIPOutput:
-        """Returns the unit features of both towers and exp(logit_scale)."""
+    def __call__(
+        self, images: Float[Array, "b s s 3"], tokens: Int[Array, "b l"], *, train: bool = False
+    ) -> CLIPOutput:
+        """Returns the unit features of both towers and exp(logit_scale); `train` as in `encode_image`."""
         return CLIPOutput(
-            self.encode_image(images, normalize=True),
+            self.encode_image(images, normalize=True, train=train),
             self.encode_text(tokens, normalize=True),
             jnp.exp(self.logit_scale),
         )
 
-    def encode_image(self, images: Float[Array, "b s s 3"], *, normalize: bool = False) -> Float[Array, "b e"]:
-        """Embeds normalised images; with `normalize` the result has unit length."""
-        features = _at_least_f32(self.image(images))
+    def encode_image(
+        self, images: Float[Array, "b s s 3"], *, normalize: bool = False, train: bool = False
+    ) -> Float[Array, "b e"]:
+        """Embeds normalised images.
+
+        Args:
+          images: float, normalised.
+          normalize: give features of unit length.
+          train: let a ResNet's BatchNorms use the batch's statistics and update the running ones, which must then be
+            mutable; a ViT has none.
+        """
+        tower = self.image
+        features = tower(images, train=train) if isinstance(tower, ModifiedResNet) else tower(images)
+        features = _at_least_f32(features)
         return unit(features) if normalize else features
 
     def encode_text(self, tokens: Int[Array, "b l"], *, normalize: bool = False) -> Float[Array, "b e"]:
@@ -72,45 +84,59 @@ def create_model(
     init: Literal["released", "scaled"] = "released",
     dtype: Literal["bfloat16", "float32", "float64"] = "float32",
 ) -> CLIP:
-    """Returns one of the paper's models as a Linen module; `init_params` makes its parameters.
+    """Returns one of the paper's models as a Linen module; `init_variables` makes its variables.
 
     Args:
-      name: `ViT-B/32`, `ViT-B/16`, `ViT-L/14` or `ViT-L/14@336`.
+      name: as in the paper, such as `ViT-B/32`, `ViT-L/14@336` or `RN50x4`.
       init: `released`, as openai/CLIP initialises, or `scaled`, the text tower's scheme on the ViT too.
       dtype: dtype of activations and products; parameters are float32.
 
     Raises:
-      UserError: no model of that name, or one whose image tower is not built yet.
+      UserError: no model of that name.
 
     Example:
       >>> model = create_model("ViT-B/32")
-      >>> params = init_params(model, jax.random.key(0))
-      >>> features = model.apply({"params": params}, images, method="encode_image")
+      >>> variables = init_variables(model, jax.random.key(0))
+      >>> features = model.apply(variables, images, method="encode_image")
     """
     return CLIP(dataclasses.replace(model_config(name), init=init, dtype=dtype))
 
 
-def init_params(model: CLIP, key: jax.Array) -> dict[str, Any]:
-    """Returns the model's parameters, plain nested dicts of float32; pure, so it can be traced and sharded."""
+def init_variables(model: CLIP, key: jax.Array) -> Variables:
+    """Returns the model's variables, nested dicts of float32; pure, so it can be traced and sharded.
+
+    Returns:
+      `params`, and `batch_stats`: the running statistics of a ResNet's BatchNorms, empty for a ViT.
+    """
     config = model.config
     images = jnp.zeros((1, config.vision.image_size, config.vision.image_size, 3))
     tokens = jnp.zeros((1, config.text.context), jnp.int32)
-    return dict(model.init(key, images, tokens)["params"])
+    variables = model.init(key, images, tokens)
+    return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
 
 
-def forward(model: CLIP, params: dict[str, Any], images: jax.Array, tokens: jax.Array) -> CLIPOutput:
-    """Applies both towers; see `CLIP.__call__`."""
-    return cast(CLIPOutput, model.apply({"params": params}, images, tokens))
+def forward(model: CLIP, variables: Variables, images: jax.Array, tokens: jax.Array) -> CLIPOutput:
+    """Applies both towers as in evaluation; see `CLIP.__call__`."""
+    return cast(CLIPOutput, model.apply(variables, images, tokens))
 
 
-def image_features(model: CLIP, params: dict[str, Any], images: Float[Array, "b s s 3"]) -> Float[Array, "b e"]:
+def forward_train(
+    model: CLIP, variables: Variables, images: jax.Array, tokens: jax.Array
+) -> tuple[CLIPOutput, dict[str, Any]]:
+    """Applies both towers as in training; returns the features and the updated `batch_stats`."""
+    applied = model.apply(variables, images, tokens, train=True, mutable=["batch_stats"])
+    output, updated = cast(tuple[CLIPOutput, dict[str, Any]], applied)
+    return output, updated.get("batch_stats", {})
+
+
+def image_features(model: CLIP, variables: Variables, images: Float[Array, "b s s 3"]) -> Float[Array, "b e"]:
     """Returns the unit features of normalised images."""
-    return cast(jax.Array, model.apply({"params": params}, images, normalize=True, method="encode_image"))
+    return cast(jax.Array, model.apply(variables, images, normalize=True, method="encode_image"))
 
 
-def text_features(model: CLIP, params: dict[str, Any], tokens: Int[Array, "b l"]) -> Float[Array, "b e"]:
+def text_features(model: CLIP, variables: Variables, tokens: Int[Array, "b l"]) -> Float[Array, "b e"]:
     """Returns the unit features of rows of token ids."""
-    return cast(jax.Array, model.apply({"params": params}, tokens, normalize=True, method="encode_text"))
+    return cast(jax.Array, model.apply(variables, tokens, normalize=True, method="encode_text"))
 
 
 def unit(features: Float[Array, "*b e"]) -> Float[Array, "*b e"]:

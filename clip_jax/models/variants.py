@@ -88,6 +88,7 @@ class ModelConfig:
       temperature: initial temperature τ; logit_scale starts at ln(1/τ) (paper, §2.5).
       dtype: dtype of activations and products. Parameters, norm and softmax statistics and logits stay float32
         or wider. `float64` serves proofs and needs `jax_enable_x64`.
+      bn_group: samples that share BatchNorm's statistics in training, for ResNets; 0 means the whole batch.
     """
 
     embed_dim: int
@@ -96,6 +97,7 @@ class ModelConfig:
     init: Literal["released", "scaled"] = "released"
     temperature: float = 0.07
     dtype: Literal["bfloat16", "float32", "float64"] = "float32"
+    bn_group: int = 0
 
 
 # fmt: off
@@ -113,7 +115,7 @@ VARIANTS = {
     "ViT-L/14@336": ( 768, ViTConfig(  336,    14,  1024,    16,    24), TextConfig( 768,   12,    12)),
 }
 
-# Total parameters, logit_scale included; BatchNorm's running statistics are not parameters.
+# Total parameters, logit_scale included; BatchNorm's running statistics are not among them.
 PARAMETERS = {
     "RN50":     102_007_137, "RN101":    119_688_033, "RN50x4":   178_300_601, "RN50x16":      290_979_217,
     "RN50x64":  623_258_305, "ViT-B/32": 151_277_313, "ViT-B/16": 149_620_737, "ViT-L/14":     427_616_513,

@@ -1,0 +1,442 @@
+"""The ResNet image tower against open_clip's in float64, its BatchNorm against the definition, and its properties."""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.errors import ModifyScopeVariableError
+from jax.sharding import NamedSharding
+from references import import_open_clip
+
+from clip_jax.config import MeshConfig
+from clip_jax.errors import UserError
+from clip_jax.models.resnet import BatchNorm, ModifiedResNet, average_pool
+from clip_jax.models.variants import VARIANTS, ResNetConfig
+from clip_jax.partition import ROWS, make_mesh
+from clip_jax.rules import leaf_paths
+from clip_jax.state import count_parameters
+
+SMALL = ResNetConfig(image_size=64, width=16, heads=8, layers=(1, 2, 1, 1))
+TINY = ResNetConfig(image_size=64, width=8, heads=4, layers=(1, 1, 1, 1))  # where several programs are compiled
+EMBED = 24
+
+# open_clip's profile: parameters of the image tower, and running means and variances
+COUNTS = {
+    "RN50": (38_316_896, 53_248),
+    "RN101": (56_259_936, 105_472),
+    "RN50x4": (87_137_080, 109_760),
+    "RN50x16": (167_328_912, 193_920),
+    "RN50x64": (420_380_352, 410_624),
+}
+
+# Ours to torch's, in order, each wherever it is found.
+TORCH_NAMES = (
+    (r"^stem_conv_(\d)", r"conv\1"),
+    (r"^stem_bn_(\d)", r"bn\1"),
+    (r"^stage_(\d)/block_(\d+)", r"layer\1/\2"),
+    (r"/(conv|bn)_(\d)/", r"/\1\2/"),
+    (r"/shortcut_conv/", r"/downsample/0/"),
+    (r"/shortcut_bn/", r"/downsample/1/"),
+    (r"^attention_pool/positions$", r"attnpool/positional_embedding"),
+    (r"^attention_pool/(.)[a-z]+/", r"attnpool/\1_proj/"),
+    (r"attnpool/o_proj/", r"attnpool/c_proj/"),
+    (r"/(kernel|scale)$", r"/weight"),
+    (r"/mean$", r"/running_mean"),
+    (r"/var$", r"/running_var"),
+)
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def tower(config=SMALL, dtype="float32", **options):
+    return ModifiedResNet(config, EMBED, jnp.dtype(dtype), **options)
+
+
+def image_shape(config, batch=1):
+    return (batch, config.image_size, config.image_size, 3)
+
+
+@pytest.fixture(scope="module")
+def small():
+    return random_variables(dtype=np.float32)
+
+
+@functools.cache
+def initial(config):
+    images = jnp.zeros(image_shape(config))
+    return jax.jit(lambda: tower(config).init(jax.random.key(0), images))()
+
+
+@functools.cache
+def shapes(config=SMALL, embed_dim=EMBED):
+    images = jax.ShapeDtypeStruct(image_shape(config), jnp.float32)
+    return jax.eval_shape(ModifiedResNet(config, embed_dim, jnp.float32).init, jax.random.key(0), images)
+
+
+def random_variables(config=SMALL, *, dtype=np.float64, seed=0):
+    """Every tensor random and none near 0 on average, so that each has a visible effect."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, shape):
+        if path.endswith(("scale", "var")):
+            return rng.uniform(0.5, 1.5, shape)
+        if path.endswith(("bias", "mean")):
+            return rng.normal(0, 0.3, shape)
+        return rng.normal(0, math.prod(shape[:-1]) ** -0.5, shape)
+
+    def fill(tree):
+        leaves = [
+            draw(path, leaf.shape).astype(dtype)
+            for path, leaf in zip(leaf_paths(tree), jax.tree.leaves(tree), strict=True)
+        ]
+        return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+
+    return fill(shapes(config))
+
+
+def random_images(config=SMALL, batch=4, *, dtype=np.float64, seed=1):
+    return np.random.default_rng(seed).standard_normal(image_shape(config, batch)).astype(dtype)
+
+
+def torch_name(path):
+    for pattern, replacement in TORCH_NAMES:
+        path = re.sub(pattern, replacement, path)
+    return path.replace("/", ".")
+
+
+def torch_layout(x, path):
+    """Ours [rows, columns, in, out] or [in, out] to torch's [out, in, rows, columns] or [out, in]."""
+    if not path.endswith("kernel"):
+        return x
+    kernel = x.transpose(3, 2, 0, 1) if x.ndim == 4 else x.T
+    return kernel[:, :, None, None] if x.ndim == 2 and "conv" in path else kernel
+
+
+def our_layout(x, path):
+    if not path.endswith("kernel"):
+        return x
+    return x.transpose(2, 3, 1, 0) if x.ndim == 4 and x.shape[-1] == 3 else x.reshape(x.shape[:2]).T
+
+
+def from_torch(named, like):
+    """Torch's tensors (by torch's names) as a tree like `like`."""
+    leaves = [our_layout(named[torch_name(path)].detach().numpy(), path) for path in leaf_paths(like)]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def torch_tower(config, embed_dim, variables, dtype):
+    """open_clip's tower with these variables; every tensor of either side is used once."""
+    import_open_clip()
+    import torch
+    from open_clip.modified_resnet import ModifiedResNet as TorchResNet
+
+    model = TorchResNet(list(config.layers), embed_dim, config.heads, config.image_size, config.width).to(dtype)
+    trees = (variables["params"], variables["batch_stats"])
+    paths = [path for tree in trees for path in leaf_paths(tree)]
+    leaves = [leaf for tree in trees for leaf in jax.tree.leaves(tree)]
+    tensors = {
+        torch_name(path): torch.tensor(torch_layout(np.asarray(leaf), path))
+        for path, leaf in zip(paths, leaves, strict=True)
+    }
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    assert not unexpected
+    assert all(name.endswith("num_batches_tracked") for name in missing)
+    return model
+
+
+def torch_images(images):
+    import torch
+
+    return torch.tensor(images.transpose(0, 3, 1, 2))
+
+
+def assert_leaves_close(ours, theirs, bound, *, skip=()):
+    """Largest error of every leaf, relative to the leaf's largest value."""
+    for path, a, b in zip(leaf_paths(ours), jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        if path not in skip:
+            assert a.shape == b.shape, path
+            assert np.abs(a - b).max() <= bound * np.abs(b).max(), path
+
+
+def train_step(model, variables, images, cotangent):
+    """(features, running statistics, gradients of the parameters) of one training forward and backward."""
+
+    def run(params):
+        features, updated = model.apply(
+            {"params": params, "batch_stats": variables["batch_stats"]}, images, train=True, mutable=["batch_stats"]
+        )
+        return (features * cotangent).sum(), (features, updated["batch_stats"])
+
+    grads, (features, statistics) = jax.grad(run, has_aux=True)(variables["params"])
+    return features, statistics, grads
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_counts_equal_the_released_models(name):
+    embed_dim, config, _ = VARIANTS[name]
+    variables = shapes(config, embed_dim)
+    assert (count_parameters(variables["params"]), count_parameters(variables["batch_stats"])) == COUNTS[name]
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+
+
+def test_parameter_names():
+    """The names that checkpoints and weight tables depend on."""
+    norm = ("bias", "scale")
+    conv = ("kernel",)
+    block = {"conv_1": conv, "bn_1": norm, "conv_2": conv, "bn_2": norm, "conv_3": conv, "bn_3": norm}
+    shortcut = {"shortcut_conv": conv, "shortcut_bn": norm}
+    stem = {f"stem_{kind}_{i}": leaves for i in (1, 2, 3) for kind, leaves in (("conv", conv), ("bn", norm))}
+    stages = {
+        f"stage_{stage}/block_{i}/{layer}": leaves
+        for stage, blocks in enumerate(SMALL.layers, 1)
+        for i in range(blocks)
+        for layer, leaves in (block | (shortcut if i == 0 else {})).items()
+    }
+    pool = {f"attention_pool/{name}": ("bias", "kernel") for name in ("query", "key", "value", "out")}
+    expected = {f"{layer}/{leaf}" for layer, leaves in (stem | stages | pool).items() for leaf in leaves}
+    assert set(leaf_paths(shapes()["params"])) == expected | {"attention_pool/positions"}
+    norms = {layer for layer, leaves in (stem | stages).items() if leaves == norm}
+    assert set(leaf_paths(shapes()["batch_stats"])) == {
+        f"{layer}/{leaf}" for layer in norms for leaf in ("mean", "var")
+    }
+
+
+def test_evaluation_equals_open_clip_in_f64(x64):
+    import_open_clip()
+    import torch
+
+    variables, images = random_variables(), random_images()
+    with torch.no_grad():
+        theirs = torch_tower(SMALL, EMBED, variables, torch.float64).eval()(torch_images(images)).numpy()
+    ours = jax.jit(tower(dtype="float64").apply)(variables, images)
+    assert ours.dtype == jnp.float64
+    error = np.abs(ours - theirs).max() / np.abs(theirs).max()
+    print(f"evaluation, f64: {error:.1e}")
+    assert error <= 1e-12
+
+
+def test_training_step_equals_open_clip_in_f64(x64):
+    """Features, every parameter's gradient, and the running statistics with torch's unbiased variance."""
+    import_open_clip()
+    import torch
+
+    variables, images = random_variables(), random_images(batch=6)
+    cotangent = np.random.default_rng(2).standard_normal((6, EMBED))
+    model = torch_tower(SMALL, EMBED, variables, torch.float64).train()
+    features = model(torch_images(images))
+    (features * torch.tensor(cotangent)).sum().backward()
+    gradients = from_torch({name: p.grad for name, p in model.named_parameters()}, variables["params"])
+    statistics = from_torch(dict(model.named_buffers()), variables["batch_stats"])
+
+    ours = jax.jit(functools.partial(train_step, tower(dtype="float64")))(variables, images, cotangent)
+    assert_leaves_close(ours[0], features.detach().numpy(), 1e-12)
+    assert_leaves_close(ours[1], statistics, 1e-12)
+    # A key bias adds one number to all of a query's logits: its gradient is 0, and what is there is rounding.
+    exempt = "attention_pool/key/bias"
+    assert_leaves_close(ours[2], gradients, 1e-9, skip=(exempt,))
+    pool = ours[2]["attention_pool"]["key"]
+    assert 0 < np.abs(pool["bias"]).max() <= 1e-12 * np.abs(pool["kernel"]).max()
+
+
+@pytest.mark.slow
+def test_rn50_equals_open_clip_in_f32():
+    open_clip = import_open_clip()
+    import torch
+
+    embed_dim, config, _ = VARIANTS["RN50"]
+    model = open_clip.create_model("RN50-quickgelu", pretrained=None).visual.eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if name.endswith(("bn3.weight", "running_var")):
+                tensor.uniform_(0.5, 1.5, generator=generator)
+            elif name.endswith("running_mean"):
+                tensor.normal_(0, 0.1, generator=generator)
+        images = random_images(config, 2, dtype=np.float32)
+        theirs = model(torch_images(images)).numpy()
+    variables = {name: from_torch(model.state_dict(), tree) for name, tree in shapes(config, embed_dim).items()}
+    ours = np.asarray(jax.jit(ModifiedResNet(config, embed_dim, jnp.float32).apply)(variables, images))
+    theirs, ours = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (theirs, ours))
+    print(f"RN50, unit features, f32: {np.abs(ours - theirs).max():.1e}")
+    assert np.abs(ours - theirs).max() <= 2e-5
+
+
+def normalise(x, *, train=True, group=0, scale=1.0, bias=0.0, mean=0.0, var=1.0, dtype=None):
+    """Our BatchNorm with the same numbers in every channel: (result, running mean, running variance)."""
+    channels = x.shape[-1]
+    norm = BatchNorm(train=train, group=group, dtype=dtype or x.dtype)
+    variables = {
+        "params": {"scale": jnp.full(channels, scale), "bias": jnp.full(channels, bias)},
+        "batch_stats": {"mean": jnp.full(channels, mean), "var": jnp.full(channels, var)},
+    }
+    result, updated = norm.apply(variables, x, mutable=["batch_stats"])
+    return result, updated["batch_stats"]["mean"], updated["batch_stats"]["var"]
+
+
+@pytest.mark.parametrize("group", [0, 1, 3, 6])
+def test_batch_norm_equals_its_definition(x64, group):
+    """Each group by its own mean and biased variance; running statistics from the means over the groups."""
+    x = 3 + 2 * np.random.default_rng(0).standard_normal((6, 4, 4, 5))
+    result, mean, var = normalise(jnp.asarray(x), group=group, scale=1.5, bias=0.25, mean=7.0, var=4.0)
+    parts = np.split(x, 6 // (group or 6))
+    over = {"axis": (0, 1, 2)}
+    expected = [1.5 * (part - part.mean(**over)) / np.sqrt(part.var(**over) + 1e-5) + 0.25 for part in parts]
+    np.testing.assert_allclose(result, np.concatenate(expected), atol=1e-12)
+    np.testing.assert_allclose(mean, 0.9 * 7 + 0.1 * np.mean([part.mean(**over) for part in parts], axis=0), rtol=1e-12)
+    unbiased = np.mean([part.var(ddof=1, **over) for part in parts], axis=0)
+    np.testing.assert_allclose(var, 0.9 * 4 + 0.1 * unbiased, rtol=1e-12)
+
+
+def test_batch_norm_evaluates_with_the_running_statistics(x64):
+    x = np.random.default_rng(0).standard_normal((2, 3, 3, 5))
+    result, mean, var = normalise(jnp.asarray(x), train=False, scale=1.5, bias=0.25, mean=7.0, var=4.0)
+    np.testing.assert_allclose(result, 1.5 * (x - 7) / np.sqrt(4 + 1e-5) + 0.25, rtol=1e-12)
+    assert (mean == 7).all()
+    assert (var == 4).all()
+
+
+def test_batch_norm_is_exact_where_the_mean_is_large():
+    """E[x²]-E[x]² in float32 errs by more than 1e-2 here."""
+    x = (300 + np.random.default_rng(0).standard_normal((8, 6, 6, 4))).astype(np.float32)
+    result, *_ = normalise(jnp.asarray(x))
+    exact = x.astype(np.float64)
+    exact = (exact - exact.mean((0, 1, 2))) / np.sqrt(exact.var((0, 1, 2)) + 1e-5)
+    np.testing.assert_allclose(result, exact, atol=2e-4)
+
+
+@pytest.mark.parametrize("group", [-2, 4, 12])
+def test_a_group_that_does_not_divide_the_batch_says_what_would(group):
+    with pytest.raises(UserError, match=rf"^bn group is {group}, .* 6 samples; use 0 \(all of them\) or 1, 2, 3, 6\b"):
+        normalise(jnp.ones((6, 2, 2, 1)), group=group)
+    normalise(jnp.ones((6, 2, 2, 1)), group=group, train=False)
+
+
+def test_one_value_a_channel_is_refused():
+    with pytest.raises(UserError, match=r"^bn group 1 of a batch of 6 leaves one value a channel"):
+        normalise(jnp.ones((6, 1, 1, 1)), group=1)
+
+
+def test_training_must_take_the_new_statistics(small):
+    with pytest.raises(ModifyScopeVariableError):
+        tower().apply(small, jnp.ones(image_shape(SMALL, 2)), train=True)
+
+
+def test_initialisation_leaves_the_running_statistics_at_their_start():
+    images = jnp.asarray(random_images(batch=2, dtype=np.float32))
+    variables = jax.jit(lambda: tower().init(jax.random.key(0), images, train=True))()
+    for path, leaf in zip(leaf_paths(variables["batch_stats"]), jax.tree.leaves(variables["batch_stats"]), strict=True):
+        assert (leaf == path.endswith("var")).all(), path
+
+
+def test_groups_are_as_if_each_were_a_batch(x64):
+    """What lets micro-batches that hold whole groups give the gradients of the whole batch."""
+    variables, images = random_variables(TINY), random_images(TINY, 8)
+    cotangent = np.random.default_rng(2).standard_normal((8, EMBED))
+    grouped = jax.jit(functools.partial(train_step, tower(TINY, "float64", bn_group=4)))
+    alone = jax.jit(functools.partial(train_step, tower(TINY, "float64")))
+    whole = grouped(variables, images, cotangent)
+    parts = [alone(variables, images[rows], cotangent[rows]) for rows in (slice(0, 4), slice(4, 8))]
+    np.testing.assert_allclose(whole[0], np.concatenate([part[0] for part in parts]), rtol=1e-10)
+    assert_leaves_close(whole[1], jax.tree.map(lambda a, b: (a + b) / 2, parts[0][1], parts[1][1]), 1e-12)
+    exempt = "attention_pool/key/bias"
+    assert_leaves_close(whole[2], jax.tree.map(lambda a, b: a + b, parts[0][2], parts[1][2]), 1e-11, skip=(exempt,))
+
+
+@pytest.mark.parametrize("group", [0, 4])
+def test_every_mesh_gives_one_training_step(x64, group):
+    variables, images = random_variables(TINY), random_images(TINY, 32)
+    cotangent = np.random.default_rng(2).standard_normal((32, EMBED))
+    step = jax.jit(functools.partial(train_step, tower(TINY, "float64", bn_group=group)))
+    alone = step(variables, images, cotangent)
+    for data, fsdp in ((1, 1), (2, 1), (2, 2), (4, 2)):
+        mesh = make_mesh(MeshConfig(data, fsdp), devices=jax.devices()[: data * fsdp])
+        rows = NamedSharding(mesh, ROWS)
+        sharded = step(variables, *jax.device_put((images, cotangent), rows))
+        assert len(sharded[0].sharding.device_set) == data * fsdp
+        assert_leaves_close(sharded, alone, 1e-12, skip=("2/attention_pool/key/bias",))
+
+
+def test_rematerialisation_changes_no_name_and_no_value(x64):
+    variables, images = random_variables(TINY), random_images(TINY, 4)
+    cotangent = np.random.default_rng(2).standard_normal((4, EMBED))
+    plain, remat = (tower(TINY, "float64", remat=remat) for remat in (False, True))
+    steps = [functools.partial(train_step, model) for model in (plain, remat)]
+    counts = [str(jax.make_jaxpr(step)(variables, images, cotangent)).count("remat") for step in steps]
+    assert counts[0] == 0
+    assert counts[1] >= 4
+    results = [jax.jit(step)(variables, images, cotangent) for step in steps]
+    assert_leaves_close(*results, 1e-12, skip=("2/attention_pool/key/bias",))
+    inits = [jax.jit(lambda model=model: model.init(jax.random.key(0), images[:1]))() for model in (plain, remat)]
+    assert leaf_paths(inits[0]) == leaf_paths(inits[1])
+    for a, b in zip(*map(jax.tree.leaves, inits), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_named_intermediates(small, remat):
+    images = random_images(batch=2, dtype=np.float32)
+    _, kept = jax.jit(lambda x: tower(remat=remat).apply(small, x, mutable=["intermediates"]))(images)
+    stages = {f"stage_{i}": {"output": (2, 32 >> i, 32 >> i, 32 << i)} for i in (1, 2, 3, 4)}
+    assert jax.tree.map(jnp.shape, kept["intermediates"]) == {"stem": (2, 16, 16, 16)} | stages
+    for leaf in jax.tree.leaves(kept["intermediates"]):
+        assert (leaf >= 0).all()  # all are behind a ReLU
+
+
+def test_bfloat16_keeps_f32_variables(small):
+    images = random_images(batch=4, dtype=np.float32)
+    model = tower(dtype="bfloat16")
+    evaluate = jax.jit(lambda x: model.apply(small, x, mutable=["batch_stats", "intermediates"]))
+    features, kept = evaluate(images)
+    assert features.dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves(kept["intermediates"])} == {jnp.dtype("bfloat16")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(kept["batch_stats"])} == {jnp.dtype("float32")}
+    exact = np.asarray(jax.jit(tower().apply)(small, images))
+    assert np.abs(features - exact).max() <= 0.05 * np.abs(exact).max()
+    _, statistics, grads = jax.jit(functools.partial(train_step, model))(small, images, np.ones((4, EMBED), np.float32))
+    assert {leaf.dtype for leaf in jax.tree.leaves((statistics, grads))} == {jnp.dtype("float32")}
+
+
+def test_average_pool():
+    x = np.random.default_rng(0).standard_normal((2, 4, 6, 3)).astype(np.float32)
+    pooled = average_pool(jnp.asarray(x), 2)
+    assert pooled.shape == (2, 2, 3, 3)
+    np.testing.assert_allclose(pooled[:, 1, 2], x[:, 2:4, 4:6].mean((1, 2)), rtol=1e-5)
+    np.testing.assert_array_equal(average_pool(jnp.asarray(x), 1), x)
+
+
+def test_a_block_starts_as_its_shortcut():
+    """The last BatchNorm of each bottleneck starts at 0: a block without a shortcut convolution changes nothing."""
+    params = initial(SMALL)["params"]
+    rest = {path for path in leaf_paths(params) if path.endswith("scale")}
+    zero = {f"stage_{stage}/block_{i}/bn_3/scale" for stage, n in enumerate(SMALL.layers, 1) for i in range(n)}
+    for path, leaf in zip(leaf_paths(params), jax.tree.leaves(params), strict=True):
+        if path in rest:
+            assert (leaf == (path not in zero)).all(), path
+    assert zero < rest
+
+
+def test_initial_values_of_every_tensor():
+    """Uniform on ±fan_in^-.5 for convolutions and the pool's biases, normal for the rest of the pool."""
+    pool_std = (32 * SMALL.width) ** -0.5
+    params = initial(SMALL)["params"]
+    for path, leaf in zip(leaf_paths(params), jax.tree.leaves(params), strict=True):
+        slack = 5 / math.sqrt(2 * leaf.size)  # five standard errors of a standard deviation
+        largest = float(np.abs(leaf).max())
+        if path.startswith("attention_pool") and not path.endswith("bias"):
+            assert float(leaf.std()) == pytest.approx(pool_std, rel=slack), path
+            assert largest > 2.5 * pool_std, path
+        elif path.startswith("attention_pool") or path.endswith("kernel"):
+            bound = pool_std if path.endswith("bias") else math.prod(leaf.shape[:-1]) ** -0.5
+            assert float(leaf.std()) == pytest.approx(bound / math.sqrt(3), rel=slack), path
+            assert largest <= bound, path
+        elif path.endswith("bias"):
+            assert (leaf == 0).all(), path
