@@ -310,6 +310,16 @@ def _model_contradictions(model: ModelConfig) -> Iterator[tuple[bool, str]]:
     towers = [("text", text.width, text.heads)]
     if isinstance(vision, ViTConfig):
         towers.append(("vision", vision.width, vision.heads))
+    else:
+        yield (
+            vision.width * 32 % vision.heads != 0,
+            f"config.model.vision.heads is {vision.heads}; it must divide the attention pool's width, 32 times "
+            f"config.model.vision.width ({vision.width * 32})",
+        )
+        yield (
+            min(vision.layers) <= 0,
+            f"config.model.vision.layers is {vision.layers}; every stage must have at least one block",
+        )
     for tower, width, heads in towers:
         yield (
             width % heads != 0,

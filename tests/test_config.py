@@ -35,6 +35,13 @@ def load(name: str, arg: str | None = None) -> ConfigDict:
     return runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"](arg)
 
 
+def overridden(*changes: tuple[str, str]) -> RunConfig:
+    config = base()
+    for key, text in changes:
+        override(config, key, text)
+    return from_config_dict(config)
+
+
 def test_round_trip():
     run = RunConfig(model=model_config("RN50x4"), data=DataConfig(dataset="pairs"))
     assert from_config_dict(to_config_dict(run)) == run
@@ -60,9 +67,7 @@ def test_round_trip():
     ],
 )
 def test_values_from_text(key, text, value):
-    config = base()
-    override(config, key, text)
-    found = dataclasses.asdict(from_config_dict(config))
+    found = dataclasses.asdict(overridden((key, text)))
     for part in {"lr": "optim.lr", "fsdp": "mesh.fsdp", "decay_mask": "optim.decay_mask"}.get(key, key).split("."):
         found = found[part]
     assert found == value
@@ -134,10 +139,27 @@ def test_contradictions(values, message):
     ],
 )
 def test_model_contradictions(key, text, message):
-    config = base()
-    override(config, key, text)
     with pytest.raises(ConfigError, match=message):
-        from_config_dict(config)
+        overridden((key, text))
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "message"),
+    [
+        (
+            "model.vision.heads",
+            "7",
+            r"config.model.vision.heads is 7; it must divide .* config.model.vision.width \(2048",
+        ),
+        ("model.vision.layers", "(3,4,0,3)", r"config.model.vision.layers is \(3, 4, 0, 3\); every stage must have"),
+        ("model.vision.layers", "(3,4,3)", r"config.model.vision.layers is \(3, 4, 3\); it must be a tuple of 4"),
+        ("model.vision.image_size", "200", r"config.model.vision.image_size is 200; it must be a multiple of 32"),
+        ("model.vision.patch", "32", r"unknown key config.model.vision.patch"),
+    ],
+)
+def test_resnet_contradictions(key, text, message):
+    with pytest.raises(ConfigError, match=message):
+        overridden(("model", "RN50"), (key, text))
 
 
 def test_a_missing_key_is_named():
@@ -156,10 +178,7 @@ def test_argument_of_a_config_file():
 
 
 def test_model_override_replaces_the_sizes_and_keeps_the_rest():
-    config = base()
-    override(config, "model.dtype", "bfloat16")
-    override(config, "model", "vit-l14")
-    run = from_config_dict(config)
+    run = overridden(("model.dtype", "bfloat16"), ("model", "vit-l14"))
     assert run.model == dataclasses.replace(model_config("ViT-L/14"), dtype="bfloat16")
 
 
