@@ -86,8 +86,8 @@ class ModelConfig:
       text: the text tower.
       init: `released`, as openai/CLIP initialises, or `scaled`, the text tower's scheme on the ViT too.
       temperature: initial temperature τ; logit_scale starts at ln(1/τ) (paper, §2.5).
-      dtype: dtype of activations and products. Parameters, norm and softmax statistics and logits stay float32
-        or wider. `float64` serves proofs and needs `jax_enable_x64`.
+      dtype: dtype of activations and products. Parameters, norm statistics and logits stay float32 or wider.
+        `float64` serves proofs and needs `jax_enable_x64`; the transformers' softmax is float32 even then.
       bn_group: samples that share BatchNorm's statistics in training, for ResNets; 0 means the whole batch.
     """
 
