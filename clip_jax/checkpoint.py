@@ -6,7 +6,6 @@ name, also an empty or half-deleted one.
 
 import dataclasses
 import functools
-import json
 import logging
 import subprocess
 from pathlib import Path
@@ -17,13 +16,12 @@ import jax
 import orbax.checkpoint as ocp
 
 import clip_jax
-from clip_jax.config import CheckpointConfig, RunConfig, describe_diff, diff
+from clip_jax.config import NOT_SIZES, CheckpointConfig, RunConfig, as_json, describe_diff, diff
 from clip_jax.data.images import Preprocess
 from clip_jax.errors import UserError
 from clip_jax.state import TrainState
 
 _ITEMS = ("state", "data", "config", "metadata")
-_NO_SHAPE = ("init", "temperature", "dtype", "bn_group")  # of the model's keys; they may change when a run is resumed
 _LOG = logging.getLogger(__name__)
 
 
@@ -118,7 +116,7 @@ def check_same_model(saved: dict[str, Any], config: RunConfig, *, where: Path) -
       where: the workdir, for the message.
     """
     changes = diff(saved["model"], as_json(config)["model"])
-    changes = {key: values for key, values in changes.items() if key not in _NO_SHAPE}
+    changes = {key: values for key, values in changes.items() if key not in NOT_SIZES}
     if changes:
         raise UserError(
             f"{where} holds checkpoints of another model: {describe_diff(changes)} (saved -> config); "
@@ -126,15 +124,10 @@ def check_same_model(saved: dict[str, Any], config: RunConfig, *, where: Path) -
         )
 
 
-def as_json(config: RunConfig) -> dict[str, Any]:
-    """Returns a config as JSON holds it: tuples as lists."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
 def _metadata(config: RunConfig, data: dict[str, Any]) -> dict[str, Any]:
     """What a reader of the weights alone must know."""
     return {
-        "activation": "quick_gelu",
+        "activation": config.model.activation,
         "preprocess": Preprocess(size=config.model.vision.image_size).to_dict(),
         "tokenizer": "clip",
         "data": data,

@@ -6,6 +6,7 @@ unknown keys, wrong types and contradictions by name. The annotations below are 
 """
 
 import dataclasses
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -15,6 +16,9 @@ from ml_collections import ConfigDict
 from clip_jax.errors import ConfigError, UserError
 from clip_jax.models.variants import ModelConfig, ViTConfig, model_config
 from clip_jax.typed import convert, flatten, leaf_types, parse, resolve_key, split_outside_brackets
+
+NOT_SIZES = ("init", "temperature", "dtype", "bn_group", "remat")
+"""Keys of the model that change neither its parameters nor what they mean; they may change when a run is resumed."""
 
 Values = Mapping[str, Any] | ConfigDict
 
@@ -230,6 +234,11 @@ def apply_argument(config: ConfigDict, argument: str | None) -> ConfigDict:
     return config
 
 
+def as_json(config: RunConfig) -> dict[str, Any]:
+    """Returns a config as JSON holds it: tuples as lists."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
 def diff(old: Values, new: Values) -> dict[str, tuple[Any, Any]]:
     """Returns the dotted keys whose values differ, with (old, new); a key that one side lacks has None there."""
     a, b = flatten(_plain(old)), flatten(_plain(new))
@@ -246,7 +255,7 @@ def _replace_model(config: ConfigDict, name: str) -> None:
         sizes = dataclasses.asdict(model_config(name))
     except UserError as error:
         raise ConfigError(f"config.model: {error}") from None
-    config.model = ConfigDict(sizes | {key: config.model[key] for key in ("init", "temperature", "dtype", "bn_group")})
+    config.model = ConfigDict(sizes | {key: config.model[key] for key in (*NOT_SIZES, "activation")})
 
 
 def _plain(values: Values) -> dict[str, Any]:

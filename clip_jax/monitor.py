@@ -10,8 +10,7 @@ from typing import Any
 
 import jax
 
-from clip_jax.checkpoint import as_json
-from clip_jax.config import LogConfig, RunConfig
+from clip_jax.config import LogConfig, RunConfig, as_json
 from clip_jax.console import Progress
 from clip_jax.metrics import MetricWriter
 

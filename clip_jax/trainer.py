@@ -15,8 +15,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from clip_jax.checkpoint import Checkpoints, as_json, check_same_model
-from clip_jax.config import RunConfig, describe_diff, diff
+from clip_jax.checkpoint import Checkpoints, check_same_model
+from clip_jax.config import RunConfig, as_json, describe_diff, diff
 from clip_jax.data.loader import TrainingData, open_training_data
 from clip_jax.errors import UserError
 from clip_jax.evals.evaluation import Evaluated, Evaluation, scalars

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from tiny import TINY
 
-from clip_jax.checkpoint import Checkpoints, as_json, check_same_model
-from clip_jax.config import CheckpointConfig, MeshConfig
+from clip_jax.checkpoint import Checkpoints, check_same_model
+from clip_jax.config import CheckpointConfig, MeshConfig, as_json
 from clip_jax.errors import UserError
 from clip_jax.models.clip import CLIP
 from clip_jax.optim import make_optimizer

@@ -11,7 +11,7 @@ import pytest
 import clip_jax
 from clip_jax.errors import UserError
 from clip_jax.models.clip import CLIP, forward, forward_train, init_variables, unit
-from clip_jax.models.layers import layer_norm, quick_gelu
+from clip_jax.models.layers import ACTIVATIONS, attend, layer_norm
 from clip_jax.models.variants import (
     PARAMETERS,
     VARIANTS,
@@ -193,9 +193,70 @@ def test_patch_embedding_is_the_convolution():
     np.testing.assert_allclose(dense, convolved.reshape(2, 9, 8), atol=1e-5)
 
 
-def test_quick_gelu():
-    x = np.linspace(-4, 4, 33, dtype=np.float32)
-    np.testing.assert_allclose(quick_gelu(jnp.asarray(x)), x / (1 + np.exp(-1.702 * x)), rtol=1e-6)
+@pytest.mark.parametrize(
+    ("name", "gate"),
+    [
+        ("quick_gelu", lambda x: 1 / (1 + np.exp(-1.702 * x))),
+        ("gelu", lambda x: np.array([(1 + math.erf(value / math.sqrt(2))) / 2 for value in x])),
+    ],
+)
+def test_activations(name, gate):
+    x = np.linspace(-4, 4, 33)
+    np.testing.assert_allclose(ACTIVATIONS[name](jnp.asarray(x, jnp.float32)), x * gate(x), rtol=1e-5, atol=1e-7)
+
+
+def test_the_configs_activation_reaches_both_towers(small):
+    model, params = small
+    images = jax.random.normal(jax.random.key(1), (2, 12, 12, 3))
+    ours = forward(model, {"params": params}, images, tokens_of(1, 2))
+    other = forward(CLIP(dataclasses.replace(SMALL, activation="gelu")), {"params": params}, images, tokens_of(1, 2))
+    for a, b in zip(ours[:2], other[:2], strict=True):
+        assert 1e-5 < np.abs(a - b).max() < 0.1
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_equals_its_definition_in_f64(causal):
+    with jax.enable_x64(True):
+        query, key, value = np.random.default_rng(0).standard_normal((3, 2, 5, 4, 8))
+        found = attend(*map(jnp.asarray, (query, key, value)), causal=causal)
+        for b, h in np.ndindex(2, 4):
+            logits = query[b, :, h] @ key[b, :, h].T / math.sqrt(8)
+            shares = np.exp(np.where(np.tri(5) > 0, logits, -np.inf) if causal else logits)
+            expected = shares / shares.sum(1, keepdims=True) @ value[b, :, h]
+            np.testing.assert_allclose(found[b, :, h], expected, atol=1e-14)
+
+
+def test_attention_takes_its_softmax_in_f32_where_products_are_bf16():
+    query, key, value = jnp.asarray(np.random.default_rng(0).standard_normal((3, 1, 64, 2, 8)), jnp.bfloat16)
+    found = attend(8 * query, key, value, causal=False)
+    assert found.dtype == jnp.bfloat16
+    exact = attend(*(x.astype(jnp.float32) for x in (8 * query, key, value)), causal=False)
+    np.testing.assert_allclose(found, exact, atol=0.02)  # logits in bfloat16 err by 0.1
+
+
+@pytest.mark.parametrize(
+    ("vision", "wrapped"), [(SMALL.vision, 4), (ResNetConfig(image_size=32, width=8, heads=4, layers=(1, 1, 1, 1)), 6)]
+)
+def test_the_configs_rematerialisation_reaches_both_towers(vision, wrapped):
+    """Every transformer block and every ResNet stage is recomputed; names, shapes and values stay."""
+    config = dataclasses.replace(SMALL, vision=vision)
+    plain, remat = (CLIP(dataclasses.replace(config, remat=remat)) for remat in (False, True))
+    trees = [jax.eval_shape(lambda model=model: init_variables(model, jax.random.key(0))) for model in (plain, remat)]
+    assert trees[0] == trees[1]
+    variables = jax.jit(lambda: init_variables(plain, jax.random.key(0)))()
+    images = jax.random.normal(jax.random.key(1), (4, vision.image_size, vision.image_size, 3))
+
+    def loss(params, model):
+        output, _ = forward_train(model, variables | {"params": params}, images, tokens_of(1, 2, 3, 4))
+        return (output.image * output.text).sum()
+
+    gradients = []
+    for model, count in ((plain, 0), (remat, wrapped)):
+        jaxpr = jax.make_jaxpr(jax.grad(loss), static_argnums=1)(variables["params"], model)
+        assert str(jaxpr).count("= remat2[") + str(jaxpr).count("= checkpoint[") == count
+        gradients.append(jax.jit(jax.grad(loss), static_argnums=1)(variables["params"], model))
+    for a, b in zip(*map(jax.tree.leaves, gradients), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * max(1, np.abs(a).max()))
 
 
 def test_layer_norm_is_exact_where_the_mean_is_large():

@@ -415,6 +415,9 @@ def test_bfloat16_keeps_f32_variables():
     step = jit(functools.partial(train_step, model))
     _, statistics, grads = step(variables, images, np.ones((4, EMBED), np.float32))
     assert {leaf.dtype for leaf in jax.tree.leaves((statistics, grads))} == {jnp.dtype("float32")}
+    train = functools.partial(model.apply, train=True, mutable=["batch_stats", "intermediates"])
+    _, kept = jax.eval_shape(train, variables, images)
+    assert {leaf.dtype for leaf in jax.tree.leaves(kept["intermediates"])} == {jnp.dtype("bfloat16")}
 
 
 def test_average_pool():

@@ -40,10 +40,12 @@ class CLIP(nn.Module):
         config = self.config
         dtype = jnp.dtype(config.dtype)
         if isinstance(config.vision, ResNetConfig):
-            self.image = ModifiedResNet(config.vision, config.embed_dim, dtype, bn_group=config.bn_group)
+            self.image = ModifiedResNet(config.vision, config.embed_dim, dtype, config.bn_group, config.remat)
         else:
-            self.image = VisionTransformer(config.vision, config.embed_dim, config.init, dtype)
-        self.text = TextTransformer(config.text, config.embed_dim, dtype)
+            self.image = VisionTransformer(
+                config.vision, config.embed_dim, config.init, dtype, config.activation, config.remat
+            )
+        self.text = TextTransformer(config.text, config.embed_dim, dtype, config.activation, config.remat)
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(-math.log(config.temperature)), ())
 
     def __call__(

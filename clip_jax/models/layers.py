@@ -1,4 +1,4 @@
-"""Pre-LN transformer blocks with QuickGELU, and the two initialisations that the paper's models can start from.
+"""Pre-LN transformer blocks, and the two initialisations that the paper's models can start from.
 
 Unlike Linen's defaults, LayerNorm has epsilon 1e-5, takes its variance in two passes (E[x²]-E[x]² errs by 1e-3 on
 channels whose mean is 100, and ViT residual streams have such channels), keeps its statistics in float32, and
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from clip_jax.array_types import Array, Float
+from clip_jax.models.variants import Activation
 
 Initializer = Callable[..., jax.Array]
 
@@ -22,6 +23,14 @@ Initializer = Callable[..., jax.Array]
 def quick_gelu(x: Float[Array, "*any"]) -> Float[Array, "*any"]:
     """Returns x·sigmoid(1.702x), CLIP's activation (openai/CLIP `clip/model.py`, QuickGELU)."""
     return x * jax.nn.sigmoid(1.702 * x)
+
+
+def gelu(x: Float[Array, "*any"]) -> Float[Array, "*any"]:
+    """Returns x·Φ(x), the exact GELU, as the models have that open_clip trained (Hendrycks & Gimpel, 2016)."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
 
 
 def layer_norm(dtype: DTypeLike, *, name: str) -> nn.LayerNorm:
@@ -76,8 +85,22 @@ class BlockInit:
         )
 
 
+def attend(
+    query: Float[Array, "b q h c"], key: Float[Array, "b k h c"], value: Float[Array, "b k h c"], *, causal: bool
+) -> Float[Array, "b q h c"]:
+    """Mixes values by softmax(query·key / √c), with logits and softmax in float32 or wider.
+
+    Not `jax.nn.dot_product_attention`, whose softmax is float32 even where its arguments are float64.
+    """
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    logits = jnp.einsum("bqhc,bkhc->bhqk", query, key, preferred_element_type=wide) * query.shape[-1] ** -0.5
+    if causal:
+        logits = jnp.where(jnp.tri(logits.shape[-1], dtype=bool), logits, -jnp.inf)
+    return jnp.einsum("bhqk,bkhc->bqhc", jax.nn.softmax(logits).astype(value.dtype), value)
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention with one fused projection for q, k and v; softmax statistics in float32."""
+    """Multi-head self-attention with one fused projection for q, k and v."""
 
     heads: int
     causal: bool
@@ -91,15 +114,16 @@ class Attention(nn.Module):
         query, key, value = (
             part.reshape(batch, length, self.heads, width // self.heads) for part in jnp.split(qkv, 3, axis=-1)
         )
-        mixed = jax.nn.dot_product_attention(query, key, value, is_causal=self.causal)
+        mixed = attend(query, key, value, causal=self.causal)
         return nn.Dense(width, kernel_init=self.init_from.out, dtype=self.dtype, name="out")(
             mixed.reshape(batch, length, width)
         )
 
 
 class MLP(nn.Module):
-    """Two dense layers, four times as wide between them, with QuickGELU."""
+    """Two dense layers, four times as wide between them."""
 
+    activation: Activation
     init_from: BlockInit
     dtype: DTypeLike
 
@@ -110,7 +134,7 @@ class MLP(nn.Module):
             x
         )
         return nn.Dense(width, kernel_init=init.mlp_out, bias_init=init.mlp_out_bias, dtype=self.dtype, name="out")(
-            quick_gelu(hidden)
+            ACTIVATIONS[self.activation](hidden)
         )
 
 
@@ -119,6 +143,7 @@ class Block(nn.Module):
 
     heads: int
     causal: bool
+    activation: Activation
     init_from: BlockInit
     dtype: DTypeLike
 
@@ -126,24 +151,30 @@ class Block(nn.Module):
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
         attention = Attention(self.heads, self.causal, self.init_from, self.dtype, name="attention")
         x = x + attention(layer_norm(self.dtype, name="ln_1")(x))
-        x = x + MLP(self.init_from, self.dtype, name="mlp")(layer_norm(self.dtype, name="ln_2")(x))
+        x = x + MLP(self.activation, self.init_from, self.dtype, name="mlp")(layer_norm(self.dtype, name="ln_2")(x))
         record(self, "output", x)
         return x
 
 
 class Transformer(nn.Module):
-    """A stack of blocks; the stream after block i is the intermediate `block_i/output`."""
+    """A stack of blocks; the stream after block i is the intermediate `block_i/output`.
+
+    With `remat` the backward pass recomputes each block instead of keeping its activations; no name or value changes.
+    """
 
     layers: int
     heads: int
     causal: bool
+    activation: Activation
     init_from: BlockInit
     dtype: DTypeLike
+    remat: bool
 
     @nn.compact
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+        block = nn.remat(Block) if self.remat else Block
         for i in range(self.layers):
-            x = Block(self.heads, self.causal, self.init_from, self.dtype, name=f"block_{i}")(x)
+            x = block(self.heads, self.causal, self.activation, self.init_from, self.dtype, name=f"block_{i}")(x)
         return x
 
 

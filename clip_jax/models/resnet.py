@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 
 from clip_jax.array_types import Array, Float
 from clip_jax.errors import UserError
-from clip_jax.models.layers import Initializer, record, symmetric_uniform
+from clip_jax.models.layers import Initializer, attend, record, symmetric_uniform
 from clip_jax.models.variants import ResNetConfig
 
 EXPANSION = 4  # output channels of a bottleneck over its inner channels
@@ -116,7 +116,7 @@ class AttentionPool(nn.Module):
     """Multi-head attention whose only query is the mean of the feature map.
 
     Keys and values are the mean and the map's positions in row-major order, with learnt positions added to all. The
-    output projection goes to the embedding. Softmax statistics are float32 or wider.
+    output projection goes to the embedding.
     """
 
     heads: int
@@ -133,15 +133,11 @@ class AttentionPool(nn.Module):
         tokens = x.reshape(batch, rows * columns, width)
         tokens = jnp.concatenate([tokens.mean(axis=1, keepdims=True), tokens], axis=1)
         tokens = tokens + self.param("positions", normal, (tokens.shape[1], width)).astype(self.dtype)
-        query = dense(width, name="query")(tokens[:, 0]).reshape(batch, self.heads, -1)
-        key, value = (
-            dense(width, name=name)(tokens).reshape(*tokens.shape[:2], self.heads, -1) for name in ("key", "value")
+        query, key, value = (
+            dense(width, name=name)(of).reshape(batch, -1, self.heads, width // self.heads)
+            for name, of in (("query", tokens[:, :1]), ("key", tokens), ("value", tokens))
         )
-        # Not jax.nn.dot_product_attention: its softmax is float32 even where its arguments are float64.
-        wide = jnp.promote_types(self.dtype, jnp.float32)
-        logits = jnp.einsum("bhd,blhd->bhl", query, key, preferred_element_type=wide) * query.shape[-1] ** -0.5
-        shares = jax.nn.softmax(logits).astype(self.dtype)
-        pooled = jnp.einsum("bhl,blhd->bhd", shares, value).reshape(batch, width)
+        pooled = attend(query, key, value, causal=False).reshape(batch, width)
         return dense(self.embed_dim, name="out")(pooled)
 
 

@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 
 from clip_jax.array_types import Array, Float, Int
 from clip_jax.models.layers import BlockInit, Transformer, layer_norm, record
-from clip_jax.models.variants import TextConfig
+from clip_jax.models.variants import Activation, TextConfig
 
 
 class TextTransformer(nn.Module):
@@ -23,6 +23,8 @@ class TextTransformer(nn.Module):
     config: TextConfig
     embed_dim: int
     dtype: DTypeLike
+    activation: Activation = "quick_gelu"
+    remat: bool = False
 
     @nn.compact
     def __call__(self, tokens: Int[Array, "b l"]) -> Float[Array, "b e"]:
@@ -38,7 +40,10 @@ class TextTransformer(nn.Module):
         positions = self.param("positions", nn.initializers.normal(0.01), (config.context, width))
         x = embedding(tokens) + positions[: tokens.shape[1]].astype(dtype)
         blocks = BlockInit.scaled(width, config.layers)
-        x = Transformer(config.layers, config.heads, True, blocks, dtype, name="transformer")(x)
+        transformer = Transformer(
+            config.layers, config.heads, True, self.activation, blocks, dtype, self.remat, name="transformer"
+        )
+        x = transformer(x)
 
         end = jnp.argmax(tokens, axis=-1)
         x = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]

@@ -8,6 +8,8 @@ from typing import Literal
 
 from clip_jax.errors import UserError, did_you_mean
 
+Activation = Literal["quick_gelu", "gelu"]
+
 
 @dataclass(frozen=True)
 class ViTConfig:
@@ -87,8 +89,12 @@ class ModelConfig:
       init: `released`, as openai/CLIP initialises, or `scaled`, the text tower's scheme on the ViT too.
       temperature: initial temperature τ; logit_scale starts at ln(1/τ) (paper, §2.5).
       dtype: dtype of activations and products. Parameters, norm statistics and logits stay float32 or wider.
-        `float64` serves proofs and needs `jax_enable_x64`; the transformers' softmax is float32 even then.
+        `float64` serves proofs and needs `jax_enable_x64`.
+      activation: of the transformers: `quick_gelu`, as in the paper's models, or `gelu`, the exact one, as in most
+        models that open_clip trained.
       bn_group: samples that share BatchNorm's statistics in training, for ResNets; 0 means the whole batch.
+      remat: recompute each transformer block and each ResNet stage in the backward pass instead of keeping its
+        activations: less memory, about a third more time.
     """
 
     embed_dim: int
@@ -97,7 +103,9 @@ class ModelConfig:
     init: Literal["released", "scaled"] = "released"
     temperature: float = 0.07
     dtype: Literal["bfloat16", "float32", "float64"] = "float32"
+    activation: Activation = "quick_gelu"
     bn_group: int = 0
+    remat: bool = False
 
 
 # fmt: off

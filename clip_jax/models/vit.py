@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from clip_jax.array_types import Array, Float
 from clip_jax.models.layers import BlockInit, Transformer, layer_norm, record, symmetric_uniform
-from clip_jax.models.variants import ViTConfig
+from clip_jax.models.variants import Activation, ViTConfig
 
 
 class VisionTransformer(nn.Module):
@@ -26,6 +26,8 @@ class VisionTransformer(nn.Module):
     embed_dim: int
     init_scheme: Literal["released", "scaled"]
     dtype: DTypeLike
+    activation: Activation = "quick_gelu"
+    remat: bool = False
 
     @nn.compact
     def __call__(self, images: Float[Array, "b s s 3"]) -> Float[Array, "b e"]:
@@ -51,7 +53,10 @@ class VisionTransformer(nn.Module):
         blocks = (
             BlockInit.scaled(width, config.layers) if self.init_scheme == "scaled" else BlockInit.torch_default(width)
         )
-        x = Transformer(config.layers, config.heads, False, blocks, dtype, name="transformer")(x)
+        transformer = Transformer(
+            config.layers, config.heads, False, self.activation, blocks, dtype, self.remat, name="transformer"
+        )
+        x = transformer(x)
         pooled = layer_norm(dtype, name="ln_post")(x[:, 0])
         record(self, "pooled", pooled)
         return nn.Dense(self.embed_dim, use_bias=False, kernel_init=normal, dtype=dtype, name="projection")(pooled)
