@@ -12,6 +12,11 @@ class ConfigError(UserError):
     """A config value that cannot be used: an unknown key, a wrong type, or values that contradict each other."""
 
 
+def one_line(error: BaseException) -> str:
+    """Returns a library's message as one line, or the kind of error where there is no message."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Returns "; did you mean 'digits'?" for the nearest known name, or nothing where none is near."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

@@ -1,0 +1,1 @@
+"""The interop room: weights in and out of other projects' formats."""
