@@ -132,7 +132,7 @@ def resized_crop(
 
 
 def normalize(images: Any, preprocess: Preprocess, dtype: Any = "float32") -> Any:
-    """Returns (images / 255 - mean) / std, computed in float32 and rounded once to `dtype`.
+    """Returns (images / 255 - mean) / std, computed in float32 or wider and rounded once to `dtype`.
 
     Args:
       images: uint8 [..., 3], a NumPy or JAX array; traced under jit, it runs on the device.
@@ -142,8 +142,9 @@ def normalize(images: Any, preprocess: Preprocess, dtype: Any = "float32") -> An
     Returns:
       [..., 3], an array of the library that `images` came from.
     """
-    mean, std = np.asarray(preprocess.mean, np.float32), np.asarray(preprocess.std, np.float32)
-    return ((images.astype(np.float32) / np.float32(255) - mean) / std).astype(dtype)
+    wide = np.promote_types(dtype, np.float32)
+    mean, std = np.asarray(preprocess.mean, wide), np.asarray(preprocess.std, wide)
+    return ((images.astype(wide) / wide.type(255) - mean) / std).astype(dtype)
 
 
 def _decode_jpeg(encoded: bytes) -> np.ndarray:

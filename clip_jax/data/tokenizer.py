@@ -141,6 +141,15 @@ def _default_tokenizer() -> Tokenizer:
     return Tokenizer()
 
 
+def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Returns the id of every unit but START and END, and the merges in their order."""
+    with gzip.open(_MERGES_FILE, "rt", encoding="utf-8") as lines:
+        merges = [(left, right) for left, right in map(str.split, lines)]
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+    units = [*symbols, *(symbol + _WORD_END for symbol in symbols), *(left + right for left, right in merges)]
+    return {unit: index for index, unit in enumerate(units)}, merges
+
+
 class _WordMemo(dict[str, bytes]):
     """Ids of cleaned words, each as uint16 in bytes: all ids are below 2**16, and bytes join and pad fast.
 
@@ -187,12 +196,8 @@ def _clean_words(text: str) -> list[str]:
 
 def _build_bpe() -> tokenizers.Tokenizer:
     """Returns the BPE without special tokens: no text whatever can produce their ids."""
-    with gzip.open(_MERGES_FILE, "rt", encoding="utf-8") as lines:
-        merges = [(left, right) for left, right in map(str.split, lines)]
-    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
-    units = [*symbols, *(symbol + _WORD_END for symbol in symbols), *(left + right for left, right in merges)]
-    vocabulary = {unit: index for index, unit in enumerate(units)}
-    bpe = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix=_WORD_END))
+    ids, merges = vocabulary()
+    bpe = tokenizers.Tokenizer(models.BPE(vocab=ids, merges=merges, end_of_word_suffix=_WORD_END))
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(_PIECES), behavior="removed", invert=True),

@@ -1,0 +1,249 @@
+"""Folders in Hugging Face's layout: a CLIPModel's `config.json`, safetensors, preprocessor and tokenizer files.
+
+Layout: `transformers` `models/clip/`. It knows ViTs only. Keys that a config leaves out have CLIPConfig's defaults.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from clip_jax.data.images import Preprocess
+from clip_jax.data.tokenizer import END, START, Tokenizer, vocabulary
+from clip_jax.interop.names import WeightsError, from_torch, to_torch
+from clip_jax.interop.torch_file import read_torch_file
+from clip_jax.interop.weights import (
+    Weights,
+    check_activation,
+    checked_model,
+    read_json,
+    read_safetensors,
+    write_json,
+    write_safetensors,
+)
+from clip_jax.models.variants import ModelConfig, ViTConfig
+
+CONFIG = "config.json"
+PREPROCESSOR = "preprocessor_config.json"
+SAFETENSORS = "model.safetensors"
+TORCH = "pytorch_model.bin"
+
+_TEXT_DEFAULTS: dict[str, Any] = {
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_attention_heads": 8,
+    "num_hidden_layers": 12,
+    "max_position_embeddings": 77,
+    "vocab_size": 49_408,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
+_VISION_DEFAULTS: dict[str, Any] = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_attention_heads": 12,
+    "num_hidden_layers": 12,
+    "image_size": 224,
+    "patch_size": 32,
+    "num_channels": 3,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
+_BICUBIC = 3  # PIL's number
+_START, _END = "<|startoftext|>", "<|endoftext|>"
+
+
+def read_hugging_face(folder: Path) -> Weights:
+    """Reads a folder; neither torch nor transformers is needed.
+
+    Raises:
+      WeightsError, TorchFileError: a file is missing or damaged, or holds another model than its config says.
+    """
+    config = config_from_hugging_face(read_json(folder / CONFIG), where=folder / CONFIG)
+    metadata: dict[str, str] = {}
+    if (path := folder / SAFETENSORS).exists():
+        tensors, metadata = read_safetensors(path)
+    elif (path := folder / TORCH).exists():
+        tensors = read_torch_file(path)
+    else:
+        raise WeightsError(f"{folder} has neither {SAFETENSORS} nor {TORCH} beside its {CONFIG}; join sharded weights")
+    check_activation(metadata, config.activation, where=path)
+    preprocess = Preprocess(size=config.vision.image_size)
+    if (spec := folder / PREPROCESSOR).exists():
+        preprocess = preprocess_from_hugging_face(read_json(spec), size=preprocess.size, where=spec)
+    return Weights(config, from_torch(tensors, config, "hugging_face", where=path), preprocess)
+
+
+def write_hugging_face(folder: Path, weights: Weights) -> None:
+    """Writes a folder that `transformers` loads offline: CLIPModel, CLIPImageProcessor and CLIPTokenizer.
+
+    Raises:
+      WeightsError: a ResNet, which CLIPModel does not have.
+    """
+    if not isinstance(weights.config.vision, ViTConfig):
+        raise WeightsError("Hugging Face's CLIPModel has no ResNets; export to open_clip's layout instead")
+    write_json(folder / CONFIG, config_to_hugging_face(weights.config))
+    write_json(folder / PREPROCESSOR, preprocess_to_hugging_face(weights.preprocess))
+    write_safetensors(
+        folder / SAFETENSORS, to_torch(weights.variables, "hugging_face"), activation=weights.config.activation
+    )
+    if weights.config.text.vocab_size == Tokenizer.vocab_size:
+        _write_tokenizer(folder, context=weights.config.text.context)
+
+
+def config_from_hugging_face(values: Mapping[str, Any], *, where: object) -> ModelConfig:
+    """Returns the model of a CLIPModel's `config.json`.
+
+    Args:
+      values: the file's object.
+      where: the file, for messages.
+
+    Raises:
+      WeightsError: not a CLIP model, or one with sizes or activations that CLIP does not have.
+    """
+    if values.get("model_type") != "clip":
+        raise WeightsError(f"{where}: model_type is {values.get('model_type')!r}, not 'clip'")
+    text, vision = (
+        defaults | dict(values.get(section) or {})
+        for section, defaults in (("text_config", _TEXT_DEFAULTS), ("vision_config", _VISION_DEFAULTS))
+    )
+    _check_section("text_config", text, where)
+    _check_section("vision_config", vision, where)
+    if text["hidden_act"] != vision["hidden_act"]:
+        raise WeightsError(
+            f"{where}: hidden_act is {text['hidden_act']!r} in text_config and {vision['hidden_act']!r} in "
+            "vision_config; CLIP has one activation"
+        )
+    sizes = {
+        "embed_dim": values.get("projection_dim", 512),
+        "vision": {
+            "kind": "vit",
+            "image_size": vision["image_size"],
+            "patch": vision["patch_size"],
+            "width": vision["hidden_size"],
+            "heads": vision["num_attention_heads"],
+            "layers": vision["num_hidden_layers"],
+        },
+        "text": {
+            "width": text["hidden_size"],
+            "heads": text["num_attention_heads"],
+            "layers": text["num_hidden_layers"],
+            "context": text["max_position_embeddings"],
+            "vocab_size": text["vocab_size"],
+        },
+        "activation": text["hidden_act"],
+    }
+    return checked_model(sizes, where=where)
+
+
+def config_to_hugging_face(config: ModelConfig) -> dict[str, Any]:
+    """Returns the `config.json` of a ViT's CLIPModel."""
+    vision, text = config.vision, config.text
+    assert isinstance(vision, ViTConfig)
+    shared = {"projection_dim": config.embed_dim, "hidden_act": config.activation, "layer_norm_eps": 1e-5}
+    return {
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
+        "projection_dim": config.embed_dim,
+        "text_config": shared
+        | {
+            "model_type": "clip_text_model",
+            "hidden_size": text.width,
+            "intermediate_size": 4 * text.width,
+            "num_attention_heads": text.heads,
+            "num_hidden_layers": text.layers,
+            "max_position_embeddings": text.context,
+            "vocab_size": text.vocab_size,
+            # END is the vocabulary's last id; 2, which OpenAI's own configs have, would mean the row's largest id
+            "bos_token_id": text.vocab_size - 2,
+            "eos_token_id": text.vocab_size - 1,
+            "pad_token_id": text.vocab_size - 1,
+        },
+        "vision_config": shared
+        | {
+            "model_type": "clip_vision_model",
+            "hidden_size": vision.width,
+            "intermediate_size": 4 * vision.width,
+            "num_attention_heads": vision.heads,
+            "num_hidden_layers": vision.layers,
+            "image_size": vision.image_size,
+            "patch_size": vision.patch,
+            "num_channels": 3,
+        },
+    }
+
+
+def preprocess_from_hugging_face(values: Mapping[str, Any], *, size: int, where: object) -> Preprocess:
+    """Returns the preprocessing of a `preprocessor_config.json`.
+
+    Args:
+      values: the file's object.
+      size: side of the model's input.
+      where: the file, for messages.
+
+    Raises:
+      WeightsError: another preprocessing than CLIP's: resize the shorter side, cut the centre, rescale, normalise.
+    """
+    default = Preprocess(size=size)
+    for key, allowed in (
+        ("size", (size, {"shortest_edge": size})),
+        ("crop_size", (size, {"height": size, "width": size})),
+        ("resample", (_BICUBIC,)),
+        *((f"do_{step}", (True,)) for step in ("resize", "center_crop", "rescale", "normalize", "convert_rgb")),
+    ):
+        if values.get(key, allowed[0]) not in allowed:
+            raise WeightsError(f"{where}: {key} is {values[key]!r}, and CLIP's preprocessing needs {allowed[-1]!r}")
+    try:
+        mean, std = (
+            tuple(map(float, values.get(key) or fallback))
+            for key, fallback in (("image_mean", default.mean), ("image_std", default.std))
+        )
+        (r, g, b), (r_std, g_std, b_std) = mean, std
+    except (TypeError, ValueError) as error:
+        raise WeightsError(f"{where}: image_mean and image_std must be three numbers each ({error})") from None
+    return Preprocess(size=size, mean=(r, g, b), std=(r_std, g_std, b_std))
+
+
+def preprocess_to_hugging_face(preprocess: Preprocess) -> dict[str, Any]:
+    """Returns the `preprocessor_config.json` of a preprocessing."""
+    size = preprocess.size
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "feature_extractor_type": "CLIPFeatureExtractor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": size},
+        "resample": _BICUBIC,
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(preprocess.mean),
+        "image_std": list(preprocess.std),
+    }
+
+
+def _check_section(section: str, values: Mapping[str, Any], where: object) -> None:
+    for key, allowed in (
+        ("hidden_act", ("quick_gelu", "gelu")),
+        ("layer_norm_eps", (1e-5,)),
+        ("num_channels", (3,)),
+        ("intermediate_size", (4 * values["hidden_size"],)),
+    ):
+        if values.get(key, allowed[0]) not in allowed:
+            choices = " or ".join(map(repr, allowed))
+            raise WeightsError(f"{where}: {section}.{key} is {values[key]!r}; CLIP's architecture has {choices}")
+
+
+def _write_tokenizer(folder: Path, *, context: int) -> None:
+    """Writes the files from which CLIPTokenizer and CLIPTokenizerFast build themselves, in all their versions."""
+    ids, merges = vocabulary()
+    special = {"bos_token": _START, "eos_token": _END, "unk_token": _END, "pad_token": _END}
+    write_json(folder / "vocab.json", ids | {_START: START, _END: END})
+    lines = ["#version: 0.2", *(f"{left} {right}" for left, right in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_json(folder / "special_tokens_map.json", special)
+    write_json(
+        folder / "tokenizer_config.json",
+        special | {"tokenizer_class": "CLIPTokenizer", "model_max_length": context, "do_lower_case": True},
+    )
