@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from clip_jax.data.tokenizer import tokenize
     from clip_jax.models.clip import CLIP, create_model, init_variables
+    from clip_jax.pretrained import load
 
 __version__ = "0.1.0"
-__all__ = ["CLIP", "create_model", "init_variables", "tokenize"]
+__all__ = ["CLIP", "create_model", "init_variables", "load", "tokenize"]
 
 _HOMES = {
     "CLIP": "clip_jax.models.clip",
     "create_model": "clip_jax.models.clip",
     "init_variables": "clip_jax.models.clip",
+    "load": "clip_jax.pretrained",
     "tokenize": "clip_jax.data.tokenizer",
 }
 

@@ -13,12 +13,15 @@ from typing import Any
 
 import flax
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 import clip_jax
-from clip_jax.config import NOT_SIZES, CheckpointConfig, RunConfig, as_json, describe_diff, diff
+from clip_jax.config import CheckpointConfig, RunConfig, as_json, describe_diff, from_config_dict, model_diff
 from clip_jax.data.images import Preprocess
 from clip_jax.errors import UserError
+from clip_jax.models.clip import CLIP, Variables, init_variables
+from clip_jax.models.variants import ModelConfig
 from clip_jax.state import TrainState
 
 _ITEMS = ("state", "data", "config", "metadata")
@@ -77,6 +80,19 @@ class Checkpoints:
         )
         return restored["state"], restored["data"]["position"]
 
+    def read_variables(self, step: int, target: Variables) -> Variables:
+        """Reads only the model's variables, as NumPy arrays; writes nothing.
+
+        Args:
+          step: as `latest` gives it.
+          target: their shapes and dtypes.
+        """
+        item = {name: target[name] for name in ("params", "batch_stats")}
+        as_numpy = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype), item)
+        arguments = ocp.args.PyTreeRestore(item, restore_args=as_numpy, partial_restore=True)
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            return reader.restore(self._folder / str(step) / "state", args=arguments)
+
     def save(self, step: int, state: TrainState, *, position: int, config: RunConfig, data: dict[str, Any]) -> None:
         """Starts writing a checkpoint; the state may be donated as soon as this returns.
 
@@ -115,13 +131,27 @@ def check_same_model(saved: dict[str, Any], config: RunConfig, *, where: Path) -
       config: the run's.
       where: the workdir, for the message.
     """
-    changes = diff(saved["model"], as_json(config)["model"])
-    changes = {key: values for key, values in changes.items() if key not in NOT_SIZES}
+    changes = model_diff(saved["model"], as_json(config)["model"])
     if changes:
         raise UserError(
             f"{where} holds checkpoints of another model: {describe_diff(changes)} (saved -> config); "
             "use another --workdir, or the config that the run began with"
         )
+
+
+def read_run(workdir: Path) -> tuple[ModelConfig, Variables, Preprocess]:
+    """Returns the model of a run's newest whole checkpoint: sizes, variables as NumPy arrays, preprocessing.
+
+    Raises:
+      UserError: there is none.
+    """
+    checkpoints = Checkpoints(workdir, CheckpointConfig())
+    step = checkpoints.latest()
+    if step is None:
+        raise UserError(f"{workdir} holds no whole checkpoint yet")
+    config = from_config_dict(checkpoints.read_config(step)).model
+    shapes = jax.eval_shape(lambda: init_variables(CLIP(config), jax.random.key(0)))
+    return config, checkpoints.read_variables(step, shapes), Preprocess(size=config.vision.image_size)
 
 
 def _metadata(config: RunConfig, data: dict[str, Any]) -> dict[str, Any]:

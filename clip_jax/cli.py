@@ -30,6 +30,19 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--data-dir", default="", help="where TFDS datasets lie (default: TFDS's own)")
     build.set_defaults(run=_data_build)
 
+    load = commands.add_parser("inspect", help="read weights in any layout and say what they are")
+    load.add_argument("source", help="a file, a folder, a run's workdir, a model's name or hf-hub:owner/name")
+    load.set_defaults(run=_inspect)
+
+    export = commands.add_parser("export", help="write a model in another project's layout, and prove it equal")
+    export.add_argument("source", help="a file, a folder, a run's workdir, a model's name or hf-hub:owner/name")
+    export.add_argument("folder", type=Path, help="where to; must not exist")
+    export.add_argument("--layout", required=True, help="openai, open_clip, hugging_face or stablehlo")
+    export.add_argument("--classes", type=Path, help="stablehlo: a text file of class names, one a line")
+    export.add_argument("--prompts", default="photo", help="stablehlo: template set for the classes")
+    export.add_argument("--image-size", type=int, help="resize positions for images of this side in pixels")
+    export.set_defaults(run=_export)
+
     config_diff = commands.add_parser("config-diff", help="show what differs between two runs' configs")
     config_diff.add_argument("old", type=Path, help="a workdir or its config.json")
     config_diff.add_argument("new", type=Path, help="a workdir or its config.json")
@@ -54,6 +67,29 @@ def _data_build(arguments: argparse.Namespace) -> None:
     print(build_dataset(arguments.name, arguments.data_dir))
 
 
+def _inspect(arguments: argparse.Namespace) -> None:
+    from clip_jax.interop.read import read_weights
+    from clip_jax.interop.weights import facts
+
+    for name, value in facts(read_weights(arguments.source)).items():
+        print(f"{name}: {value}")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from clip_jax.evals.prompts import templates
+    from clip_jax.interop.export import classes_of, export
+    from clip_jax.interop.read import read_weights
+
+    weights = read_weights(arguments.source, image_size=arguments.image_size)
+    classes = None
+    if arguments.classes is not None:
+        classes = classes_of(weights, _read_lines(arguments.classes), templates(arguments.prompts))
+    compared = export(weights, arguments.folder, arguments.layout, source=arguments.source, classes=classes)
+    for reader, difference in compared:
+        print(f"read by {reader}: unit features differ by {difference:.1e}")
+    print(arguments.folder)
+
+
 def _config_diff(arguments: argparse.Namespace) -> None:
     from clip_jax.config import diff
 
@@ -70,6 +106,14 @@ def _read_config(path: Path) -> dict:
         return json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{file} is not a run's config: {error}") from None
+
+
+def _read_lines(path: Path) -> list[str]:
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    return [line for line in lines if line]
 
 
 if __name__ == "__main__":

@@ -158,6 +158,8 @@ class RunConfig:
       batch: pairs a step, over all devices and processes.
       samples: pairs seen in the whole run; the run has `steps` = samples / batch steps.
       seed: of initial weights, data order and augmentation.
+      init_from: trained weights to start from, in any layout that `clip_jax.load` reads; of another resolution, the
+        image positions are resized. Empty means random weights. A run that is resumed does not read them again.
     """
 
     model: ModelConfig
@@ -170,6 +172,7 @@ class RunConfig:
     batch: int = 32_768
     samples: int = 12_800_000_000
     seed: int = 0
+    init_from: str = ""
 
     @property
     def steps(self) -> int:
@@ -243,6 +246,11 @@ def diff(old: Values, new: Values) -> dict[str, tuple[Any, Any]]:
     """Returns the dotted keys whose values differ, with (old, new); a key that one side lacks has None there."""
     a, b = flatten(_plain(old)), flatten(_plain(new))
     return {key: (a.get(key), b.get(key)) for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)}
+
+
+def model_diff(old: Values, new: Values) -> dict[str, tuple[Any, Any]]:
+    """Returns the `diff` of two models without the keys that change neither parameters nor what they mean."""
+    return {key: values for key, values in diff(old, new).items() if key not in NOT_SIZES}
 
 
 def describe_diff(changes: Mapping[str, tuple[Any, Any]]) -> str:

@@ -53,6 +53,17 @@ def create_state(model: CLIP, optimizer: optax.GradientTransformation, *, mesh: 
     return jax.jit(lambda: new_state(model, optimizer, seed), out_shardings=shardings)()
 
 
+def start_from(state: TrainState, variables: Variables) -> TrainState:
+    """Returns a fresh state with other variables, laid out as the state's own are.
+
+    Args:
+      state: as `create_state` gives it.
+      variables: `params` and `batch_stats` of the same model, float32 NumPy arrays; the same in every process.
+    """
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state.variables)
+    return state.replace(**jax.device_put(variables, shardings))
+
+
 def count_parameters(params: Any) -> int:
     """Returns the number of parameters; arrays or shapes."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))

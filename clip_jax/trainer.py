@@ -21,12 +21,12 @@ from clip_jax.data.loader import TrainingData, open_training_data
 from clip_jax.errors import UserError
 from clip_jax.evals.evaluation import Evaluated, Evaluation, scalars
 from clip_jax.evals.report import report_training, report_zero_shot
-from clip_jax.models.clip import CLIP
+from clip_jax.models.clip import CLIP, Variables
 from clip_jax.models.variants import variant_name
 from clip_jax.monitor import Monitor
 from clip_jax.optim import make_optimizer
 from clip_jax.partition import check_batch, make_mesh, place_rows
-from clip_jax.state import TrainState, abstract_state, count_parameters, create_state
+from clip_jax.state import TrainState, abstract_state, count_parameters, create_state, start_from
 from clip_jax.step import TrainStep, make_train_step
 
 
@@ -73,13 +73,16 @@ def train(config: RunConfig, workdir: Path, *, data: TrainingData | None = None)
         target=target,
     )
     resumed = run.checkpoints.latest()
-    notes = [] if resumed is None else [_check_resumable(run, resumed)]
+    if resumed is not None:
+        note = _check_resumable(run, resumed)
+        prepare_workdir(workdir, config)
+        return _train_from(run, *run.checkpoints.restore(resumed, target), [note])
+    initial = _initial_variables(config)
     prepare_workdir(workdir, config)
-    if resumed is None:
-        state, position = create_state(model, optimizer, mesh=mesh, seed=config.seed), 0
-    else:
-        state, position = run.checkpoints.restore(resumed, target)
-    return _train_from(run, state, position, notes)
+    state = create_state(model, optimizer, mesh=mesh, seed=config.seed)
+    if initial is None:
+        return _train_from(run, state, 0, [])
+    return _train_from(run, start_from(state, initial), 0, [f"starting from {config.init_from}"])
 
 
 def _train_from(run: Run, state: TrainState, position: int, notes: list[str]) -> TrainState:
@@ -136,6 +139,16 @@ def _report(run: Run, state: TrainState, evaluated: Evaluated | None) -> None:
             report_zero_shot(run.workdir, evaluated, sheet, templates=run.evaluation.templates)
     if jax.process_index() == 0:
         report_training(run.workdir, run.config)
+
+
+def _initial_variables(config: RunConfig) -> Variables | None:
+    """Returns the weights that the config names to start from, refused where they are another model's."""
+    if not config.init_from:
+        return None
+    from clip_jax.interop.read import read_weights  # a run from random weights does without the readers
+
+    image_size = config.model.vision.image_size
+    return read_weights(config.init_from, expect=config.model, image_size=image_size).variables
 
 
 def _check_resumable(run: Run, step: int) -> str:

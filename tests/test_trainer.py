@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,12 +15,18 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from random_weights import random_like
 from tiny import TINY
 
 from clip_jax import metrics
 from clip_jax.config import CheckpointConfig, DataConfig, EvalConfig, MeshConfig, OptimConfig, RunConfig
+from clip_jax.data.images import Preprocess
 from clip_jax.data.loader import TrainingData, open_training_data
 from clip_jax.errors import UserError
+from clip_jax.interop.open_clip import write_open_clip
+from clip_jax.interop.weights import Weights
+from clip_jax.models.clip import CLIP, init_variables
+from clip_jax.models.resolution import change_resolution
 from clip_jax.models.variants import ResNetConfig, TextConfig
 from clip_jax.trainer import train
 
@@ -241,3 +248,42 @@ sys.exit("tensorflow" in sys.modules or "torch" in sys.modules)
 """
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_a_run_starts_from_trained_weights_of_another_resolution(tmp_path):
+    """With a rate of nearly 0 the run ends with what it started from; when it is resumed, nothing is read again."""
+    model, vision = TINY.model, TINY.model.vision
+    shapes = jax.eval_shape(lambda: init_variables(CLIP(model), jax.random.key(0)))
+    weights = Weights(model, random_like(shapes, dtype=np.float32), Preprocess(size=vision.image_size))
+    source = tmp_path / "trained"
+    source.mkdir()
+    write_open_clip(source, weights)
+    larger = dataclasses.replace(model, vision=dataclasses.replace(vision, image_size=2 * vision.image_size))
+    config = dataclasses.replace(
+        SYNTHETIC,
+        model=larger,
+        mesh=MeshConfig(fsdp=2),
+        optim=OptimConfig(lr=1e-12, warmup_steps=0),
+        samples=16 * 2,
+        init_from=str(source),
+    )
+    state = train(config, tmp_path / "run")
+    _, expected = change_resolution(model, weights.variables, larger.vision.image_size)
+    assert jax.tree.structure(state.params) == jax.tree.structure(expected["params"])
+    for a, b in zip(*map(jax.tree.leaves, (state.params, expected["params"])), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-8)
+    shutil.rmtree(source)
+    resumed = train(dataclasses.replace(config, samples=16 * 3), tmp_path / "run")
+    assert int(resumed.step) == 3
+
+
+def test_starting_from_another_model_is_refused_before_anything_is_written(tmp_path):
+    other = dataclasses.replace(TINY.model, embed_dim=8)
+    shapes = jax.eval_shape(lambda: init_variables(CLIP(other), jax.random.key(0)))
+    source = tmp_path / "trained"
+    source.mkdir()
+    write_open_clip(source, Weights(other, random_like(shapes, dtype=np.float32), Preprocess(size=16)))
+    for init_from, message in ((source, "embed_dim 8 -> 16"), (tmp_path / "none", "is neither a file or folder")):
+        with pytest.raises(UserError, match=message):
+            train(dataclasses.replace(SYNTHETIC, init_from=str(init_from)), tmp_path / "run")
+        assert not (tmp_path / "run").exists()

@@ -1,0 +1,98 @@
+"""OpenAI's released weights and models of the Hugging Face Hub, downloaded once and checked.
+
+Addresses and checksums of OpenAI's files: openai/CLIP `clip/clip.py`, whose file names they are.
+"""
+
+import os
+import tempfile
+import urllib.request
+from pathlib import Path
+
+from clip_jax.errors import UserError, one_line
+from clip_jax.interop.weights import file_sha256
+
+HUB_PREFIX = "hf-hub:"
+
+# fmt: off
+_SHA256 = {
+    "RN50":         ("RN50.pt",           "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762"),
+    "RN101":        ("RN101.pt",          "8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599"),
+    "RN50x4":       ("RN50x4.pt",         "7e526bd135e493cef0776de27d5f42653e6b4c8bf9e0f653bb11773263205fdd"),
+    "RN50x16":      ("RN50x16.pt",        "52378b407f34354e150460fe41077663dd5b39c54cd0bfd2b27167a4a06ec9aa"),
+    "RN50x64":      ("RN50x64.pt",        "be1cfb55d75a9666199fb2206c106743da0f6468c9d327f3e0d0a543a9919d9c"),
+    "ViT-B/32":     ("ViT-B-32.pt",       "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"),
+    "ViT-B/16":     ("ViT-B-16.pt",       "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"),
+    "ViT-L/14":     ("ViT-L-14.pt",       "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"),
+    "ViT-L/14@336": ("ViT-L-14-336px.pt", "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02"),
+}
+# fmt: on
+_SERVER = "https://openaipublic.azureedge.net/clip/models"
+_CHUNK = 1 << 20
+
+
+def download_openai(name: str, *, server: str | None = None, cache: Path | None = None) -> Path:
+    """Returns the path of OpenAI's `.pt` file of a model, downloading it where the cache lacks it.
+
+    Args:
+      name: the paper's name, such as `ViT-B/32`.
+      server: where `<sha256>/<file>` lies; by default OpenAI's.
+      cache: folder of downloaded files; by default `$CLIP_JAX_CACHE`, or `clip_jax` in the user's cache folder.
+
+    Raises:
+      UserError: the server cannot be reached, or sent something else.
+    """
+    file, sha256 = _SHA256[name]
+    target = (cache or _cache()) / file
+    if not (target.exists() and file_sha256(target) == sha256):
+        _download(f"{server or _SERVER}/{sha256}/{file}", target, sha256)
+    return target
+
+
+def download_hub(repository: str) -> Path:
+    """Returns a local copy of a Hub repository's weights, config and preprocessor.
+
+    Args:
+      repository: such as `openai/clip-vit-base-patch32` or `laion/CLIP-ViT-B-32-laion2B-s34B-b79K`.
+
+    Raises:
+      UserError: no such repository, or the Hub cannot be reached.
+    """
+    from huggingface_hub import snapshot_download
+
+    wanted = ["open_clip_config.json", "open_clip_model.safetensors", "config.json", "preprocessor_config.json"]
+    try:
+        folder = Path(snapshot_download(repository, allow_patterns=[*wanted, "model.safetensors"]))
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(repository, allow_patterns=[*wanted, "*pytorch_model.bin"]))
+    except Exception as error:  # the Hub's client raises a dozen kinds, of three libraries
+        raise UserError(f"{HUB_PREFIX}{repository} cannot be downloaded: {one_line(error)}") from None
+    return folder
+
+
+def _download(url: str, target: Path, sha256: str) -> None:
+    """Writes beside the target and renames, so that the cache holds whole files only."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as file:
+        partial = Path(file.name)
+        try:
+            print(f"downloading {url} to {target}")
+            with urllib.request.urlopen(url, timeout=60) as response:
+                while chunk := response.read(_CHUNK):
+                    file.write(chunk)
+            file.flush()
+            found = file_sha256(partial)
+            if found != sha256:
+                raise UserError(f"{url} sent {partial.stat().st_size:,} bytes of another SHA-256 ({found}); try again")
+            os.replace(partial, target)
+        except OSError as error:
+            raise UserError(
+                f"{url} cannot be downloaded to {target}: {one_line(error)}; or fetch it otherwise and load the file"
+            ) from None
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def _cache() -> Path:
+    if folder := os.environ.get("CLIP_JAX_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "clip_jax"

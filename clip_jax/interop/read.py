@@ -1,0 +1,103 @@
+"""Weights from wherever they lie: a file, a folder, a run of ours, a name."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+
+from clip_jax.config import describe_diff, model_diff
+from clip_jax.errors import UserError, did_you_mean
+from clip_jax.interop import hugging_face, open_clip
+from clip_jax.interop.download import HUB_PREFIX, download_hub, download_openai
+from clip_jax.interop.hugging_face import read_hugging_face
+from clip_jax.interop.names import WeightsError
+from clip_jax.interop.open_clip import read_open_clip
+from clip_jax.interop.openai import read_openai
+from clip_jax.interop.weights import Weights, checked_model, describe, read_json
+from clip_jax.models.resolution import change_resolution
+from clip_jax.models.variants import VARIANTS, ModelConfig, model_config, variant_name
+
+
+def read_weights(source: str | Path, *, expect: ModelConfig | None = None, image_size: int | None = None) -> Weights:
+    """Reads a model's weights, whatever their layout.
+
+    Args:
+      source: OpenAI's or another `.pt` file in its layout; a folder in open_clip's or Hugging Face's layout; the
+        workdir of a run of ours, of which the newest whole checkpoint is read; the name of one of the paper's models,
+        whose weights by OpenAI are downloaded; `hf-hub:owner/name`.
+      expect: refuse another architecture or activation than this.
+      image_size: side of the images in pixels, where it is to differ; image positions are then resized.
+
+    Raises:
+      UserError: nothing there, damaged, or another model; the line says which and where.
+    """
+    weights = _read(source)
+    if image_size is not None:
+        weights = _resized(weights, image_size)
+    if expect is not None:
+        _check_same_model(weights.config, expect, source)
+    return weights
+
+
+def _read(source: str | Path) -> Weights:
+    path = Path(source).expanduser()
+    if path.is_file():
+        return _read_file(path)
+    if path.is_dir():
+        return _read_folder(path)
+    if str(source).startswith(HUB_PREFIX):
+        return _read_folder(download_hub(str(source).removeprefix(HUB_PREFIX)))
+    if (name := _known_name(str(source))) is not None:
+        return read_openai(download_openai(name))
+    raise UserError(
+        f"{str(source)!r} is neither a file or folder nor a model's name{did_you_mean(str(source), VARIANTS)} "
+        f"(models: {', '.join(VARIANTS)})"
+    )
+
+
+def _read_file(path: Path) -> Weights:
+    if path.suffix == ".safetensors" or path.name in (open_clip.TORCH, hugging_face.TORCH):
+        raise WeightsError(f"{path} alone does not say which model it is; give its folder, with the config beside it")
+    return read_openai(path)
+
+
+def _read_folder(folder: Path) -> Weights:
+    if (folder / open_clip.CONFIG).exists():
+        return read_open_clip(folder)
+    if (folder / "checkpoints").is_dir():
+        return _read_run(folder)
+    if (folder / hugging_face.CONFIG).exists() and "model_type" in read_json(folder / hugging_face.CONFIG):
+        return read_hugging_face(folder)
+    if (folder / "stablehlo.json").exists():
+        raise WeightsError(f"{folder} is a StableHLO export: its run.py loads it, not this")
+    raise WeightsError(
+        f"{folder} holds no weights: neither {open_clip.CONFIG} (open_clip), nor a {hugging_face.CONFIG} with a "
+        "model_type (Hugging Face), nor checkpoints (a run's workdir)"
+    )
+
+
+def _read_run(workdir: Path) -> Weights:
+    from clip_jax.checkpoint import read_run  # Orbax takes a second to import, and only runs need it
+
+    config, variables, preprocess = read_run(workdir)
+    return Weights(config, variables, preprocess)
+
+
+def _resized(weights: Weights, image_size: int) -> Weights:
+    vision = dataclasses.replace(weights.config.vision, image_size=image_size)
+    checked_model(dataclasses.asdict(dataclasses.replace(weights.config, vision=vision)), where="image_size")
+    config, variables = change_resolution(weights.config, weights.variables, image_size)
+    return Weights(config, jax.device_get(variables), dataclasses.replace(weights.preprocess, size=image_size))
+
+
+def _known_name(source: str) -> str | None:
+    try:
+        return variant_name(model_config(source))
+    except UserError:
+        return None
+
+
+def _check_same_model(found: ModelConfig, expected: ModelConfig, source: str | Path) -> None:
+    changes = model_diff(dataclasses.asdict(found), dataclasses.asdict(expected))
+    if changes:
+        raise WeightsError(f"{source} holds another model ({describe(found)}) than asked for: {describe_diff(changes)}")

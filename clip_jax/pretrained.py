@@ -1,0 +1,127 @@
+"""A trained model in one object: its encoders jitted, its preprocessing and its tokenizer beside them."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from clip_jax.array_types import Array, Float
+from clip_jax.data.tokenizer import Captions, tokenize
+from clip_jax.errors import UserError
+from clip_jax.interop.read import read_weights
+from clip_jax.interop.weights import Weights
+from clip_jax.models.clip import CLIP, unit
+from clip_jax.models.variants import ModelConfig, model_config
+
+
+class Pretrained:
+    """A model with its weights, as `clip_jax.load` gives it; each batch size compiles once.
+
+    Attributes:
+      model: the Linen module.
+      variables: `params` and `batch_stats`, float32 arrays on the default device.
+      preprocess: images (PIL, path, bytes, uint8 [h, w, 3], or a list of these) to float32 [s, s, 3] or [b, s, s, 3].
+    """
+
+    def __init__(self, weights: Weights) -> None:
+        self.model = CLIP(weights.config)
+        self.variables = jax.tree.map(jnp.asarray, weights.variables)
+        self.preprocess = weights.preprocess
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's sizes."""
+        return self.model.config
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The parameters, nested dicts."""
+        return self.variables["params"]
+
+    @property
+    def scale(self) -> Float[Array, ""]:
+        """exp(logit_scale), by which cosines are multiplied before a softmax."""
+        return jnp.exp(self.params["logit_scale"])
+
+    def encode_image(self, images: ArrayLike, *, normalize: bool = False) -> Float[Array, "b e"]:
+        """Embeds images.
+
+        Args:
+          images: float [b, s, s, 3], as `preprocess` gives them.
+          normalize: give features of unit length.
+
+        Raises:
+          UserError: another shape, or pixels that are not preprocessed.
+        """
+        images = jnp.asarray(images)
+        side = self.config.vision.image_size
+        if images.ndim != 4 or images.shape[1:] != (side, side, 3) or not jnp.issubdtype(images.dtype, jnp.floating):
+            raise UserError(
+                f"images are {images.dtype} {list(images.shape)}; encode_image needs floats [b, {side}, {side}, 3], as "
+                "model.preprocess gives them for a list of images"
+            )
+        return _features(self.model, self.variables, images, method="encode_image", normalize=normalize)
+
+    def encode_text(self, tokens: ArrayLike, *, normalize: bool = False) -> Float[Array, "b e"]:
+        """Embeds rows of token ids.
+
+        Args:
+          tokens: int [b, l], as `tokenize` gives them; l is at most the model's context.
+          normalize: give features of unit length.
+
+        Raises:
+          UserError: another shape or type.
+        """
+        tokens = jnp.asarray(tokens)
+        context = self.config.text.context
+        if tokens.ndim != 2 or tokens.shape[1] > context or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise UserError(
+                f"tokens are {tokens.dtype} {list(tokens.shape)}; encode_text needs integers [b, {context}], as "
+                "model.tokenize gives them"
+            )
+        return _features(self.model, self.variables, tokens, method="encode_text", normalize=normalize)
+
+    def tokenize(self, texts: Captions) -> np.ndarray:
+        """Returns int32 [b, context]; a single text is a batch of one, and what is too long is cut."""
+        return tokenize(texts, context=self.config.text.context)
+
+
+def load(
+    source: str | Path,
+    *,
+    model: str | None = None,
+    image_size: int | None = None,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+) -> Pretrained:
+    """Loads trained weights: OpenAI's, open_clip's, Hugging Face's, or those of a run.
+
+    Args:
+      source: a `.pt` file in OpenAI's layout, a folder in open_clip's or Hugging Face's, a run's workdir, a model's
+        name such as `ViT-B/32` (OpenAI's weights, downloaded once), or `hf-hub:owner/name`. Pickles are read without
+        running them.
+      model: refuse any other model than this one of the paper's.
+      image_size: side of the images in pixels, where it is to differ; positions are then resized, before `model` is
+        compared.
+      dtype: of activations and products; parameters are float32.
+
+    Raises:
+      UserError: nothing there, damaged, or another model.
+
+    Example:
+      >>> model = clip_jax.load("ViT-B/32")
+      >>> features = model.encode_image(model.preprocess(["cat.jpg"]), normalize=True)
+    """
+    weights = read_weights(source, expect=None if model is None else model_config(model), image_size=image_size)
+    config = dataclasses.replace(weights.config, dtype=dtype)
+    return Pretrained(dataclasses.replace(weights, config=config))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "method", "normalize"))
+def _features(model: CLIP, variables: dict[str, Any], inputs: jax.Array, *, method: str, normalize: bool) -> jax.Array:
+    features = cast(jax.Array, model.apply(variables, inputs, method=method))
+    return unit(features) if normalize else features

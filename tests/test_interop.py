@@ -1,0 +1,389 @@
+"""Weights in and out of other projects' layouts: equal to the bit, refused by name, proven by the other library."""
+
+import dataclasses
+import functools
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from clip_jax.interop.torch_file import write_torch_file
+from random_weights import random_like
+from references import import_open_clip
+from torch_clip import torch_clip
+
+from clip_jax import cli
+from clip_jax.data.images import Preprocess
+from clip_jax.data.tokenizer import tokenize
+from clip_jax.errors import UserError
+from clip_jax.interop import export as export_module
+from clip_jax.interop.export import LAYOUTS, classes_of, export, features_of
+from clip_jax.interop.hugging_face import config_to_hugging_face, read_hugging_face, write_hugging_face
+from clip_jax.interop.names import from_torch, source_of, to_torch
+from clip_jax.interop.open_clip import CONFIG, SAFETENSORS, read_open_clip, write_open_clip
+from clip_jax.interop.openai import infer_config, read_openai, write_openai
+from clip_jax.interop.read import read_weights
+from clip_jax.interop.weights import Weights
+from clip_jax.models.clip import CLIP, init_variables
+from clip_jax.models.variants import VARIANTS, ModelConfig, ResNetConfig, TextConfig, ViTConfig, model_config
+from clip_jax.rules import leaf_paths
+
+TEXT = TextConfig(width=64, heads=1, layers=1, context=10, vocab_size=80)
+CONFIGS = {
+    "vit": ModelConfig(24, ViTConfig(image_size=32, patch=8, width=128, heads=2, layers=2), TEXT),
+    "resnet": ModelConfig(24, ResNetConfig(image_size=32, width=8, heads=4, layers=(1, 2, 1, 1)), TEXT),
+}
+READERS = {
+    "openai": lambda folder: read_openai(folder / "model.pt"),
+    "open_clip": read_open_clip,
+    "hugging_face": read_hugging_face,
+}
+WRITERS = {
+    "openai": lambda folder, weights: write_openai(folder / "model.pt", weights),
+    "open_clip": write_open_clip,
+    "hugging_face": write_hugging_face,
+}
+PAIRS = [(kind, layout) for kind in CONFIGS for layout in READERS if (kind, layout) != ("resnet", "hugging_face")]
+
+
+@functools.cache
+def weights_of(kind):
+    config = CONFIGS[kind]
+    shapes = jax.eval_shape(lambda: init_variables(CLIP(config), jax.random.key(0)))
+    return Weights(config, random_like(shapes, dtype=np.float32), Preprocess(size=config.vision.image_size))
+
+
+def assert_same(found, expected):
+    assert found.config == expected.config
+    assert found.preprocess == expected.preprocess
+    assert leaf_paths(found.variables) == leaf_paths(expected.variables)
+    for path, a, b in zip(
+        leaf_paths(found.variables), *map(jax.tree.leaves, (found.variables, expected.variables)), strict=True
+    ):
+        assert a.dtype == np.float32, path
+        np.testing.assert_array_equal(a, b, err_msg=path)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_parameter_of_the_nine_models_has_one_name(name):
+    shapes = jax.eval_shape(lambda: init_variables(CLIP(model_config(name)), jax.random.key(0)))
+    paths = [path.split("/", 1)[1] for path in leaf_paths(shapes)]
+    schemes = ["openai", "hugging_face"] if name.startswith("ViT") else ["openai"]
+    for scheme in schemes:
+        names = [torch_name for path in paths for torch_name in source_of(path, scheme).names]
+        assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_openais_shapes_imply_the_nine_models(name):
+    shapes = jax.eval_shape(lambda: init_variables(CLIP(model_config(name)), jax.random.key(0)))
+    empty = jax.tree.map(lambda leaf: np.broadcast_to(np.float16(0), leaf.shape), shapes)
+    tensors = {}
+    for path, leaf in zip(leaf_paths(shapes), jax.tree.leaves(empty), strict=True):
+        source = source_of(path.split("/", 1)[1], "openai")
+        tensors[source.names[0]] = source.layout.to_torch(leaf)
+    assert infer_config(tensors, where="here") == model_config(name)
+
+
+@pytest.mark.parametrize(("kind", "layout"), PAIRS)
+def test_what_is_written_is_read_to_the_bit(kind, layout, tmp_path):
+    WRITERS[layout](tmp_path, weights_of(kind))
+    assert_same(READERS[layout](tmp_path), weights_of(kind))
+
+
+def test_gelu_and_other_pixels_travel(tmp_path):
+    for layout in ("open_clip", "hugging_face"):
+        weights = weights_of("vit")
+        config = dataclasses.replace(weights.config, activation="gelu")
+        preprocess = Preprocess(size=32, mean=(0.5, 0.25, 0.125), std=(0.5, 1.0, 2.0))
+        other = Weights(config, weights.variables, preprocess)
+        (tmp_path / layout).mkdir()
+        WRITERS[layout](tmp_path / layout, other)
+        assert_same(read_weights(tmp_path / layout), other)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_half_precision_archives_of_openai(kind, tmp_path):
+    """A TorchScript archive in float16, as OpenAI's are, and a plain state dict in float16."""
+    import_open_clip()
+    import torch
+
+    weights = weights_of(kind)
+    rounded = jax.tree.map(lambda x: x.astype(np.float16).astype(np.float32), weights.variables)
+    expected = dataclasses.replace(weights, variables=rounded)
+    model = torch_clip(weights.config, rounded)
+    given = torch.zeros((1, 3, 32, 32)), torch.zeros((1, TEXT.context), dtype=torch.int32)
+    with pytest.warns():  # torch deprecates torch.jit, in which OpenAI's files are
+        torch.jit.trace(model, given, check_trace=False).half().save(tmp_path / "traced.pt")
+    assert_same(read_weights(tmp_path / "traced.pt"), expected)
+    torch.save(
+        {name: x.half() if x.is_floating_point() else x for name, x in model.state_dict().items()}, tmp_path / "p.pt"
+    )
+    assert_same(read_weights(tmp_path / "p.pt"), expected)
+
+
+@pytest.mark.parametrize(
+    ("layout", "name"), [("open_clip", "open_clip_pytorch_model.bin"), ("hugging_face", "pytorch_model.bin")]
+)
+def test_older_folders_hold_a_bin(layout, name, tmp_path):
+    weights = weights_of("vit")
+    WRITERS[layout](tmp_path, weights)
+    for file in tmp_path.glob("*.safetensors"):
+        file.unlink()
+    write_torch_file(tmp_path / name, to_torch(weights.variables, "openai" if layout == "open_clip" else layout))
+    assert_same(read_weights(tmp_path), weights)
+
+
+def test_reading_needs_neither_torch_nor_its_friends(tmp_path):
+    for layout in READERS:
+        (tmp_path / layout).mkdir()
+        WRITERS[layout](tmp_path / layout, weights_of("vit"))
+    script = f"""
+import sys
+for name in ("torch", "open_clip", "transformers", "torchvision", "tensorflow"):
+    sys.modules[name] = None
+import pickle
+pickle.loads = pickle.load = pickle.Unpickler = pickle._Unpickler = None
+import clip_jax
+for source in ("openai/model.pt", "open_clip", "hugging_face"):
+    model = clip_jax.load("{tmp_path}/" + source)
+    assert model.encode_text([[78, 5, 79]], normalize=True).shape == (1, 24)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+CHANGES = [
+    (lambda t: [t.pop("visual.proj"), t.pop("ln_final.bias")], r"here lacks ln_final\.bias, visual\.proj$"),
+    (lambda t: t.update(more=np.ones(2, np.float32)), r"here has unknown tensors: more$"),
+    (lambda t: t.update(logit_scale=np.ones(2, np.float32)), r"here: logit_scale has shape \[2\], and .* \[\]$"),
+    (lambda t: t.update(logit_scale=np.ones((), np.int32)), r"here: logit_scale holds int32, not floats$"),
+    (lambda t: t["ln_final.bias"].__setitem__(3, np.nan), r"here: 1 of the 64 values in ln_final\.bias are not finite"),
+    (lambda t: t["visual.proj"].__setitem__(3, np.inf), r"here: 24 of the 3,072 values in visual\.proj are not finite"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), CHANGES)
+def test_wrong_tensors_are_refused_by_name(change, message):
+    tensors = to_torch(weights_of("vit").variables, "openai")
+    change(tensors)
+    with pytest.raises(UserError, match=message):
+        from_torch(tensors, CONFIGS["vit"], "openai", where="here")
+
+
+def edit(path, *keys, value):
+    values = json.loads(path.read_text())
+    section = functools.reduce(lambda inner, key: inner[key], keys[:-1], values)
+    section[keys[-1]] = value
+    path.write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize(
+    ("layout", "file", "keys", "value", "message"),
+    [
+        ("open_clip", CONFIG, ("model_cfg", "quick_gelu"), False, "trained with the activation quick_gelu.*says gelu"),
+        ("open_clip", CONFIG, ("model_cfg", "embed_dim"), 25, r"visual\.proj has shape \[128, 24\].*\[128, 25\]"),
+        ("open_clip", CONFIG, ("model_cfg", "embed_dim"), "24", r"config\.model\.embed_dim"),
+        ("open_clip", CONFIG, ("model_cfg", "custom_text"), True, "model_cfg.custom_text is True"),
+        ("open_clip", CONFIG, ("model_cfg", "vision_cfg", "timm_model_name"), "x", "timm_model_name is 'x'"),
+        (
+            "open_clip",
+            CONFIG,
+            ("model_cfg", "vision_cfg", "layers"),
+            3,
+            r"lacks visual\.transformer\.resblocks\.2\..* and 6 more",
+        ),
+        (
+            "open_clip",
+            CONFIG,
+            ("model_cfg", "vision_cfg", "layers"),
+            [1, 2],
+            r"layers is \[1, 2\]; it must be a tuple of 4",
+        ),
+        ("open_clip", CONFIG, ("model_cfg", "vision_cfg", "head_width"), 0, "does not describe a CLIP model"),
+        ("open_clip", CONFIG, ("model_cfg", "text_cfg", "pool_type"), "last", "text_cfg.pool_type is 'last'"),
+        ("open_clip", CONFIG, ("preprocess_cfg", "resize_mode"), "squash", "resize_mode is 'squash'"),
+        ("open_clip", CONFIG, ("preprocess_cfg", "mean"), [1, 2], "does not describe a CLIP model"),
+        ("open_clip", CONFIG, ("model_cfg",), 3, "does not describe a CLIP model"),
+        ("hugging_face", "config.json", ("model_type",), "siglip", "model_type is 'siglip', not 'clip'"),
+        ("hugging_face", "config.json", ("text_config", "hidden_act"), "gelu", "hidden_act is 'gelu' in text_config"),
+        ("hugging_face", "config.json", ("text_config", "hidden_act"), "silu", "hidden_act is 'silu'"),
+        ("hugging_face", "config.json", ("vision_config", "layer_norm_eps"), 1e-6, "layer_norm_eps is 1e-06"),
+        ("hugging_face", "config.json", ("vision_config", "intermediate_size"), 5, "intermediate_size is 5"),
+        ("hugging_face", "config.json", ("vision_config", "patch_size"), 7, r"image_size is 32; it must be a multiple"),
+        ("hugging_face", "preprocessor_config.json", ("resample",), 2, "resample is 2"),
+        ("hugging_face", "preprocessor_config.json", ("size",), {"height": 32, "width": 32}, "size is"),
+        ("hugging_face", "preprocessor_config.json", ("image_mean",), ["a", 1, 2], "three numbers"),
+    ],
+)
+def test_configs_that_are_not_these_weights_are_refused(layout, file, keys, value, message, tmp_path):
+    WRITERS[layout](tmp_path, weights_of("vit"))
+    edit(tmp_path / file, *keys, value=value)
+    with pytest.raises(UserError, match=message) as caught:
+        read_weights(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_both_activations_changed_together_are_refused_by_the_weights(tmp_path):
+    write_hugging_face(tmp_path, weights_of("vit"))
+    for section in ("text_config", "vision_config"):
+        edit(tmp_path / "config.json", section, "hidden_act", value="gelu")
+    with pytest.raises(UserError, match=r"trained with the activation quick_gelu.*says gelu"):
+        read_weights(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 9, 300, 5_000, -1])
+def test_truncated_safetensors(keep, tmp_path):
+    write_open_clip(tmp_path, weights_of("vit"))
+    path = tmp_path / SAFETENSORS
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(UserError, match=r"open_clip_model\.safetensors cannot be read as safetensors: \w"):
+        read_weights(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "\x00", '"' * 3, "[" * 100_000])
+def test_damaged_configs(text, tmp_path):
+    write_open_clip(tmp_path, weights_of("vit"))
+    (tmp_path / CONFIG).write_text(text)
+    with pytest.raises(UserError, match=r"open_clip_config\.json (cannot be read as JSON|holds a list)"):
+        read_weights(tmp_path)
+
+
+def test_sources_that_are_none_say_what_would_be(tmp_path):
+    with pytest.raises(UserError, match=r"^'ViT-B/23' is neither .*did you mean 'ViT-B/32'\?.*RN50x64"):
+        read_weights("ViT-B/23")
+    with pytest.raises(UserError, match="holds no weights: neither open_clip_config.json"):
+        read_weights(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="alone does not say which model it is"):
+        read_weights(tmp_path / "model.safetensors")
+    write_open_clip(tmp_path, weights_of("vit"))
+    (tmp_path / SAFETENSORS).unlink()
+    with pytest.raises(UserError, match="has neither open_clip_model.safetensors nor open_clip_pytorch_model.bin"):
+        read_weights(tmp_path)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_exports_prove_themselves(kind, layout, tmp_path, capsys):
+    import_open_clip()  # makes torchvision importable, and open_clip and transformers with it
+    source = tmp_path / "source"
+    source.mkdir()
+    write_open_clip(source, weights_of(kind))
+    folder = tmp_path / "exports" / layout
+    if (kind, layout) == ("resnet", "hugging_face"):
+        with pytest.raises(UserError, match="has no ResNets"):
+            export(weights_of(kind), folder, layout, source="here")
+        assert list(folder.parent.iterdir()) == []
+        return
+    cli.main(["export", str(source), str(folder), "--layout", layout])
+    shown = capsys.readouterr().out
+    readers = {"openai": "open_clip", "open_clip": "open_clip", "hugging_face": "transformers", "stablehlo": "clip_jax"}
+    assert f"read by {readers[layout]}" in shown
+    card = (folder / "README.md").read_text()
+    assert f"| {readers[layout]} " in card
+    assert f"`{source}`" in card
+    assert [path.name for path in folder.parent.iterdir()] == [layout]
+    print(f"{kind}, {layout}: {shown}")
+
+
+def test_an_export_that_is_not_the_original_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(export_module, "BOUND", -1.0)
+    with pytest.raises(UserError, match=r"not the original: read by clip_jax, .* nothing was kept"):
+        export(weights_of("vit"), tmp_path / "new", "open_clip", source="here")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_verdict_of_another_library_counts(tmp_path, monkeypatch):
+    def judge(folder, images, tokens):
+        image, text = features_of(weights_of("vit"), export_module._fixed_input(weights_of("vit")))
+        return export_module.judges.Verdict("another 1.0", image, text + np.float32(2e-4))
+
+    monkeypatch.setitem(LAYOUTS, "open_clip", LAYOUTS["open_clip"]._replace(judge=judge))
+    with pytest.raises(UserError, match=r"read by another 1\.0, its unit features differ by 2\.0e-04, more than 1e-04"):
+        export(weights_of("vit"), tmp_path / "new", "open_clip", source="here")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_exports_refuse_what_they_cannot_hold(tmp_path):
+    weights = weights_of("vit")
+    gelu = dataclasses.replace(weights, config=dataclasses.replace(weights.config, activation="gelu"))
+    heads = dataclasses.replace(
+        weights, config=dataclasses.replace(weights.config, text=dataclasses.replace(TEXT, heads=2))
+    )
+    pixels = dataclasses.replace(weights, preprocess=Preprocess(size=32, mean=(0.5, 0.5, 0.5)))
+    for wrong, message in ((gelu, "QuickGELU"), (heads, "heads of 64 channels"), (pixels, "mean and deviation")):
+        with pytest.raises(UserError, match=rf"OpenAI's layout takes .*{message}"):
+            export(wrong, tmp_path / "new", "openai", source="here")
+    with pytest.raises(UserError, match=r"no layout 'openclip'; did you mean 'open_clip'\?"):
+        export(weights, tmp_path / "new", "openclip", source="here")
+    with pytest.raises(UserError, match="exists; an export never overwrites"):
+        export(weights, tmp_path, "open_clip", source="here")
+    classes = classes_of(weights, ["a"], ["{}"])
+    with pytest.raises(UserError, match="open_clip has no place for classes"):
+        export(weights, tmp_path / "new", "open_clip", source="here", classes=classes)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"new cannot be written: .*file"):
+        export(weights_of("vit"), tmp_path / "file" / "new", "open_clip", source="here")
+
+
+def test_transformers_loads_tokenizer_and_pixels_offline(tmp_path):
+    """The files beside the weights: ids of plain captions, padding aside, and the preprocessing."""
+    import_open_clip()
+    transformers = pytest.importorskip("transformers")
+    config = dataclasses.replace(CONFIGS["vit"], text=dataclasses.replace(TEXT, vocab_size=49_408, context=77))
+    shapes = jax.eval_shape(lambda: init_variables(CLIP(config), jax.random.key(0)))
+    write_hugging_face(tmp_path, Weights(config, random_like(shapes, dtype=np.float32), Preprocess(size=32)))
+    captions = ["a photo of a dog.", "It's 1 of 22 cafés; naïve, isn't it?", "", "ab " * 100]
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    theirs = np.array(tokenizer(captions, padding="max_length", truncation=True)["input_ids"])
+    ours = tokenize(captions)
+    ends = ours.argmax(axis=1)
+    assert theirs.shape == ours.shape
+    for row, end in enumerate(ends):
+        np.testing.assert_array_equal(theirs[row, : end + 1], ours[row, : end + 1])
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+    processor = transformers.CLIPImageProcessor.from_pretrained(tmp_path, local_files_only=True)
+    images = processor(pixels, return_tensors="np")["pixel_values"].transpose(0, 2, 3, 1)
+    assert np.abs(images[0] - read_weights(tmp_path).preprocess(pixels)).max() <= 2 / 255 / 0.26
+
+
+def test_a_stablehlo_export_with_classes(tmp_path, capsys):
+    source, folder = tmp_path / "source", tmp_path / "programs"
+    source.mkdir()
+    weights = weights_of("vit")
+    config = dataclasses.replace(weights.config, text=dataclasses.replace(TEXT, vocab_size=49_408))
+    shapes = jax.eval_shape(lambda: init_variables(CLIP(config), jax.random.key(0)))
+    write_open_clip(source, Weights(config, random_like(shapes, dtype=np.float32), weights.preprocess))
+    (tmp_path / "names.txt").write_text("cat\ndog\n\nbird\n")
+    cli.main(["export", str(source), str(folder), "--layout=stablehlo", f"--classes={tmp_path / 'names.txt'}"])
+    from clip_jax.interop.stablehlo import read_stablehlo
+
+    exported = read_stablehlo(folder)
+    assert exported.manifest["classes"] == ["cat", "dog", "bird"]
+    assert exported.classify(np.zeros((2, 32, 32, 3), np.uint8)).shape == (2, 3)
+    capsys.readouterr()
+
+
+def test_inspect_says_what_weights_are(tmp_path, capsys):
+    write_open_clip(tmp_path, weights_of("resnet"))
+    cli.main(["inspect", str(tmp_path)])
+    shown = capsys.readouterr().out
+    assert "model: custom (resnet 8 x 1-2-1-1 at 32 px, text 64 x 1, embedding 24)" in shown
+    assert "activation: quick_gelu" in shown
+    assert "exp(logit_scale): 20.0000" in shown
+
+
+def test_config_to_hugging_face_is_clipconfigs(tmp_path):
+    import_open_clip()
+    transformers = pytest.importorskip("transformers")
+    config = transformers.CLIPConfig.from_dict(config_to_hugging_face(model_config("ViT-B/32"))).to_dict()
+    default = transformers.CLIPConfig().to_dict()
+    for section in ("text_config", "vision_config"):
+        differing = {key for key in default[section] if config[section].get(key) != default[section][key]}
+        assert differing <= {"pad_token_id"}

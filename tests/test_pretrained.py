@@ -1,0 +1,279 @@
+"""The Python API: a model that is loaded is the model that was trained, whatever it is loaded from."""
+
+import dataclasses
+import http.server
+import math
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from random_weights import random_like
+from references import import_open_clip
+from test_interop import CONFIGS, TEXT, weights_of
+from tiny import TINY
+from torch_clip import torch_clip, torch_images
+
+import clip_jax
+from clip_jax.checkpoint import Checkpoints
+from clip_jax.config import CheckpointConfig, MeshConfig
+from clip_jax.errors import UserError
+from clip_jax.interop import download, read
+from clip_jax.interop.open_clip import write_open_clip
+from clip_jax.interop.openai import write_openai
+from clip_jax.interop.weights import Weights
+from clip_jax.models.clip import CLIP, forward, init_variables
+from clip_jax.models.resolution import change_resolution, resize_positions
+from clip_jax.models.variants import ResNetConfig
+from clip_jax.optim import make_optimizer
+from clip_jax.partition import make_mesh
+from clip_jax.state import abstract_state
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def loaded(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights")
+    write_open_clip(folder, weights_of(request.param))
+    return request.param, folder, clip_jax.load(folder)
+
+
+def test_loaded_features_are_the_models(loaded):
+    kind, _, model = loaded
+    weights = weights_of(kind)
+    images = np.random.default_rng(0).standard_normal((2, 32, 32, 3)).astype(np.float32)
+    tokens = np.array([[78, 5, 79, 0], [78, 79, 0, 0]])
+    output = forward(CLIP(weights.config), weights.variables, jnp.asarray(images), jnp.asarray(tokens))
+    np.testing.assert_allclose(model.encode_image(images, normalize=True), output.image, atol=1e-6)
+    np.testing.assert_allclose(model.encode_text(tokens, normalize=True), output.text, atol=1e-6)
+    raw = model.encode_image(images)
+    lengths = np.linalg.norm(raw, axis=1, keepdims=True)
+    assert (np.abs(lengths - 1) > 0.01).all()
+    np.testing.assert_allclose(raw / lengths, output.image, atol=1e-6)
+    assert float(model.scale) == pytest.approx(20)
+    assert model.params["logit_scale"] == model.variables["params"]["logit_scale"]
+
+
+def test_preprocess_and_tokenize_fit_the_model(loaded):
+    _, _, model = loaded
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 40, 3), np.uint8)
+    images = model.preprocess([pixels, pixels])
+    assert images.shape == (2, 32, 32, 3)
+    assert model.tokenize("a dog").shape == (1, TEXT.context)
+    assert model.encode_image(images).shape == (2, 24)
+
+
+def test_bfloat16(loaded):
+    _, folder, model = loaded
+    images = np.random.default_rng(0).standard_normal((2, 32, 32, 3)).astype(np.float32)
+    half = clip_jax.load(folder, dtype="bfloat16").encode_image(images, normalize=True)
+    assert half.dtype == jnp.float32
+    difference = np.abs(half - model.encode_image(images, normalize=True)).max()
+    assert 1e-4 < difference < 0.1
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (np.zeros((2, 3, 32, 32), np.float32), r"images are float32 \[2, 3, 32, 32\]; .* floats \[b, 32, 32, 3\]"),
+        (np.zeros((2, 32, 32, 3), np.uint8), "images are uint8"),
+        (np.zeros((32, 32, 3), np.float32), r"\[32, 32, 3\]"),
+    ],
+)
+def test_images_that_are_none(loaded, images, message):
+    with pytest.raises(UserError, match=message):
+        loaded[2].encode_image(images)
+
+
+@pytest.mark.parametrize("tokens", [np.zeros((1, 11), np.int32), np.zeros((1, 10), np.float32), np.zeros(10, np.int32)])
+def test_tokens_that_are_none(loaded, tokens):
+    with pytest.raises(UserError, match=r"tokens are .*needs integers \[b, 10\]"):
+        loaded[2].encode_text(tokens)
+
+
+def test_another_model_than_asked_for_is_refused(loaded):
+    with pytest.raises(UserError, match=r"holds another model \((vit|resnet) .*embed_dim 24 -> 512"):
+        clip_jax.load(loaded[1], model="ViT-B/32")
+
+
+def test_expecting_another_activation_is_refused(loaded):
+    kind, folder, _ = loaded
+    gelu = dataclasses.replace(CONFIGS[kind], activation="gelu")
+    with pytest.raises(UserError, match="activation 'quick_gelu' -> 'gelu'"):
+        read.read_weights(folder, expect=gelu)
+    read.read_weights(folder, expect=dataclasses.replace(CONFIGS[kind], init="scaled", dtype="bfloat16"))
+
+
+@pytest.mark.parametrize(
+    "vision", [TINY.model.vision, ResNetConfig(image_size=32, width=8, heads=4, layers=(1, 1, 1, 1))]
+)
+def test_a_runs_newest_whole_checkpoint_is_loaded(vision, tmp_path):
+    run = dataclasses.replace(TINY, model=dataclasses.replace(TINY.model, vision=vision))
+    mesh, optimizer = make_mesh(MeshConfig(fsdp=2)), make_optimizer(run.optim, steps=run.steps)
+    target = abstract_state(CLIP(run.model), optimizer, mesh=mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
+    states = [jax.device_put(random_like(target, dtype=np.float32, seed=seed), shardings) for seed in (0, 1)]
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+    for step, state in enumerate(states, 1):
+        checkpoints.save(step, state, position=0, config=run, data={})
+        checkpoints.wait()
+    checkpoints.close()
+    before = sorted(tmp_path.rglob("*"))
+    model = clip_jax.load(tmp_path)
+    assert model.config == run.model
+    expected = jax.device_get(states[1].variables)
+    assert jax.tree.structure(model.variables) == jax.tree.structure(expected)
+    for a, b in zip(*map(jax.tree.leaves, (model.variables, expected)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_run_without_checkpoint(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="holds no whole checkpoint yet"):
+        clip_jax.load(tmp_path)
+
+
+@pytest.mark.parametrize(("before", "after"), [(16, 24), (24, 16), (7, 12)])
+def test_resized_positions_equal_open_clips(before, after):
+    import_open_clip()
+    import types
+
+    import torch
+    from open_clip.model import resize_pos_embed
+
+    positions = np.random.default_rng(0).standard_normal((before**2 + 1, 32)).astype(np.float32)
+    tensors = {"visual.positional_embedding": torch.tensor(positions)}
+    grid = types.SimpleNamespace(grid_size=(after, after))
+    resize_pos_embed(tensors, types.SimpleNamespace(visual=grid))
+    ours = resize_positions(jnp.asarray(positions), tokens=after**2 + 1)
+    difference = np.abs(ours - tensors["visual.positional_embedding"].numpy()).max()
+    print(f"positions {before}² -> {after}²: {difference:.1e}")
+    assert difference <= 1e-5
+    np.testing.assert_array_equal(ours[0], positions[0])
+
+
+def test_another_resolution_equals_open_clips(loaded):
+    """Features at 64 pixels of weights for 32, beside open_clip's model with the same resized positions."""
+    kind, folder, model = loaded
+    import_open_clip()
+    import torch
+
+    larger = clip_jax.load(folder, image_size=64)
+    assert larger.config.vision.image_size == larger.preprocess.size == 64
+    weights = weights_of(kind)
+    config, variables = change_resolution(weights.config, weights.variables, 64)
+    images = np.random.default_rng(0).standard_normal((2, 64, 64, 3)).astype(np.float32)
+    with torch.no_grad():
+        theirs = torch_clip(config, jax.tree.map(np.asarray, variables)).encode_image(torch_images(images)).numpy()
+    np.testing.assert_allclose(larger.encode_image(images), theirs, atol=2e-5 * np.abs(theirs).max())
+    with pytest.raises(UserError):
+        larger.encode_image(images[:, :32, :32])
+    assert model.config.vision.image_size == 32
+
+
+def test_a_resolution_that_does_not_fit_is_refused(loaded):
+    with pytest.raises(UserError, match=r"image_size is 50; it must be a multiple of"):
+        clip_jax.load(loaded[1], image_size=50)
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A local server of a folder, and the list of what was asked of it."""
+    asked = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *arguments):
+            super().__init__(*arguments, directory=str(tmp_path / "served"))
+
+        def log_message(self, *arguments):
+            asked.append(self.path)
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_address[1]}", asked
+        running.shutdown()
+
+
+def test_named_weights_are_downloaded_once_and_checked(server, tmp_path, monkeypatch):
+    address, asked = server
+    file = tmp_path / "served" / "0" / "tiny.pt"
+    file.parent.mkdir(parents=True)
+    write_openai(file, weights_of("vit"))
+    sha256 = download.file_sha256(file)
+    file.parent.rename(tmp_path / "served" / sha256)
+    monkeypatch.setitem(download._SHA256, "ViT-B/32", ("tiny.pt", sha256))
+    monkeypatch.setattr(download, "_SERVER", address)
+    monkeypatch.setenv("CLIP_JAX_CACHE", str(tmp_path / "cache"))
+    for _ in range(2):
+        assert clip_jax.load("vit-b-32").config == CONFIGS["vit"]
+    assert len(asked) == 1
+    (tmp_path / "cache" / "tiny.pt").write_bytes(b"damaged")
+    clip_jax.load("ViT-B/32")
+    assert len(asked) == 2
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["tiny.pt"]
+
+
+def test_a_download_that_is_something_else_is_not_kept(server, tmp_path, monkeypatch):
+    address, _ = server
+    file, sha256 = download._SHA256["RN50"]
+    (tmp_path / "served" / sha256).mkdir(parents=True)
+    (tmp_path / "served" / sha256 / file).write_bytes(b"something else")
+    with pytest.raises(UserError, match=r"sent 14 bytes of another SHA-256"):
+        download.download_openai("RN50", server=address, cache=tmp_path / "cache")
+    with pytest.raises(UserError, match=r"RN101\.pt cannot be downloaded to .*404.*fetch it otherwise"):
+        download.download_openai("RN101", server=address, cache=tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_hub_names_are_fetched_and_read(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    wanted = []
+
+    def snapshot(repository, allow_patterns):
+        wanted.append((repository, tuple(allow_patterns)))
+        return str(tmp_path)
+
+    write_open_clip(tmp_path, weights_of("vit"))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    assert clip_jax.load("hf-hub:owner/name").config == CONFIGS["vit"]
+    assert [repository for repository, _ in wanted] == ["owner/name"]
+    assert not any(pattern.endswith(".bin") for _, patterns in wanted for pattern in patterns)
+
+    def fail(repository, allow_patterns):
+        raise RuntimeError("no\nnetwork")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(UserError, match="^hf-hub:owner/name cannot be downloaded: no network$"):
+        clip_jax.load("hf-hub:owner/name")
+
+
+def test_openais_checksums_are_the_files_addresses():
+    assert set(download._SHA256) == set(clip_jax.models.variants.VARIANTS)
+    for file, sha256 in download._SHA256.values():
+        assert file.endswith(".pt")
+        assert len(bytes.fromhex(sha256)) == 32
+
+
+def test_the_readmes_example(tmp_path, monkeypatch):
+    """The lines in the README run as they stand, with a stand-in for the downloaded weights."""
+    import re
+    from pathlib import Path
+
+    from PIL import Image
+
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    (example,) = (code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "clip_jax.load" in code)
+    assert len(example.strip().splitlines()) <= 8
+    weights = weights_of("vit")
+    config = dataclasses.replace(weights.config, text=dataclasses.replace(TEXT, vocab_size=49_408))
+    shapes = jax.eval_shape(lambda: init_variables(CLIP(config), jax.random.key(0)))
+    stand_in = Weights(config, random_like(shapes, dtype=np.float32), weights.preprocess)
+    monkeypatch.setattr(clip_jax.pretrained, "read_weights", lambda source, **_: stand_in)
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (40, 50), "brown").save("dog.jpg")
+    found = {}
+    exec(example, found)
+    shares = [value for value in found.values() if isinstance(value, jax.Array) and value.shape == (1, 2)]
+    assert any(math.isclose(float(share.sum()), 1, rel_tol=1e-5) for share in shares)
