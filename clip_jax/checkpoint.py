@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 
 import clip_jax
 from clip_jax.config import CheckpointConfig, RunConfig, as_json, describe_diff, from_config_dict, model_diff
-from clip_jax.data.images import Preprocess
+from clip_jax.data.images import Preprocess, preprocess_of
 from clip_jax.errors import UserError
 from clip_jax.models.clip import CLIP, Variables, init_variables
 from clip_jax.models.variants import ModelConfig
@@ -61,9 +61,16 @@ class Checkpoints:
 
     def read_config(self, step: int) -> dict[str, Any]:
         """Returns the config that a checkpoint was written with, as nested dicts; writes nothing."""
+        return self._read_json(step, "config")
+
+    def read_preprocess(self, step: int) -> Preprocess:
+        """Returns the preprocessing that a checkpoint's model was trained with; writes nothing."""
+        return Preprocess.from_dict(self._read_json(step, "metadata")["preprocess"])
+
+    def _read_json(self, step: int, item: str) -> dict[str, Any]:
         options = ocp.CheckpointManagerOptions(read_only=True)
         with ocp.CheckpointManager(self._folder, options=options, item_names=_ITEMS) as reader:
-            return reader.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
+            return reader.restore(step, args=ocp.args.Composite(**{item: ocp.args.JsonRestore()}))[item]
 
     def restore(self, step: int, target: TrainState) -> tuple[TrainState, int]:
         """Reads a checkpoint onto the mesh of `target`.
@@ -151,14 +158,14 @@ def read_run(workdir: Path) -> tuple[ModelConfig, Variables, Preprocess]:
         raise UserError(f"{workdir} holds no whole checkpoint yet")
     config = from_config_dict(checkpoints.read_config(step)).model
     shapes = jax.eval_shape(lambda: init_variables(CLIP(config), jax.random.key(0)))
-    return config, checkpoints.read_variables(step, shapes), Preprocess(size=config.vision.image_size)
+    return config, checkpoints.read_variables(step, shapes), checkpoints.read_preprocess(step)
 
 
 def _metadata(config: RunConfig, data: dict[str, Any]) -> dict[str, Any]:
     """What a reader of the weights alone must know."""
     return {
         "activation": config.model.activation,
-        "preprocess": Preprocess(size=config.model.vision.image_size).to_dict(),
+        "preprocess": preprocess_of(config.model).to_dict(),
         "tokenizer": "clip",
         "data": data,
         "git_revision": _git_revision(),

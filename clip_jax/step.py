@@ -9,7 +9,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from clip_jax.config import RunConfig
-from clip_jax.data.images import Preprocess, normalize
+from clip_jax.data.images import normalize, preprocess_of
 from clip_jax.losses import LossOutput, softmax_loss
 from clip_jax.models.clip import CLIP, forward_train
 from clip_jax.optim import clamp_scale, global_norm, learning_rate
@@ -76,7 +76,7 @@ def contrastive_loss(
     logits_sharding: NamedSharding | None,
 ) -> tuple[jax.Array, tuple[LossOutput, dict[str, Any]]]:
     """Returns (loss, (all of the loss's outputs, updated batch_stats)) of one batch, in training mode."""
-    preprocess = Preprocess(size=model.config.vision.image_size)
+    preprocess = preprocess_of(model.config)
     images = normalize(batch["image"], preprocess, model.config.dtype)
     variables = {"params": params, "batch_stats": batch_stats}
     features, batch_stats = forward_train(model, variables, images, batch["tokens"])

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from clip_jax.checkpoint import Checkpoints, check_same_model
 from clip_jax.config import RunConfig, as_json, describe_diff, diff
+from clip_jax.data.images import preprocess_of
 from clip_jax.data.loader import TrainingData, open_training_data
 from clip_jax.errors import UserError
 from clip_jax.evals.evaluation import Evaluated, Evaluation, scalars
@@ -147,8 +148,13 @@ def _initial_variables(config: RunConfig) -> Variables | None:
         return None
     from clip_jax.interop.read import read_weights  # a run from random weights does without the readers
 
-    image_size = config.model.vision.image_size
-    return read_weights(config.init_from, expect=config.model, image_size=image_size).variables
+    weights = read_weights(config.init_from, expect=config.model, image_size=config.model.vision.image_size)
+    if weights.preprocess != preprocess_of(config.model):
+        raise UserError(
+            f"config.init_from={config.init_from!r}: its model was trained with other pixels "
+            f"({weights.preprocess}) than this run would be ({preprocess_of(config.model)})"
+        )
+    return weights.variables
 
 
 def _check_resumable(run: Run, step: int) -> str:

@@ -318,7 +318,7 @@ def reseal(folder):
     path = folder / "stablehlo.json"
     manifest = json.loads(path.read_text(encoding="utf-8"))
     del manifest["sha256"]
-    manifest["files"] = {name: stablehlo._file_sha256(folder / name) for name in manifest["files"]}
+    manifest["files"] = {name: stablehlo.file_sha256(folder / name) for name in manifest["files"]}
     path.write_text(json.dumps(manifest | {"sha256": stablehlo._manifest_sha256(manifest)}), encoding="utf-8")
 
 

@@ -277,6 +277,15 @@ def test_a_run_starts_from_trained_weights_of_another_resolution(tmp_path):
     assert int(resumed.step) == 3
 
 
+def test_starting_from_a_model_of_other_pixels_is_refused(tmp_path):
+    shapes = jax.eval_shape(lambda: init_variables(CLIP(TINY.model), jax.random.key(0)))
+    other = Preprocess(size=16, mean=(0.5, 0.5, 0.5))
+    write_open_clip(tmp_path, Weights(TINY.model, random_like(shapes, dtype=np.float32), other))
+    with pytest.raises(UserError, match=r"was trained with other pixels .*0\.5, 0\.5, 0\.5"):
+        train(dataclasses.replace(SYNTHETIC, init_from=str(tmp_path)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_starting_from_another_model_is_refused_before_anything_is_written(tmp_path):
     other = dataclasses.replace(TINY.model, embed_dim=8)
     shapes = jax.eval_shape(lambda: init_variables(CLIP(other), jax.random.key(0)))

@@ -10,17 +10,26 @@ are stored. Imports neither JAX nor TensorFlow, for worker processes start with 
 
 import io
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from clip_jax.errors import UserError
+from clip_jax.errors import UserError, one_line
+from clip_jax.models.variants import ModelConfig
+from clip_jax.typed import convert
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
+
+    ImageLike = bytes | np.ndarray | PILImage
+    Images = ImageLike | str | Path | list | tuple
 else:
-    PILImage = Any  # PIL is imported where images are: training on synthetic pairs does without it
+    PILImage = ImageLike = Images = Any  # PIL is imported where images are: synthetic pairs do without it
+
+T = TypeVar("T")
 
 MAX_PIXELS = 1 << 26
 """Images of more pixels are refused before a pixel is decoded: as RGB they would take over 192 MiB."""
@@ -37,6 +46,8 @@ class ImageError(UserError, ValueError):
 class Preprocess:
     """How pixels become the image tower's input; saved with every checkpoint.
 
+    It can be called: `preprocess(images)` resizes, cuts and normalises as in evaluation.
+
     Attributes:
       size: side of the square that the tower reads.
       mean: of red, green and blue, on a scale of 0 to 1.
@@ -51,6 +62,37 @@ class Preprocess:
         """Returns the fields as JSON holds them."""
         return {"size": self.size, "mean": list(self.mean), "std": list(self.std)}
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Preprocess":
+        """Returns what `to_dict` wrote.
+
+        Raises:
+          ConfigError: an unknown or missing key, or a wrong type.
+        """
+        return convert(values, cls, "preprocess")
+
+    def __call__(self, images: Images) -> np.ndarray:
+        """Returns images as the tower reads them in evaluation: float32 [s, s, 3], for several [b, s, s, 3].
+
+        Args:
+          images: an image or a list of images: a path, encoded bytes, PIL's, or uint8 [h, w, 3].
+
+        Raises:
+          ImageError: what is no image, by its path or its place in the list.
+        """
+        if not isinstance(images, list | tuple):
+            return normalize(eval_image(_opened(images, "the image"), self), self)
+        if not images:
+            raise ImageError("there is no image in the list")
+        return np.stack(
+            [normalize(eval_image(_opened(image, f"image {i}"), self), self) for i, image in enumerate(images)]
+        )
+
+
+def preprocess_of(model: ModelConfig) -> Preprocess:
+    """Returns the preprocessing of a model that is trained here: CLIP's, at the model's size."""
+    return Preprocess(size=model.vision.image_size)
+
 
 def decode(encoded: bytes) -> np.ndarray:
     """Returns the image as uint8 [h, w, 3], red, green, blue.
@@ -61,29 +103,50 @@ def decode(encoded: bytes) -> np.ndarray:
     Raises:
       ImageError: not an image, damaged, of more than MAX_PIXELS pixels, or of a pixel format without an agreed range.
     """
-    if not encoded:
-        raise ImageError("the image is empty (0 bytes)")
     if encoded.startswith(_JPEG):
         return _decode_jpeg(encoded)
-    return _decode_other(encoded)
+    return _with_pil(encoded, _to_rgb)
 
 
-def eval_image(image: np.ndarray, preprocess: Preprocess) -> np.ndarray:
-    """Returns uint8 [s, s, 3]: the shorter side resized to s (bicubic), then the centre.
+def open_image(encoded: bytes) -> PILImage:
+    """Returns the image as PIL's, in the mode in which it is stored; as strict as `decode`.
 
-    Equal to torchvision's `Resize(s, BICUBIC)` and `CenterCrop(s)`, with which CLIP's figures are measured.
+    Raises:
+      ImageError: as `decode`.
+    """
+    from PIL import Image
+
+    if not encoded.startswith(_JPEG):
+        return _with_pil(encoded, lambda image: image.copy())
+    pixels = _decode_jpeg(encoded)  # equal to PIL's, but strict
+    return _with_pil(encoded, lambda image: image.copy() if image.mode == "CMYK" else Image.fromarray(pixels))
+
+
+def eval_image(image: ImageLike, preprocess: Preprocess) -> np.ndarray:
+    """Returns uint8 [s, s, 3]: the shorter side resized to s (bicubic), then the centre, then RGB.
+
+    Equal to open_clip's evaluation transform, with which CLIP's figures are measured: torchvision's
+    `Resize(s, BICUBIC)` and `CenterCrop(s)` in the mode in which the image is stored, and only then RGB. So a palette
+    is resized without mixing colours, transparent pixels do not bleed, and 16-bit grey is clipped to white, where
+    `decode`, which training uses, scales it.
 
     Args:
-      image: uint8 [h, w, 3].
+      image: encoded, PIL's, or uint8 [h, w, 3].
       preprocess: s is its size.
 
     Raises:
-      ImageError: a strip so long that, resized, it has more than MAX_PIXELS pixels.
+      ImageError: as `decode`; or a strip so long that, resized, it has more than MAX_PIXELS pixels.
     """
+    from PIL import Image
+
+    if isinstance(image, bytes):
+        image = open_image(image)
+    elif isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
     size = preprocess.size
     resized = _resize_shorter_side(image, size)
     left, top = (round((side - size) / 2) for side in resized.size)
-    return _crop(resized, left, top, size)
+    return np.array(_drop_to_rgb(resized.crop((left, top, left + size, top + size))))
 
 
 def square_crop(image: np.ndarray, preprocess: Preprocess, rng: np.random.Generator) -> np.ndarray:
@@ -99,10 +162,12 @@ def square_crop(image: np.ndarray, preprocess: Preprocess, rng: np.random.Genera
     Raises:
       ImageError: as `eval_image`.
     """
+    from PIL import Image
+
     size = preprocess.size
-    resized = _resize_shorter_side(image, size)
+    resized = _resize_shorter_side(Image.fromarray(image), size)
     left, top = (int(rng.integers(0, side - size, endpoint=True)) for side in resized.size)
-    return _crop(resized, left, top, size)
+    return np.array(resized.crop((left, top, left + size, top + size)))
 
 
 def resized_crop(
@@ -125,9 +190,11 @@ def resized_crop(
       scale: least and greatest area, as a share of the image's.
       ratio: least and greatest width / height.
     """
+    from PIL import Image
+
     left, top, width, height = _random_box(image.shape[1], image.shape[0], rng, scale, ratio)
     # Cut before resizing: with `resize(box=)` PIL's filter would read pixels outside the rectangle.
-    cut = image[top : top + height, left : left + width]
+    cut = Image.fromarray(image[top : top + height, left : left + width])
     return np.array(_resize(cut, preprocess.size, preprocess.size))
 
 
@@ -157,17 +224,21 @@ def _decode_jpeg(encoded: bytes) -> np.ndarray:
     except ImageError:
         raise
     except ValueError as error:
-        raise ImageError(f"the JPEG cannot be decoded: {_one_line(error)}") from None
+        raise ImageError(f"the JPEG cannot be decoded: {one_line(error)}") from None
 
 
-def _decode_other(encoded: bytes) -> np.ndarray:
+def _with_pil(encoded: bytes, use: Callable[[PILImage], T]) -> T:
+    """Returns what `use` makes of an image that PIL opened."""
     from PIL import Image
 
     # PIL's readers are many; on damaged bytes they raise OSError, SyntaxError, struct.error, IndexError and more.
+    if not encoded:
+        raise ImageError("the image is empty (0 bytes)")
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             _check_size(*image.size)
-            return _to_rgb(image)
+            _check_range(image)
+            return use(image)
     except ImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -175,17 +246,25 @@ def _decode_other(encoded: bytes) -> np.ndarray:
     except Image.UnidentifiedImageError:
         raise ImageError(f"not an image that PIL can read; it begins with {encoded[:16]!r}") from None
     except Exception as error:
-        raise ImageError(f"the image cannot be decoded: {_one_line(error)}") from None
+        raise ImageError(f"the image cannot be decoded: {one_line(error)}") from None
 
 
 def _to_rgb(image: PILImage) -> np.ndarray:
     if image.mode.startswith("I"):
         return _scale_16_bits(np.asarray(image), image.mode)
-    if image.mode == "F":
-        raise ImageError("the image has float pixels (PIL mode F), whose range is not known")
+    return np.asarray(_drop_to_rgb(image))
+
+
+def _drop_to_rgb(image: PILImage) -> PILImage:
+    """Drops transparency without blending."""
     if image.mode in ("P", "PA") and "transparency" in image.info:
         image = image.convert("RGBA")  # straight to RGB, PIL warns of the transparency
-    return np.asarray(image.convert("RGB"))
+    return image.convert("RGB")
+
+
+def _check_range(image: PILImage) -> None:
+    if image.mode == "F":
+        raise ImageError("the image has float pixels (PIL mode F), whose range is not known")
 
 
 def _scale_16_bits(grey: np.ndarray, mode: str) -> np.ndarray:
@@ -201,8 +280,8 @@ def _check_size(width: int, height: int) -> None:
         raise ImageError(f"the image has {width} x {height} pixels, more than {MAX_PIXELS:,}")
 
 
-def _resize_shorter_side(image: np.ndarray, size: int) -> PILImage:
-    height, width = image.shape[:2]
+def _resize_shorter_side(image: PILImage, size: int) -> PILImage:
+    width, height = image.size
     shorter = min(width, height)
     new_width, new_height = width * size // shorter, height * size // shorter
     if new_width * new_height > MAX_PIXELS:
@@ -210,14 +289,34 @@ def _resize_shorter_side(image: np.ndarray, size: int) -> PILImage:
     return _resize(image, new_width, new_height)
 
 
-def _resize(image: np.ndarray, width: int, height: int) -> PILImage:
+def _resize(image: PILImage, width: int, height: int) -> PILImage:
     from PIL import Image
 
-    return Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
+    return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def _crop(image: PILImage, left: int, top: int, size: int) -> np.ndarray:
-    return np.array(image.crop((left, top, left + size, top + size)))
+def _opened(image: ImageLike | str | Path, what: str) -> ImageLike:
+    """Returns an image that `eval_image` takes; `what` names it where it has no path."""
+    from PIL import Image
+
+    if isinstance(image, str | Path):
+        what = str(image)
+        image = _read(Path(image))
+    if isinstance(image, np.ndarray) and (image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3):
+        raise ImageError(f"{what} is an array of {image.dtype} {list(image.shape)}, not of uint8 [h, w, 3]")
+    if not isinstance(image, bytes | np.ndarray | Image.Image):
+        raise ImageError(f"{what} is a {type(image).__name__}, not a path, bytes, a PIL image or uint8 [h, w, 3]")
+    try:
+        return open_image(image) if isinstance(image, bytes) else image
+    except ImageError as error:
+        raise ImageError(f"{what}: {error}") from None
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ImageError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def _random_box(
@@ -238,7 +337,3 @@ def _central_box(width: int, height: int, ratio: tuple[float, float]) -> tuple[i
     w = min(width, max(1, round(height * ratio[1])))
     h = min(height, max(1, round(width / ratio[0])))
     return (width - w) // 2, (height - h) // 2, w, h
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from clip_jax.config import RunConfig
-from clip_jax.data.images import Preprocess
+from clip_jax.data.images import preprocess_of
 from clip_jax.data.pipeline import TrainTransform, synthetic_batches, train_batches
 from clip_jax.data.sources import Source, TfdsSource
 
@@ -59,7 +59,7 @@ def source_data(config: RunConfig, source: Source, *, fingerprint: dict[str, Any
 
     data = config.data
     transform = TrainTransform(
-        Preprocess(size=config.model.vision.image_size),
+        preprocess_of(config.model),
         Tokenizer(),
         context=config.model.text.context,
         crop=data.crop,

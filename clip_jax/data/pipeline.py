@@ -93,7 +93,7 @@ class EvalTransform:
         Raises:
           UserError: the image cannot be decoded.
         """
-        return {"image": eval_image(_pixels(record), self.preprocess), "label": np.asarray(record.label, np.int32)}
+        return {"image": eval_image(record.image, self.preprocess), "label": np.asarray(record.label, np.int32)}
 
 
 def train_batches(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from clip_jax.data.images import Preprocess, normalize
+from clip_jax.data.images import normalize, preprocess_of
 from clip_jax.models.clip import CLIP, Variables, image_features, text_features
 from clip_jax.partition import place_rows, replicated
 
@@ -75,7 +75,7 @@ class Embedder:
 
     def _image_features(self, variables: Variables, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         config = self._model.config
-        images = normalize(batch["image"], Preprocess(size=config.vision.image_size), config.dtype)
+        images = normalize(batch["image"], preprocess_of(config), config.dtype)
         return {
             "features": image_features(self._model, variables, images),
             "labels": batch["label"],

@@ -7,7 +7,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from clip_jax.config import RunConfig
-from clip_jax.data.images import Preprocess
+from clip_jax.data.images import preprocess_of
 from clip_jax.data.pipeline import EvalTransform, eval_batches
 from clip_jax.data.sources import TfdsSource
 from clip_jax.evals.embedding import Embedder, ImageFeatures
@@ -59,7 +59,7 @@ class Evaluation:
         check_batch("eval.batch", config.eval.batch, mesh)
         self.templates = {name: templates(name) for name in config.eval.prompts}
         self._batch = config.eval.batch
-        self._transform = EvalTransform(Preprocess(size=config.model.vision.image_size))
+        self._transform = EvalTransform(preprocess_of(config.model))
         self._source = TfdsSource(
             config.eval.dataset,
             config.eval.split,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from clip_jax.data.images import Preprocess
+from clip_jax.data.images import Preprocess, preprocess_of
 from clip_jax.data.tokenizer import END, START, Tokenizer, vocabulary
 from clip_jax.interop.names import WeightsError, from_torch, to_torch
 from clip_jax.interop.torch_file import read_torch_file
@@ -67,7 +67,7 @@ def read_hugging_face(folder: Path) -> Weights:
     else:
         raise WeightsError(f"{folder} has neither {SAFETENSORS} nor {TORCH} beside its {CONFIG}; join sharded weights")
     check_activation(metadata, config.activation, where=path)
-    preprocess = Preprocess(size=config.vision.image_size)
+    preprocess = preprocess_of(config)
     if (spec := folder / PREPROCESSOR).exists():
         preprocess = preprocess_from_hugging_face(read_json(spec), size=preprocess.size, where=spec)
     return Weights(config, from_torch(tensors, config, "hugging_face", where=path), preprocess)
@@ -84,7 +84,10 @@ def write_hugging_face(folder: Path, weights: Weights) -> None:
     write_json(folder / CONFIG, config_to_hugging_face(weights.config))
     write_json(folder / PREPROCESSOR, preprocess_to_hugging_face(weights.preprocess))
     write_safetensors(
-        folder / SAFETENSORS, to_torch(weights.variables, "hugging_face"), activation=weights.config.activation
+        folder / SAFETENSORS,
+        to_torch(weights.variables, "hugging_face"),
+        format="pt",
+        activation=weights.config.activation,
     )
     if weights.config.text.vocab_size == Tokenizer.vocab_size:
         _write_tokenizer(folder, context=weights.config.text.context)

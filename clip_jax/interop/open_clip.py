@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from clip_jax.data.images import Preprocess
+from clip_jax.data.images import Preprocess, preprocess_of
 from clip_jax.interop.names import WeightsError, from_torch, to_torch
 from clip_jax.interop.torch_file import read_torch_file
 from clip_jax.interop.weights import (
@@ -95,7 +95,9 @@ def read_open_clip(folder: Path) -> Weights:
 def write_open_clip(folder: Path, weights: Weights) -> None:
     """Writes a folder that `open_clip.create_model_and_transforms("local-dir:…")` reads, and the Hub's loaders too."""
     write_json(folder / CONFIG, config_to_open_clip(weights))
-    write_safetensors(folder / SAFETENSORS, to_torch(weights.variables, "openai"), activation=weights.config.activation)
+    write_safetensors(
+        folder / SAFETENSORS, to_torch(weights.variables, "openai"), format="pt", activation=weights.config.activation
+    )
 
 
 def config_from_open_clip(values: Mapping[str, Any], *, where: object) -> tuple[ModelConfig, Preprocess]:
@@ -178,7 +180,7 @@ def _text_from(text: dict[str, Any]) -> dict[str, Any]:
 
 
 def _preprocess_from(values: dict[str, Any], config: ModelConfig, where: object) -> Preprocess:
-    default = Preprocess(size=config.vision.image_size)
+    default = preprocess_of(config)
     mean, std = (values.pop(key, None) or getattr(default, key) for key in ("mean", "std"))
     neutral = {"size": _ANY, "mode": "RGB", "interpolation": "bicubic", "resize_mode": "shortest", "fill_color": _ANY}
     _check_neutral("preprocess_cfg", values, neutral, where)

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from clip_jax.data.images import Preprocess
+from clip_jax.data.images import preprocess_of
 from clip_jax.interop.names import Tensors, WeightsError, from_torch, to_torch
 from clip_jax.interop.torch_file import read_torch_file, write_torch_file
 from clip_jax.interop.weights import HEAD_WIDTH, Weights, checked_model, default_heads
@@ -27,7 +27,7 @@ def read_openai(path: Path) -> Weights:
     config = infer_config(tensors, where=path)
     _check_sizes(tensors, config, path)
     variables = from_torch(tensors, config, "openai", where=path)
-    return Weights(config, variables, Preprocess(size=config.vision.image_size))
+    return Weights(config, variables, preprocess_of(config))
 
 
 def write_openai(path: Path, weights: Weights) -> None:
@@ -40,7 +40,7 @@ def write_openai(path: Path, weights: Weights) -> None:
     for wrong, what in (
         (not default_heads(config), f"attention heads of {HEAD_WIDTH} channels"),
         (config.activation != "quick_gelu", "QuickGELU"),
-        (weights.preprocess != Preprocess(size=config.vision.image_size), "OpenAI's mean and deviation of pixels"),
+        (weights.preprocess != preprocess_of(config), "OpenAI's mean and deviation of pixels"),
     ):
         if wrong:
             raise WeightsError(f"OpenAI's layout takes {what} for granted, and this model has another; use open_clip's")

@@ -31,7 +31,7 @@ from jax import export
 
 import clip_jax
 from clip_jax.array_types import Array, Float
-from clip_jax.data.images import Preprocess, normalize
+from clip_jax.data.images import Preprocess, normalize, preprocess_of
 from clip_jax.errors import UserError, did_you_mean, one_line
 from clip_jax.interop import stablehlo_run
 from clip_jax.interop.stablehlo_run import ExportedModel
@@ -90,7 +90,7 @@ def write_stablehlo(
       UserError: arguments that contradict each other, an unknown platform, or a float64 model.
     """
     config = model.config
-    preprocess = preprocess or Preprocess(size=config.vision.image_size)
+    preprocess = preprocess or preprocess_of(config)
     _check_model(model, preprocess)
     _check_platforms(platforms)
     weights = {name: _as_float32(leaf) for name, leaf in flatten_dict(variables, sep="/").items()}
@@ -100,7 +100,7 @@ def write_stablehlo(
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / _RUNNER).write_bytes(Path(stablehlo_run.__file__).read_bytes())
-    write_safetensors(folder / _WEIGHTS, weights, activation=config.activation)
+    write_safetensors(folder / _WEIGHTS, weights)
     programs = {
         name: _write_program(folder / f"{name}.jaxexport", program, weights, platforms)
         for name, program in _programs(model, preprocess).items()

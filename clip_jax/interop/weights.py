@@ -48,13 +48,13 @@ def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]
         raise WeightsError(f"{path} cannot be read as safetensors: {one_line(error)}") from None
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray], *, activation: str) -> None:
-    """Writes tensors, with what names and shapes do not say as metadata."""
+def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray], **metadata: str) -> None:
+    """Writes tensors, and as metadata what names and shapes do not say."""
     from safetensors.numpy import save_file
 
     path.touch()
     mode = path.stat().st_mode
-    save_file(dict(tensors), path, metadata={"format": "pt", "activation": activation})
+    save_file(dict(tensors), path, metadata=metadata or None)
     path.chmod(mode)  # the library makes files that only their owner can read
 
 
