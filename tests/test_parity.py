@@ -22,8 +22,9 @@ from torch_clip import (
     torch_images,
 )
 
+from benchmarks.anchor import torch_optimizer
 from clip_jax.config import OptimConfig, RunConfig
-from clip_jax.data.images import Preprocess, normalize
+from clip_jax.data.images import normalize, preprocess_of
 from clip_jax.interop.hugging_face import config_to_hugging_face
 from clip_jax.interop.names import from_torch, to_torch
 from clip_jax.losses import softmax_loss
@@ -104,32 +105,17 @@ def test_gradients_equal_torchs_in_f64(x64, name):
     assert our_keys
 
 
-def torch_optimizer(model, config):
-    """AdamW as the paper decays: everything that is not a gain, a bias or the temperature."""
-    import torch
-
-    norms = (torch.nn.LayerNorm, torch.nn.BatchNorm2d)
-    spared = {id(p) for module in model.modules() if isinstance(module, norms) for p in module.parameters()}
-    spared |= {id(p) for name, p in model.named_parameters() if name.endswith("bias") or name == "logit_scale"}
-    groups = [[p for p in model.parameters() if (id(p) in spared) == bare] for bare in (False, True)]
-    return torch.optim.AdamW(
-        [{"params": groups[0], "weight_decay": config.weight_decay}, {"params": groups[1], "weight_decay": 0.0}],
-        betas=(config.b1, config.b2),
-        eps=config.eps,
-    )
-
-
 def torch_losses(model, run, batches):
     """Losses of training open_clip's model: its loss, torch's AdamW, our schedule, the clamp after the update."""
     open_clip = import_open_clip()
     import torch
 
-    optimizer, rate = torch_optimizer(model, run.optim), jax.jit(learning_rate(run.optim, steps=run.steps))
+    optimizer, rate = torch_optimizer(model, run), jax.jit(learning_rate(run.optim, steps=run.steps))
     found = []
     for step, batch in enumerate(batches):
         for group in optimizer.param_groups:
             group["lr"] = float(rate(jnp.int32(step)))
-        images = np.asarray(normalize(batch["image"], Preprocess(size=run.model.vision.image_size), "float64"))
+        images = np.asarray(normalize(batch["image"], preprocess_of(run.model), "float64"))
         loss = open_clip.ClipLoss()(*model(torch_images(images), torch.tensor(batch["tokens"])))
         optimizer.zero_grad()
         loss.backward()

@@ -31,17 +31,17 @@ def plot_training(rows: Sequence[Mapping[str, Any]], path: Path, *, chance_loss:
       chance_loss: drawn as a line.
       title: of the figure.
     """
-    figure = _new_figure(10.0, 4.0)
+    figure = new_figure(10.0, 4.0)
     figure.suptitle(title)
     left, right = figure.subplots(1, 2)
     steps, loss = _curve(rows, "loss")
     left.plot(steps, loss, color=BLUE, linewidth=0.8, alpha=0.4)
-    left.plot(steps, _smooth(loss), color=BLUE, marker=_marker(loss), label="loss")
+    left.plot(steps, smooth(loss), color=BLUE, marker=_marker(loss), label="loss")
     left.axhline(chance_loss, color=GREY, linestyle="--", label=f"chance, ln(batch) = {chance_loss:.2f}")
     left.set(xlabel="step", ylabel="contrastive loss")
 
     steps, accuracy = _curve(rows, "accuracy")
-    right.plot(steps, _smooth(accuracy), color=BLUE, marker=_marker(accuracy), label="in the batch")
+    right.plot(steps, smooth(accuracy), color=BLUE, marker=_marker(accuracy), label="in the batch")
     names = sorted({key for row in rows for key in row if key.startswith("zero_shot/") and key.endswith("/top1")})
     for i, name in enumerate(names):
         steps, values = _curve(rows, name)
@@ -51,7 +51,7 @@ def plot_training(rows: Sequence[Mapping[str, Any]], path: Path, *, chance_loss:
     for axes in (left, right):
         axes.legend(frameon=False, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_retrieval(captions: Sequence[str], images: np.ndarray, hits: np.ndarray, path: Path, *, title: str) -> None:
@@ -65,7 +65,7 @@ def plot_retrieval(captions: Sequence[str], images: np.ndarray, hits: np.ndarray
       title: of the figure.
     """
     rows, columns = hits.shape
-    figure = _new_figure(3.2 + 0.75 * columns, 0.6 + 0.75 * rows)
+    figure = new_figure(3.2 + 0.75 * columns, 0.6 + 0.75 * rows)
     figure.suptitle(title)
     grid = figure.add_gridspec(rows, columns + 1, width_ratios=[4, *[1] * columns])
     for i, caption in enumerate(captions):
@@ -75,7 +75,7 @@ def plot_retrieval(captions: Sequence[str], images: np.ndarray, hits: np.ndarray
         text.text(1, 0.5, shown, ha="right", va="center", fontsize=9)
         for j in range(columns):
             _draw_found(figure.add_subplot(grid[i, j + 1]), images[i, j], right=bool(hits[i, j]))
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_confusion(matrix: np.ndarray, classes: Sequence[str], path: Path, *, title: str) -> None:
@@ -89,7 +89,7 @@ def plot_confusion(matrix: np.ndarray, classes: Sequence[str], path: Path, *, ti
     """
     count = len(classes)
     side = min(12.0, 2 + 0.42 * count)
-    figure = _new_figure(side + 0.6, side)
+    figure = new_figure(side + 0.6, side)
     axes = figure.subplots()
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
@@ -101,7 +101,7 @@ def plot_confusion(matrix: np.ndarray, classes: Sequence[str], path: Path, *, ti
             if number:
                 colour = "white" if share[true, found] > 0.5 else "black"
                 axes.text(found, true, str(number), ha="center", va="center", color=colour, fontsize=8)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _draw_found(axes: Any, image: np.ndarray, *, right: bool) -> None:
@@ -119,7 +119,7 @@ def _curve(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np
     return np.array(steps), np.array(values, float)
 
 
-def _smooth(values: np.ndarray) -> np.ndarray:
+def smooth(values: np.ndarray) -> np.ndarray:
     """Mean over a centred window of a twentieth of the points, narrower at the ends."""
     half = len(values) // 40
     return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])
@@ -129,13 +129,13 @@ def _marker(values: np.ndarray) -> str | None:
     return "o" if len(values) == 1 else None  # a line through one point has no length
 
 
-def _new_figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
 
     return Figure((width, height), dpi=120, layout="constrained")
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.text import Text
 
