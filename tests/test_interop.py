@@ -9,7 +9,6 @@ import sys
 import jax
 import numpy as np
 import pytest
-from clip_jax.interop.torch_file import write_torch_file
 from random_weights import random_like
 from references import import_open_clip
 from torch_clip import torch_clip
@@ -25,6 +24,7 @@ from clip_jax.interop.names import from_torch, source_of, to_torch
 from clip_jax.interop.open_clip import CONFIG, SAFETENSORS, read_open_clip, write_open_clip
 from clip_jax.interop.openai import infer_config, read_openai, write_openai
 from clip_jax.interop.read import read_weights
+from clip_jax.interop.torch_file import write_torch_file
 from clip_jax.interop.weights import Weights
 from clip_jax.models.clip import CLIP, init_variables
 from clip_jax.models.variants import VARIANTS, ModelConfig, ResNetConfig, TextConfig, ViTConfig, model_config
@@ -302,6 +302,30 @@ def test_a_verdict_of_another_library_counts(tmp_path, monkeypatch):
 
     monkeypatch.setitem(LAYOUTS, "open_clip", LAYOUTS["open_clip"]._replace(judge=judge))
     with pytest.raises(UserError, match=r"read by another 1\.0, its unit features differ by 2\.0e-04, more than 1e-04"):
+        export(weights_of("vit"), tmp_path / "new", "open_clip", source="here")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_library_that_cannot_read_an_export_counts(tmp_path, monkeypatch):
+    def judge(folder, images, tokens):
+        raise KeyError("visual.proj")
+
+    monkeypatch.setitem(LAYOUTS, "open_clip", LAYOUTS["open_clip"]._replace(judge=judge))
+    with pytest.raises(UserError, match=r"cannot read the export: 'visual\.proj'; nothing was kept"):
+        export(weights_of("vit"), tmp_path / "new", "open_clip", source="here")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
+    import safetensors
+    import safetensors.numpy
+
+    def fail(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise safetensors.SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", fail)
+    with pytest.raises(UserError, match=r"safetensors cannot be written: I/O error: No space left"):
         export(weights_of("vit"), tmp_path / "new", "open_clip", source="here")
     assert list(tmp_path.iterdir()) == []
 

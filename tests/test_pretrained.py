@@ -108,7 +108,7 @@ def test_expecting_another_activation_is_refused(loaded):
     "vision", [TINY.model.vision, ResNetConfig(image_size=32, width=8, heads=4, layers=(1, 1, 1, 1))]
 )
 def test_a_runs_newest_whole_checkpoint_is_loaded(vision, tmp_path):
-    run = dataclasses.replace(TINY, model=dataclasses.replace(TINY.model, vision=vision))
+    run = dataclasses.replace(TINY, model=dataclasses.replace(TINY.model, vision=vision, dtype="bfloat16"))
     mesh, optimizer = make_mesh(MeshConfig(fsdp=2)), make_optimizer(run.optim, steps=run.steps)
     target = abstract_state(CLIP(run.model), optimizer, mesh=mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
@@ -120,7 +120,8 @@ def test_a_runs_newest_whole_checkpoint_is_loaded(vision, tmp_path):
     checkpoints.close()
     before = sorted(tmp_path.rglob("*"))
     model = clip_jax.load(tmp_path)
-    assert model.config == run.model
+    assert model.config == dataclasses.replace(run.model, dtype="float32")
+    assert read.read_weights(tmp_path).config == model.config  # so that an export compares float32 with float32
     expected = jax.device_get(states[1].variables)
     assert jax.tree.structure(model.variables) == jax.tree.structure(expected)
     for a, b in zip(*map(jax.tree.leaves, (model.variables, expected)), strict=True):

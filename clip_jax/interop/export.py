@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clip_jax.data.images import normalize
-from clip_jax.errors import UserError, did_you_mean
+from clip_jax.errors import UserError, did_you_mean, one_line
 from clip_jax.evals.zero_shot import class_weights
 from clip_jax.interop import judges
 from clip_jax.interop.hugging_face import read_hugging_face, write_hugging_face
@@ -120,7 +120,7 @@ def _compare(weights: Weights, folder: Path, layout: _Layout) -> list[Comparison
     given = _fixed_input(weights)
     original = features_of(weights, given)
     comparisons = [("clip_jax", _difference(original, layout.run(folder, given)))]
-    verdict = layout.judge(folder, np.asarray(normalize(given.pixels, weights.preprocess)), given.tokens)
+    verdict = _judged(weights, folder, layout, given)
     if verdict is not None:
         comparisons.append((verdict.library, _difference(original, (verdict.image, verdict.text))))
     for reader, difference in comparisons:
@@ -130,6 +130,16 @@ def _compare(weights: Weights, folder: Path, layout: _Layout) -> list[Comparison
                 f"than {BOUND:.0e}; nothing was kept"
             )
     return comparisons
+
+
+def _judged(weights: Weights, folder: Path, layout: _Layout, given: _Input) -> judges.Verdict | None:
+    images = np.asarray(normalize(given.pixels, weights.preprocess))
+    try:
+        return layout.judge(folder, images, given.tokens)
+    except Exception as error:  # of whatever kind the other library raises
+        raise WeightsError(
+            f"the library that this layout is for cannot read the export: {one_line(error)}; nothing was kept"
+        ) from error
 
 
 def _difference(a: Features, b: Features) -> float:

@@ -80,7 +80,7 @@ def _read_run(workdir: Path) -> Weights:
     from clip_jax.checkpoint import read_run  # Orbax takes a second to import, and only runs need it
 
     config, variables, preprocess = read_run(workdir)
-    return Weights(config, variables, preprocess)
+    return Weights(dataclasses.replace(config, dtype="float32"), variables, preprocess)  # a run may compute in less
 
 
 def _resized(weights: Weights, image_size: int) -> Weights:

@@ -49,12 +49,20 @@ def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray], **metadata: str) -> None:
-    """Writes tensors, and as metadata what names and shapes do not say."""
+    """Writes tensors, and as metadata what names and shapes do not say.
+
+    Raises:
+      WeightsError: the file cannot be written whole.
+    """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     path.touch()
     mode = path.stat().st_mode
-    save_file(dict(tensors), path, metadata=metadata or None)
+    try:
+        save_file(dict(tensors), path, metadata=metadata or None)
+    except SafetensorError as error:
+        raise WeightsError(f"{path} cannot be written: {one_line(error)}; check the disk") from None
     path.chmod(mode)  # the library makes files that only their owner can read
 
 
