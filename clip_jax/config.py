@@ -17,7 +17,7 @@ from clip_jax.errors import ConfigError, UserError
 from clip_jax.models.variants import ModelConfig, ViTConfig, model_config
 from clip_jax.typed import convert, flatten, leaf_types, parse, resolve_key, split_outside_brackets
 
-NOT_SIZES = ("init", "temperature", "dtype", "bn_group", "remat")
+NOT_SIZES = ("init", "temperature", "initial_bias", "dtype", "bn_group", "remat")
 """Keys of the model that change neither its parameters nor what they mean; they may change when a run is resumed."""
 
 Values = Mapping[str, Any] | ConfigDict
@@ -55,6 +55,27 @@ class DataConfig:
     workers: int = 0
     threads: int = 4
     prefetch: int = 4
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The contrastive loss over all pairs of a batch.
+
+    Attributes:
+      kind: `softmax`, the paper's; or `sigmoid`, SigLIP's, which is meant to be used with model.logit_bias=true and
+        model.temperature=0.1.
+      form: how it is computed, with the same result: `chunked`, in tiles of the matrix of logits, against the texts
+        of all devices; `ring`, in tiles, against the texts of one device at a time, for batches from about a million
+        pairs; `reference`, with every device's rows of that matrix in memory.
+      tile: images in a tile.
+      products: operands of the loss's matrix products: the features' own float32 (`full`), or `bfloat16`; sums and
+        statistics are in float32 either way. Not for `reference`.
+    """
+
+    kind: Literal["softmax", "sigmoid"] = "softmax"
+    form: Literal["chunked", "ring", "reference"] = "chunked"
+    tile: int = 256
+    products: Literal["full", "bfloat16"] = "full"
 
 
 @dataclass(frozen=True)
@@ -164,6 +185,7 @@ class RunConfig:
 
     model: ModelConfig
     data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -263,7 +285,7 @@ def _replace_model(config: ConfigDict, name: str) -> None:
         sizes = dataclasses.asdict(model_config(name))
     except UserError as error:
         raise ConfigError(f"config.model: {error}") from None
-    config.model = ConfigDict(sizes | {key: config.model[key] for key in (*NOT_SIZES, "activation")})
+    config.model = ConfigDict(sizes | {key: config.model[key] for key in (*NOT_SIZES, "activation", "logit_bias")})
 
 
 def _plain(values: Values) -> dict[str, Any]:
@@ -280,6 +302,16 @@ def _contradictions(config: RunConfig) -> Iterator[tuple[bool, str]]:
         config.model.bn_group > 0 and config.batch % config.model.bn_group != 0,
         f"config.model.bn_group is {config.model.bn_group}; it must divide config.batch ({config.batch}), or be 0 for "
         "statistics over the whole batch",
+    )
+    yield (
+        config.model.logit_bias and config.loss.kind == "softmax",
+        "config.model.logit_bias is true and config.loss.kind 'softmax', which no bias can change; use "
+        "config.loss.kind=sigmoid, or no bias",
+    )
+    yield (
+        config.loss.form == "reference" and config.loss.products != "full",
+        f"config.loss.products is {config.loss.products!r}, and config.loss.form 'reference' knows only 'full'; use "
+        "config.loss.form=chunked",
     )
     yield (
         config.samples < config.batch,
@@ -307,8 +339,8 @@ def _contradictions(config: RunConfig) -> Iterator[tuple[bool, str]]:
 
 def _must_be_positive(config: RunConfig) -> Iterator[tuple[bool, str]]:
     values = flatten(dataclasses.asdict(config))
-    names = "batch samples optim.lr optim.eps optim.max_scale mesh.fsdp checkpoint.every checkpoint.keep eval.batch"
-    names += " log.every data.threads data.prefetch model.embed_dim model.temperature"
+    names = "batch samples loss.tile optim.lr optim.eps optim.max_scale mesh.fsdp checkpoint.every checkpoint.keep"
+    names += " eval.batch log.every data.threads data.prefetch model.embed_dim model.temperature"
     sizes = [key for key in values if key.startswith(("model.vision.", "model.text.")) and type(values[key]) is int]
     for key in [*names.split(), *sizes]:
         yield values[key] <= 0, f"config.{key} is {values[key]}; it must be positive"

@@ -1,10 +1,12 @@
-"""The softmax contrastive loss over all pairs of a batch (paper, figure 3).
+"""The contrastive losses over all pairs of a batch, as they are defined.
 
-This is the reference form: one matrix of logits, whose rows are sharded like the batch. A pair's weight says whether
-it counts: bad samples and the padding of a last batch have weight 0 and are then also nobody's negative.
+These are the reference forms: one matrix of logits, whose rows are sharded like the batch. `clip_jax.tiled_loss` has
+the same losses without that matrix. A pair's weight says whether it counts: bad samples and the padding of a last
+batch have weight 0 and are then also nobody's negative.
 """
 
-from typing import NamedTuple
+import math
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,10 @@ from clip_jax.array_types import Array, Float
 
 
 class LossOutput(NamedTuple):
-    """The loss, and how often the right partner has the highest logit in the batch."""
+    """The loss, and how often the right partner has a higher logit than every other one of the batch.
+
+    A caption that occurs twice is therefore found by neither of its images.
+    """
 
     loss: Float[Array, ""]
     image_accuracy: Float[Array, ""]
@@ -29,7 +34,7 @@ def softmax_loss(
     *,
     logits_sharding: Sharding | None = None,
 ) -> LossOutput:
-    """Returns the mean of image-to-text and text-to-image cross-entropy.
+    """Returns the mean of image-to-text and text-to-image cross-entropy (paper, figure 3).
 
     With s = scale · image · textᵀ, kept pairs K = {i: weight_i > 0} and w = weight / Σ weight:
     loss = ½ Σᵢ wᵢ [logΣ_{k∈K} exp s_ik + logΣ_{k∈K} exp s_ki - 2 s_ii].
@@ -44,27 +49,80 @@ def softmax_loss(
     Returns:
       Scalars of the features' dtype; `image_accuracy` is over images choosing a text, `text_accuracy` the converse.
     """
-    kept = weight > 0
-    logits = scale * jnp.matmul(image, text.T, precision=jax.lax.Precision.HIGHEST)
-    if logits_sharding is not None:
-        logits = jax.lax.with_sharding_constraint(logits, logits_sharding)
-    lowest = jnp.finfo(logits.dtype).min
-    by_image = jnp.where(kept[None, :], logits, lowest)
-    by_text = jnp.where(kept[:, None], logits, lowest)
-
+    logits = _logits(image, text, scale, logits_sharding)
+    by_image, by_text = _kept(logits, weight)
+    sides = jax.nn.logsumexp(by_image, axis=1) + jax.nn.logsumexp(by_text, axis=0)
     positive = jnp.sum(image * text, axis=-1) * scale
-    rows = jax.nn.logsumexp(by_image, axis=1) - positive
-    columns = jax.nn.logsumexp(by_text, axis=0) - positive
-    index = jnp.arange(logits.shape[0])
-    return LossOutput(
-        loss=0.5 * _weighted_mean(rows + columns, weight),
-        image_accuracy=_weighted_mean(jnp.argmax(by_image, axis=1) == index, weight),
-        text_accuracy=_weighted_mean(jnp.argmax(by_text, axis=0) == index, weight),
-    )
+    return _output(0.5 * sides - positive, by_image, by_text, weight)
+
+
+def sigmoid_loss(
+    image: Float[Array, "b e"],
+    text: Float[Array, "b e"],
+    scale: Float[Array, ""],
+    bias: Float[Array, ""],
+    weight: Float[Array, " b"],
+    *,
+    logits_sharding: Sharding | None = None,
+) -> LossOutput:
+    """Returns the sum over all pairings of an image's and a text's binary cross-entropy, a pair (Zhai et al., 2023).
+
+    With s = scale · image · textᵀ + bias, K and w as in `softmax_loss`, and z_ik = 1 for i = k, else -1:
+    loss = Σ_{i,k∈K} ½ (wᵢ + w_k) log(1 + exp(-z_ik s_ik)).
+
+    Args:
+      image: unit features of the images; float32 or wider.
+      text: unit features of the texts, in the same order and of the same dtype.
+      scale: exp(logit_scale).
+      bias: logit_bias.
+      weight: per pair, not negative. All zero gives a loss of 0 with zero gradients.
+      logits_sharding: how the [b, b] logits lie on the mesh; None leaves it to the compiler.
+
+    Returns:
+      As `softmax_loss`.
+    """
+    logits = _logits(image, text, scale, logits_sharding) + bias
+    by_image, by_text = _kept(logits, weight)
+    sides = jax.nn.softplus(by_image).sum(axis=1) + jax.nn.softplus(by_text).sum(axis=0)
+    positive = jnp.sum(image * text, axis=-1) * scale + bias
+    return _output(0.5 * sides - positive, by_image, by_text, weight)
+
+
+def chance_loss(kind: Literal["softmax", "sigmoid"], batch: int) -> float:
+    """Returns the loss of a model that gives every pairing the same logit: for the sigmoid, the best such one."""
+    if kind == "softmax" or batch == 1:
+        return math.log(batch)
+    return math.log(batch) - (batch - 1) * math.log1p(-1 / batch)
+
+
+def shares_of(weight: Float[Array, " b"]) -> Float[Array, " b"]:
+    """Returns weight / Σ weight; zeros where no pair counts."""
+    total = jnp.sum(weight)
+    return weight / jnp.where(total > 0, total, 1)
+
+
+def _logits(image: jax.Array, text: jax.Array, scale: jax.Array, sharding: Sharding | None) -> jax.Array:
+    logits = scale * jnp.matmul(image, text.T, precision=jax.lax.Precision.HIGHEST)
+    return logits if sharding is None else jax.lax.with_sharding_constraint(logits, sharding)
+
+
+def _kept(logits: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the logits without the texts, and without the images, of pairs that do not count."""
+    kept, lowest = weight > 0, jnp.finfo(logits.dtype).min
+    return jnp.where(kept[None, :], logits, lowest), jnp.where(kept[:, None], logits, lowest)
+
+
+def _output(losses: jax.Array, by_image: jax.Array, by_text: jax.Array, weight: jax.Array) -> LossOutput:
+    own = jnp.eye(len(losses), dtype=bool)
+    lowest = jnp.finfo(by_image.dtype).min
+    found = [
+        jnp.diagonal(logits) > jnp.where(own, lowest, logits).max(axis)
+        for logits, axis in ((by_image, 1), (by_text, 0))
+    ]
+    return LossOutput(*(_weighted_mean(values, weight) for values in (losses, *found)))
 
 
 def _weighted_mean(values: jax.Array, weight: jax.Array) -> jax.Array:
     """Mean over the pairs that count; 0 where none does, whatever `values` holds there."""
     kept = jnp.where(weight > 0, values, 0).astype(jnp.result_type(values, weight))
-    total = jnp.sum(weight)
-    return jnp.sum(kept * weight) / jnp.where(total > 0, total, 1)
+    return jnp.sum(kept * shares_of(weight))

@@ -10,7 +10,7 @@ from clip_jax.config import OptimConfig
 from clip_jax.rules import apply_rules
 
 _MATRICES = (r"/kernel$", True), (r"/embedding$", True)
-_GAINS_AND_BIASES = (r"/(scale|bias)$", False), (r"(^|/)logit_scale$", False)
+_GAINS_AND_BIASES = (r"/(scale|bias)$", False), (r"(^|/)logit_(scale|bias)$", False)
 
 # What weight decay touches. The paper spares gains, biases and the temperature, and so decays embeddings; open_clip
 # also spares the class token and the towers' positions, but not the attention pool's.

@@ -20,7 +20,7 @@ ROWS = PartitionSpec(("data", "fsdp"))
 # The larger dimension of every matrix is split; vectors and scalars are replicated, and so are the small convolutions
 # of a ResNet's stem.
 PARAMETER_AXES = (
-    (r"(^|/)(scale|bias|mean|var|class_token|logit_scale)$", PartitionSpec()),
+    (r"(^|/)(scale|bias|mean|var|class_token|logit_scale|logit_bias)$", PartitionSpec()),
     (r"/positions$", PartitionSpec(None, "fsdp")),
     (r"token_embedding/embedding$", PartitionSpec("fsdp", None)),
     (r"patch_embedding/kernel$", PartitionSpec(None, "fsdp")),

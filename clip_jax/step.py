@@ -6,15 +6,16 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
-from clip_jax.config import RunConfig
+from clip_jax.config import LossConfig, RunConfig
 from clip_jax.data.images import normalize, preprocess_of
-from clip_jax.losses import LossOutput, softmax_loss
-from clip_jax.models.clip import CLIP, forward_train
+from clip_jax.losses import LossOutput, sigmoid_loss, softmax_loss
+from clip_jax.models.clip import CLIP, CLIPOutput, forward_train
 from clip_jax.optim import clamp_scale, global_norm, learning_rate
-from clip_jax.partition import ROWS, replicated, row_sharding
+from clip_jax.partition import replicated, row_sharding
 from clip_jax.state import TrainState
+from clip_jax.tiled_loss import tiled_loss
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -42,11 +43,12 @@ def make_train_step(
       A function of (state, batch), where a batch holds the global arrays `image` (uint8 [b, s, s, 3]), `tokens`
       (int32 [b, l]) and `weight` (float32 [b]), to the next state and scalar metrics.
     """
-    logits_sharding = NamedSharding(mesh, ROWS)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        loss_of = jax.value_and_grad(contrastive_loss, has_aux=True)
-        (_, (output, batch_stats)), grads = loss_of(state.params, state.batch_stats, model, batch, logits_sharding)
+        gradients_of = jax.value_and_grad(_loss_of_batch, has_aux=True)
+        (_, (output, batch_stats)), grads = gradients_of(
+            state.params, state.batch_stats, model, batch, config.loss, mesh=mesh
+        )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = clamp_scale(cast(dict, optax.apply_updates(state.params, updates)), config.optim.max_scale)
         metrics = {
@@ -68,17 +70,43 @@ def make_train_step(
     )
 
 
-def contrastive_loss(
+def contrastive_loss(config: LossConfig, output: CLIPOutput, weight: jax.Array, *, mesh: Mesh | None) -> LossOutput:
+    """Returns the loss that the config asks for.
+
+    Args:
+      config: kind and form.
+      output: of both towers.
+      weight: per pair; float32 [b].
+      mesh: the devices; None means one.
+    """
+    if config.form != "reference":
+        return tiled_loss(
+            config.kind,
+            *output,
+            weight,
+            form=config.form,
+            tile=config.tile,
+            products=config.products,
+            mesh=mesh,
+        )
+    rows = None if mesh is None else row_sharding(mesh)
+    if config.kind == "sigmoid":
+        return sigmoid_loss(*output, weight, logits_sharding=rows)
+    return softmax_loss(output.image, output.text, output.scale, weight, logits_sharding=rows)
+
+
+def _loss_of_batch(
     params: dict[str, Any],
     batch_stats: dict[str, Any],
     model: CLIP,
     batch: Batch,
-    logits_sharding: NamedSharding | None,
+    config: LossConfig,
+    *,
+    mesh: Mesh,
 ) -> tuple[jax.Array, tuple[LossOutput, dict[str, Any]]]:
     """Returns (loss, (all of the loss's outputs, updated batch_stats)) of one batch, in training mode."""
-    preprocess = preprocess_of(model.config)
-    images = normalize(batch["image"], preprocess, model.config.dtype)
+    images = normalize(batch["image"], preprocess_of(model.config), model.config.dtype)
     variables = {"params": params, "batch_stats": batch_stats}
     features, batch_stats = forward_train(model, variables, images, batch["tokens"])
-    output = softmax_loss(*features, batch["weight"], logits_sharding=logits_sharding)
+    output = contrastive_loss(config, features, batch["weight"], mesh=mesh)
     return output.loss, (output, batch_stats)

@@ -6,7 +6,6 @@ evaluate where due. The data position is the number of pairs consumed, so that a
 """
 
 import json
-import math
 from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +21,7 @@ from clip_jax.data.loader import TrainingData, open_training_data
 from clip_jax.errors import UserError
 from clip_jax.evals.evaluation import Evaluated, Evaluation, scalars
 from clip_jax.evals.report import report_training, report_zero_shot
+from clip_jax.losses import chance_loss
 from clip_jax.models.clip import CLIP, Variables
 from clip_jax.models.variants import variant_name
 from clip_jax.monitor import Monitor
@@ -88,10 +88,10 @@ def train(config: RunConfig, workdir: Path, *, data: TrainingData | None = None)
 
 def _train_from(run: Run, state: TrainState, position: int, notes: list[str]) -> TrainState:
     """Trains a fresh or restored state to the end, evaluates it and reports."""
-    chance_loss = math.log(run.config.batch)
+    chance = chance_loss(run.config.loss.kind, run.config.batch)
     with (
         closing(run.checkpoints),
-        Monitor(run.config, run.workdir, start_step=int(state.step), chance_loss=chance_loss) as monitor,
+        Monitor(run.config, run.workdir, start_step=int(state.step), chance_loss=chance) as monitor,
     ):
         for line in [_describe(run), *notes]:
             monitor.print(line)

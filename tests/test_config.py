@@ -107,6 +107,13 @@ def test_overrides_that_are_refused(key, text, message):
             {"model": VIT | {"bn_group": 5}},
             r"config.model.bn_group is 5; it must divide config.batch \(32768\)",
         ),
+        ({"loss": {"tile": 0}}, "config.loss.tile is 0; it must be positive"),
+        ({"loss": {"kind": "sigmoidal"}}, "config.loss.kind is 'sigmoidal'; it must be one of 'softmax', 'sigmoid'"),
+        (
+            {"loss": {"form": "reference", "products": "bfloat16"}},
+            "'reference' knows only 'full'; use config",
+        ),
+        ({"model": VIT | {"logit_bias": True}}, "config.model.logit_bias is true and config.loss.kind 'softmax'"),
         ({"samples": 5}, "config.samples is 5, less than one config.batch"),
         ({"samples": 32_768 * 10}, "config.optim.warmup_steps is 2000; .* less than the run's 10 steps"),
         ({"mesh": {"data": 0}}, "config.mesh.data is 0; it must be positive, or -1"),

@@ -25,7 +25,7 @@ from clip_jax.interop.open_clip import CONFIG, SAFETENSORS, read_open_clip, writ
 from clip_jax.interop.openai import infer_config, read_openai, write_openai
 from clip_jax.interop.read import read_weights
 from clip_jax.interop.torch_file import write_torch_file
-from clip_jax.interop.weights import Weights
+from clip_jax.interop.weights import Weights, facts
 from clip_jax.models.clip import CLIP, init_variables
 from clip_jax.models.variants import VARIANTS, ModelConfig, ResNetConfig, TextConfig, ViTConfig, model_config
 from clip_jax.rules import leaf_paths
@@ -328,6 +328,26 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"safetensors cannot be written: I/O error: No space left"):
         export(weights_of("vit"), tmp_path / "new", "open_clip", source="here")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bias_travels_in_open_clips_layout_alone(tmp_path):
+    weights = weights_of("vit")
+    bias = dataclasses.replace(
+        weights,
+        config=dataclasses.replace(weights.config, logit_bias=True, initial_bias=-7.0),
+        variables=weights.variables | {"params": weights.variables["params"] | {"logit_bias": np.float32(-9.5)}},
+    )
+    ((reader, _), (other, difference)) = export(bias, tmp_path / "new", "open_clip", source="here")
+    assert (reader, other.split()[0]) == ("clip_jax", "open_clip")
+    assert difference <= 1e-5
+    found = read_weights(tmp_path / "new")
+    assert_same(found, bias)
+    assert facts(found)["logit_bias"] == "-9.5000"
+    with pytest.raises(UserError, match="has no logit_bias"):
+        export(bias, tmp_path / "hugging_face", "hugging_face", source="here")
+    with pytest.raises(UserError, match="takes logits without a bias for granted"):
+        export(bias, tmp_path / "openai", "openai", source="here")
+    export(bias, tmp_path / "stablehlo", "stablehlo", source="here")
 
 
 def test_exports_refuse_what_they_cannot_hold(tmp_path):

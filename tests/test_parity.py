@@ -91,7 +91,7 @@ def test_gradients_equal_torchs_in_f64(x64, name):
 
     def loss(params, images, tokens):
         output, _ = forward_train(CLIP(config), variables | {"params": params}, images, tokens)
-        return softmax_loss(*output, jnp.ones(6)).loss
+        return softmax_loss(*output[:3], jnp.ones(6)).loss
 
     value, gradients = jit(jax.value_and_grad(loss))(variables["params"], images, tokens)
     ours, our_keys = without_key_biases(to_torch(gradients, "openai"), config)

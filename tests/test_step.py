@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from tiny import TINY
 
-from clip_jax.config import MeshConfig, OptimConfig
+from clip_jax.config import LossConfig, MeshConfig, OptimConfig
 from clip_jax.data.pipeline import synthetic_batches
 from clip_jax.models.clip import CLIP
 from clip_jax.models.variants import ResNetConfig
@@ -58,6 +59,13 @@ def losses(run, devices, count=20):
 @pytest.fixture(scope="module")
 def alone():
     return losses(TINY, 1)
+
+
+SIGMOID = dataclasses.replace(
+    TINY,
+    model=dataclasses.replace(TINY.model, logit_bias=True, temperature=0.1),
+    loss=LossConfig(kind="sigmoid"),
+)
 
 
 @pytest.mark.parametrize("mesh", [MeshConfig(8, 1), MeshConfig(2, 4), MeshConfig(1, 8)], ids=str)
@@ -150,10 +158,37 @@ def test_the_state_is_donated():
     assert all(leaf.is_deleted() for leaf in old)
 
 
-def test_the_step_holds_no_whole_similarity_matrix():
-    """In the compiled step of the real mesh each device has its rows of the [b, b] logits only."""
-    run = dataclasses.replace(TINY, batch=512, samples=512 * 10)
+@pytest.mark.parametrize("form", ["chunked", "ring"])
+def test_the_step_holds_no_rows_of_the_similarity_matrix(form):
+    """No array of the compiled step on eight devices has as many elements as a device's rows of the logits."""
+    loss = LossConfig(form=form, tile=64)
+    run = dataclasses.replace(TINY, batch=2048, samples=2048 * 10, loss=loss)
+    text = compiled_text(run)
+    assert f"f32[64,{2048 if form == 'chunked' else 256}]" in text  # a tile of logits
+    largest = max(np.prod([int(n) for n in shape.split(",")]) for shape in re.findall(r"\w+\[([\d,]+)\]", text))
+    assert largest < 256 * 2048
+    reference = compiled_text(dataclasses.replace(run, loss=LossConfig(form="reference")))
+    assert "f32[256,2048]" in reference
+    assert "2048,2048]" not in reference
+
+
+def compiled_text(run):
     mesh, state, step = setup(run, 8)
-    text = step.lower(state, place_rows(batches(run, 1)[0], mesh)).compile().as_text()
-    assert "f32[512,512]" not in text
-    assert "f32[64,512]" in text
+    return step.lower(state, place_rows(batches(run, 1)[0], mesh)).compile().as_text()
+
+
+def test_the_forms_of_a_loss_train_alike(alone):
+    for run, one in ((TINY, alone[0][:5]), (SIGMOID, losses(SIGMOID, 1, count=5)[0])):
+        for form in ("reference", "ring"):
+            loss = dataclasses.replace(run.loss, form=form)
+            found, _ = losses(dataclasses.replace(run, loss=loss, mesh=MeshConfig(2, 4)), 8, count=5)
+            assert np.abs(found / one - 1).max() <= 1e-5
+
+
+def test_sigmoid_trains_scale_and_bias():
+    found, state = losses(SIGMOID, 8, count=3)
+    assert found[0] == pytest.approx(10, rel=0.2)  # -log σ(-10), and little from the negatives
+    assert float(state.params["logit_bias"]) not in (-10, 0)
+    assert float(state.params["logit_scale"]) != pytest.approx(np.log(10), abs=1e-6)
+    paths = leaf_paths(state.opt_state)
+    assert sum(path.endswith("logit_bias") for path in paths) == 2

@@ -77,10 +77,12 @@ def write_hugging_face(folder: Path, weights: Weights) -> None:
     """Writes a folder that `transformers` loads offline: CLIPModel, CLIPImageProcessor and CLIPTokenizer.
 
     Raises:
-      WeightsError: a ResNet, which CLIPModel does not have.
+      WeightsError: a ResNet or a logit_bias, which CLIPModel does not have.
     """
     if not isinstance(weights.config.vision, ViTConfig):
         raise WeightsError("Hugging Face's CLIPModel has no ResNets; export to open_clip's layout instead")
+    if weights.config.logit_bias:
+        raise WeightsError("Hugging Face's CLIPModel has no logit_bias; export to open_clip's layout instead")
     write_json(folder / CONFIG, config_to_hugging_face(weights.config))
     write_json(folder / PREPROCESSOR, preprocess_to_hugging_face(weights.preprocess))
     write_safetensors(

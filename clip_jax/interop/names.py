@@ -119,7 +119,11 @@ _RESNET = (
 )
 # fmt: on
 _MODULES: dict[Scheme, tuple[tuple[str, str, Kind], ...]] = {
-    "openai": (*((ours, openai, kind) for ours, openai, kind, _, _ in _TRANSFORMERS), *_RESNET),
+    "openai": (
+        ("logit_bias", "logit_bias", _VALUE),  # open_clip's alone
+        *((ours, openai, kind) for ours, openai, kind, _, _ in _TRANSFORMERS),
+        *_RESNET,
+    ),
     "hugging_face": tuple((ours, name, kind) for ours, _, _, name, kind in _TRANSFORMERS),
 }
 

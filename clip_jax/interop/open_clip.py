@@ -31,7 +31,6 @@ TORCH = "open_clip_pytorch_model.bin"
 _ANY = object()
 _NEUTRAL_MODEL = {
     "init_logit_scale": _ANY,
-    "init_logit_bias": None,
     "nonscalar_logit_scale": False,
     "custom_text": False,
     "force_custom_text": False,
@@ -119,6 +118,8 @@ def config_from_open_clip(values: Mapping[str, Any], *, where: object) -> tuple[
             "text": _text_from(text),
             "activation": "quick_gelu" if model.pop("quick_gelu", False) else "gelu",
         }
+        if (bias := model.pop("init_logit_bias", None)) is not None:
+            sizes |= {"logit_bias": True, "initial_bias": float(bias)}
         config = checked_model(sizes, where=where)
         preprocess = _preprocess_from(dict(values.get("preprocess_cfg", {})), config, where)
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:
@@ -145,6 +146,7 @@ def config_to_open_clip(weights: Weights) -> dict[str, Any]:
         "model_cfg": {
             "embed_dim": config.embed_dim,
             "quick_gelu": config.activation == "quick_gelu",
+            **({"init_logit_bias": config.initial_bias} if config.logit_bias else {}),
             "vision_cfg": sizes,
             "text_cfg": {
                 "context_length": text.context,

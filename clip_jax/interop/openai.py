@@ -34,13 +34,15 @@ def write_openai(path: Path, weights: Weights) -> None:
     """Writes a plain state dict in float32, which `clip.load` and open_clip's `load_openai_model` read.
 
     Raises:
-      WeightsError: a model of which the layout cannot tell: other heads, activation or preprocessing than OpenAI's.
+      WeightsError: a model of which the layout cannot tell: other heads, activation, preprocessing or logits than
+        OpenAI's.
     """
     config = weights.config
     for wrong, what in (
         (not default_heads(config), f"attention heads of {HEAD_WIDTH} channels"),
         (config.activation != "quick_gelu", "QuickGELU"),
         (weights.preprocess != preprocess_of(config), "OpenAI's mean and deviation of pixels"),
+        (config.logit_bias, "logits without a bias"),
     ):
         if wrong:
             raise WeightsError(f"OpenAI's layout takes {what} for granted, and this model has another; use open_clip's")

@@ -48,6 +48,7 @@ _WEIGHTS = "weights.safetensors"
 _RUNNER = "run.py"
 _CLASS_WEIGHTS = "class_weights"
 _SCALE = "params/logit_scale"
+_SCALARS = r"^params/logit_(scale|bias)$"
 _FRAMES = "jax_traceback_in_locations_limit"
 
 
@@ -165,13 +166,13 @@ def _programs(model: CLIP, preprocess: Preprocess) -> dict[str, _Program]:
 
     b, c = export.symbolic_shape("b, c")
     config, size = model.config, preprocess.size
-    # Linen asks for the scale whichever tower is applied; neither tower computes with it.
+    # Linen asks for scale and bias whichever tower is applied; neither tower computes with them.
     return {
         "encode_image": _Program(
-            encode_image, {"images": array("uint8", b, size, size, 3)}, rf"^\w+/image/|^{_SCALE}$"
+            encode_image, {"images": array("uint8", b, size, size, 3)}, rf"^\w+/image/|{_SCALARS}"
         ),
         "encode_text": _Program(
-            encode_text, {"tokens": array("int32", b, config.text.context)}, rf"^\w+/text/|^{_SCALE}$"
+            encode_text, {"tokens": array("int32", b, config.text.context)}, rf"^\w+/text/|{_SCALARS}"
         ),
         "zero_shot_head": _Program(
             zero_shot_head,

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from clip_jax.config import DataConfig, RunConfig, from_config_dict
+from clip_jax.config import DataConfig, LossConfig, RunConfig, from_config_dict
 from clip_jax.data.images import Preprocess
 from clip_jax.errors import ConfigError, one_line
 from clip_jax.interop.names import WeightsError
@@ -102,7 +102,9 @@ def checked_model(values: Mapping[str, Any], *, where: object) -> ModelConfig:
     Raises:
       WeightsError: a wrong type, or sizes of which no model can be made.
     """
-    run = dataclasses.asdict(RunConfig(model_config("ViT-B/32"), data=DataConfig(source="synthetic")))
+    run = dataclasses.asdict(
+        RunConfig(model_config("ViT-B/32"), data=DataConfig(source="synthetic"), loss=LossConfig(kind="sigmoid"))
+    )
     defaults = {field.name: field.default for field in dataclasses.fields(ModelConfig) if field.name not in values}
     defaults = {name: value for name, value in defaults.items() if value is not dataclasses.MISSING}
     try:
@@ -145,13 +147,15 @@ def describe(config: ModelConfig) -> str:
 def facts(weights: Weights) -> dict[str, str]:
     """Returns what there is to say of a model, by name."""
     config, preprocess = weights.config, weights.preprocess
-    scale = math.exp(float(weights.variables["params"]["logit_scale"]))
+    params = weights.variables["params"]
+    bias = {"logit_bias": f"{float(params['logit_bias']):.4f}"} if config.logit_bias else {}
     return {
         "model": f"{variant_name(config)} ({describe(config)})",
-        "parameters": f"{count_parameters(weights.variables['params']):,}",
+        "parameters": f"{count_parameters(params):,}",
         "activation": config.activation,
         "context": f"{config.text.context} tokens of {config.text.vocab_size:,}",
         "images": f"{preprocess.size} px: shorter side resized (bicubic), centre cut",
         "mean and deviation of pixels / 255": f"{list(preprocess.mean)}, {list(preprocess.std)}",
-        "exp(logit_scale)": f"{scale:.4f}",
+        "exp(logit_scale)": f"{math.exp(float(params['logit_scale'])):.4f}",
+        **bias,
     }

@@ -18,15 +18,16 @@ Variables = dict[str, Any]
 
 
 class CLIPOutput(NamedTuple):
-    """Unit features of a batch of pairs, and exp(logit_scale); all float32 or wider."""
+    """Unit features of a batch of pairs, exp(logit_scale) and logit_bias (0 without one); all float32 or wider."""
 
     image: Float[Array, "b e"]
     text: Float[Array, "b e"]
     scale: Float[Array, ""]
+    bias: Float[Array, ""]
 
 
 class CLIP(nn.Module):
-    """Two towers and `logit_scale`, a scalar parameter that starts at ln(1/temperature).
+    """Two towers and `logit_scale`, a scalar parameter that starts at ln(1/temperature); also `logit_bias`, if wanted.
 
     Images are float [b, s, s, 3], already normalised (`clip_jax.data.images.normalize`); tokens are int32 [b, l], as
     `clip_jax.tokenize` gives them. `forward`, `image_features` and `text_features` below apply it to variables.
@@ -47,15 +48,19 @@ class CLIP(nn.Module):
             )
         self.text = TextTransformer(config.text, config.embed_dim, dtype, config.activation, config.remat)
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(-math.log(config.temperature)), ())
+        self.logit_bias = (
+            self.param("logit_bias", nn.initializers.constant(config.initial_bias), ()) if config.logit_bias else None
+        )
 
     def __call__(
         self, images: Float[Array, "b s s 3"], tokens: Int[Array, "b l"], *, train: bool = False
     ) -> CLIPOutput:
-        """Returns the unit features of both towers and exp(logit_scale); `train` as in `encode_image`."""
+        """Returns the unit features of both towers, scale and bias; `train` as in `encode_image`."""
         return CLIPOutput(
             self.encode_image(images, normalize=True, train=train),
             self.encode_text(tokens, normalize=True),
             jnp.exp(self.logit_scale),
+            jnp.zeros_like(self.logit_scale) if self.logit_bias is None else self.logit_bias,
         )
 
     def encode_image(

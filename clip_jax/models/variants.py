@@ -87,7 +87,9 @@ class ModelConfig:
       vision: the image tower.
       text: the text tower.
       init: `released`, as openai/CLIP initialises, or `scaled`, the text tower's scheme on the ViT too.
-      temperature: initial temperature τ; logit_scale starts at ln(1/τ) (paper, §2.5).
+      temperature: initial temperature τ; logit_scale starts at ln(1/τ) (paper, §2.5; SigLIP starts at 0.1).
+      logit_bias: have a learnt bias of the logits, which the sigmoid loss wants (Zhai et al., 2023, §3.2).
+      initial_bias: what that bias starts at.
       dtype: dtype of activations and products. Parameters, norm statistics and logits stay float32 or wider.
         `float64` serves proofs and needs `jax_enable_x64`.
       activation: of the transformers: `quick_gelu`, as in the paper's models, or `gelu`, the exact one, as in most
@@ -102,6 +104,8 @@ class ModelConfig:
     text: TextConfig
     init: Literal["released", "scaled"] = "released"
     temperature: float = 0.07
+    logit_bias: bool = False
+    initial_bias: float = -10.0
     dtype: Literal["bfloat16", "float32", "float64"] = "float32"
     activation: Activation = "quick_gelu"
     bn_group: int = 0
@@ -123,7 +127,7 @@ VARIANTS = {
     "ViT-L/14@336": ( 768, ViTConfig(  336,    14,  1024,    16,    24), TextConfig( 768,   12,    12)),
 }
 
-# Total parameters, logit_scale included; BatchNorm's running statistics are not among them.
+# Total parameters, logit_scale included (and no logit_bias); BatchNorm's running statistics are not among them.
 PARAMETERS = {
     "RN50":     102_007_137, "RN101":    119_688_033, "RN50x4":   178_300_601, "RN50x16":      290_979_217,
     "RN50x64":  623_258_305, "ViT-B/32": 151_277_313, "ViT-B/16": 149_620_737, "ViT-L/14":     427_616_513,

@@ -1,0 +1,90 @@
+"""Time of the contrastive losses and their gradients beside open_clip's: `python -m benchmarks.loss_time`.
+
+One device, float32, forward and backward; the contenders take turns. open_clip's losses run in torch on the same
+features, on a GPU where JAX has one.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from clip_jax.config import LossConfig
+from clip_jax.models.clip import CLIPOutput
+from clip_jax.step import contrastive_loss
+from tests.references import import_open_clip
+
+REFERENCE = "open_clip"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--batch", type=int, default=4_096)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=15)
+    arguments = parser.parse_args()
+    rng = np.random.default_rng(0)
+    image, text = (_unit(rng.standard_normal((arguments.batch, arguments.width))) for _ in range(2))
+    print(f"{arguments.batch:,} pairs of {arguments.width} channels; milliseconds, median (best); {jax.devices()[0]}")
+    for kind in ("softmax", "sigmoid"):
+        calls = {REFERENCE: _open_clip(kind, image, text)}
+        for form in ("reference", "chunked", "ring"):
+            calls[form] = _ours(LossConfig(kind=kind, form=form), image, text)
+        _report(kind, _time(calls, arguments.rounds))
+
+
+def _report(kind: str, seconds: dict[str, list[float]]) -> None:
+    for name, times in seconds.items():
+        faster = statistics.median(a / b for a, b in zip(seconds[REFERENCE], times, strict=True))
+        print(f"{kind:8} {name:10} {1e3 * statistics.median(times):8.1f} ({1e3 * min(times):.1f})  {faster:5.2f}x")
+
+
+def _time(calls: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(rounds + 1):
+        for name, call in calls.items():
+            began = time.perf_counter()
+            call()
+            if turn:  # the first compiles
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def _ours(config: LossConfig, image: np.ndarray, text: np.ndarray) -> Callable[[], None]:
+    weight = jnp.ones(len(image))
+    output = CLIPOutput(jnp.asarray(image), jnp.asarray(text), jnp.float32(14), jnp.float32(-10))
+    run = jax.jit(jax.value_and_grad(lambda output: contrastive_loss(config, output, weight, mesh=None).loss))
+    return lambda: jax.block_until_ready(run(output))
+
+
+def _open_clip(kind: str, image: np.ndarray, text: np.ndarray) -> Callable[[], None]:
+    loss_module = import_open_clip().loss
+    import torch
+
+    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+    arguments = [torch.tensor(value, device=device, requires_grad=True) for value in (image, text, 14.0, -10.0)]
+    if kind == "softmax":
+        loss, arguments = loss_module.ClipLoss(), arguments[:3]
+    else:
+        loss = loss_module.SigLipLoss()
+
+    def run() -> None:
+        for argument in arguments:
+            argument.grad = None
+        loss(*arguments).backward()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return run
+
+
+def _unit(x: np.ndarray) -> np.ndarray:
+    return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
+
+
+if __name__ == "__main__":
+    main()
