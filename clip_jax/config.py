@@ -109,12 +109,18 @@ class MeshConfig:
     """Devices as a grid; one device is a grid of one.
 
     Attributes:
-      data: rows of the batch are split over this axis; -1 means all devices that `fsdp` leaves.
-      fsdp: rows of the batch and the parameters are split over this axis.
+      data: rows of the batch are split over this axis; -1 means all devices that the other axes leave.
+      fsdp: rows of the batch, parameters and optimizer state are split over this axis.
+      dcn_data: slices of a TPU, or nodes of GPUs, with a slower network between than within; rows of the batch are
+        split over them first, and only gradients and the loss cross.
+      zero1: split the optimizer state over `data` too, although parameters are replicated there (ZeRO stage 1,
+        Rajbhandari et al., 2020).
     """
 
     data: int = -1
     fsdp: int = 1
+    dcn_data: int = 1
+    zero1: bool = False
 
 
 @dataclass(frozen=True)
@@ -328,7 +334,7 @@ def _contradictions(config: RunConfig) -> Iterator[tuple[bool, str]]:
     yield optim.weight_decay < 0, f"config.optim.weight_decay is {optim.weight_decay}; it must not be negative"
     yield (
         mesh.data < 1 and mesh.data != -1,
-        f"config.mesh.data is {mesh.data}; it must be positive, or -1 for all devices that config.mesh.fsdp leaves",
+        f"config.mesh.data is {mesh.data}; it must be positive, or -1 for all devices that the other axes leave",
     )
     yield (
         config.optim.max_scale * config.model.temperature < 1,
@@ -339,8 +345,8 @@ def _contradictions(config: RunConfig) -> Iterator[tuple[bool, str]]:
 
 def _must_be_positive(config: RunConfig) -> Iterator[tuple[bool, str]]:
     values = flatten(dataclasses.asdict(config))
-    names = "batch samples loss.tile optim.lr optim.eps optim.max_scale mesh.fsdp checkpoint.every checkpoint.keep"
-    names += " eval.batch log.every data.threads data.prefetch model.embed_dim model.temperature"
+    names = "batch samples loss.tile optim.lr optim.eps optim.max_scale mesh.fsdp mesh.dcn_data checkpoint.every"
+    names += " checkpoint.keep eval.batch log.every data.threads data.prefetch model.embed_dim model.temperature"
     sizes = [key for key in values if key.startswith(("model.vision.", "model.text.")) and type(values[key]) is int]
     for key in [*names.split(), *sizes]:
         yield values[key] <= 0, f"config.{key} is {values[key]}; it must be positive"

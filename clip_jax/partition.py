@@ -1,7 +1,8 @@
 """Where arrays live: the mesh, the axes of every parameter, and batches placed on it.
 
-One program serves one CPU and a pod: a mesh always has the axes `data` and `fsdp`, if need be of size 1. Rows of a
-batch lie on both; parameters and optimizer states are split over `fsdp` and replicated over `data`.
+One program serves one CPU and several pods: a mesh always has the axes `dcn_data`, `data` and `fsdp`, if need be of
+size 1. Rows of a batch lie on all three; parameters and optimizer states are split over `fsdp` and replicated over the
+others (with ZeRO-1 the optimizer states are split over `data` as well).
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,13 +10,15 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from clip_jax.config import MeshConfig
 from clip_jax.errors import ConfigError
 from clip_jax.rules import apply_rules
 
-ROWS = PartitionSpec(("data", "fsdp"))
+AXES = ("dcn_data", "data", "fsdp")
+ROWS = PartitionSpec(AXES)
 
 # The larger dimension of every matrix is split; vectors and scalars are replicated, and so are the small convolutions
 # of a ResNet's stem.
@@ -37,21 +40,53 @@ COUNTER_AXES = ((r"(^|/)(step|count)$", PartitionSpec()),)
 
 
 def make_mesh(config: MeshConfig, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Returns a mesh with the axes `data` and `fsdp` over all devices (or those given).
+    """Returns a mesh with the axes `dcn_data`, `data` and `fsdp` over all devices (or those given).
 
     Raises:
-      ConfigError: the sizes do not multiply to the number of devices.
+      ConfigError: the sizes do not multiply to the number of devices, or `dcn_data` is not that of slices or nodes.
     """
     devices = jax.devices() if devices is None else devices
-    count = len(devices)
-    data = count // config.fsdp if config.data == -1 else config.data
-    if data * config.fsdp != count:
+    count, fixed = len(devices), config.dcn_data * config.fsdp
+    data = count // fixed if config.data == -1 else config.data
+    if data * fixed != count:
         divisors = [n for n in range(1, count + 1) if count % n == 0]
         raise ConfigError(
-            f"config.mesh is data={config.data}, fsdp={config.fsdp}, and there are {count} devices; "
-            f"data x fsdp must be {count} (fsdp can be {', '.join(map(str, divisors))}, with data=-1 for the rest)"
+            f"config.mesh is dcn_data={config.dcn_data}, data={config.data}, fsdp={config.fsdp}, and there are {count} "
+            f"devices; dcn_data x data x fsdp must be {count} (each can be {', '.join(map(str, divisors))}, with "
+            "data=-1 for the rest)"
         )
-    return jax.make_mesh((data, config.fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+    types = (AxisType.Auto,) * len(AXES)
+    if config.dcn_data == 1:
+        return jax.make_mesh((1, data, config.fsdp), AXES, axis_types=types, devices=devices)
+    return Mesh(hybrid_grid(config.dcn_data, (data, config.fsdp), devices), AXES, axis_types=types)
+
+
+def hybrid_grid(slices: int, grid: tuple[int, int], devices: Sequence[Any]) -> np.ndarray:
+    """Returns devices as [slices, *grid], each slice's together.
+
+    Args:
+      slices: what the first axis counts: the TPU's slices where the devices have a `slice_index`, else nodes, which are
+        one process or several.
+      grid: data and fsdp within a slice.
+      devices: all of them.
+
+    Raises:
+      ConfigError: the devices' slices, or processes, are not a multiple of `slices`.
+    """
+    kinds = {getattr(device, "slice_index", None) for device in devices}, {device.process_index for device in devices}
+    found, by_process = (len(kinds[0]), False) if None not in kinds[0] else (len(kinds[1]), True)
+    if found == 1:  # one process' devices stand for several slices
+        return np.asarray(devices).reshape(slices, *grid)
+    if found % slices:
+        what = "processes" if by_process else "slices"
+        fitting = [str(n) for n in range(1, found + 1) if found % n == 0]
+        raise ConfigError(
+            f"config.mesh.dcn_data is {slices}, and the devices are in {found} {what}; use {' or '.join(fitting)}"
+        )
+    if found == slices:
+        return mesh_utils.create_hybrid_device_mesh((1, *grid), (slices, 1, 1), devices, process_is_granule=by_process)
+    order = sorted(devices, key=lambda device: (device.process_index, device.id))
+    return np.asarray(order).reshape(slices, *grid)  # several processes to a node
 
 
 def check_batch(key: str, batch: int, mesh: Mesh) -> None:
@@ -95,6 +130,34 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
     for leaf, spec in zip(jax.tree.leaves(state), jax.tree.leaves(axes, is_leaf=_is_spec), strict=True):
         _check_divisible(leaf.shape, spec, mesh)
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), axes, is_leaf=_is_spec)
+
+
+def split_over_data(tree: Any, shardings: Any) -> Any:
+    """Returns shardings that split every matrix over `data` besides, along the first dimension that allows it.
+
+    Args:
+      tree: arrays or `ShapeDtypeStruct`s; vectors and scalars keep their sharding.
+      shardings: theirs, as `state_shardings` gives them.
+    """
+
+    def split(leaf: Any, sharding: NamedSharding) -> NamedSharding:
+        spec = [*sharding.spec, *[None] * leaf.ndim][: leaf.ndim]
+        for i, size in enumerate(sharding.shard_shape(leaf.shape) if leaf.ndim > 1 else ()):
+            if size % sharding.mesh.shape["data"] == 0:
+                whole = ("data",) if spec[i] is None else ("data", spec[i])
+                return NamedSharding(sharding.mesh, PartitionSpec(*spec[:i], whole, *spec[i + 1 :]))
+        return sharding
+
+    return jax.tree.map(split, tree, shardings)
+
+
+def constrain_rows(x: jax.Array) -> jax.Array:
+    """Keeps the first axis of an activation on the mesh's devices, row by row, where a step is traced for a mesh.
+
+    Without it the compiler may prefer to split an activation like the parameters that it is multiplied by.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return x if mesh.empty or mesh.size == 1 else jax.lax.with_sharding_constraint(x, ROWS)
 
 
 def place_rows(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

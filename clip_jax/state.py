@@ -9,7 +9,7 @@ import optax
 from jax.sharding import Mesh
 
 from clip_jax.models.clip import CLIP, Variables, init_variables
-from clip_jax.partition import state_shardings
+from clip_jax.partition import split_over_data, state_shardings
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -39,16 +39,22 @@ def new_state(model: CLIP, optimizer: optax.GradientTransformation, seed: int) -
     return TrainState(step=jnp.zeros((), jnp.int32), opt_state=optimizer.init(variables["params"]), **variables)
 
 
-def abstract_state(model: CLIP, optimizer: optax.GradientTransformation, *, mesh: Mesh) -> TrainState:
-    """Returns shapes, dtypes and shardings of the state without making it."""
+def abstract_state(
+    model: CLIP, optimizer: optax.GradientTransformation, *, mesh: Mesh, zero1: bool = False
+) -> TrainState:
+    """Returns shapes, dtypes and shardings of the state without making it; `zero1` as in `MeshConfig`."""
     shapes = jax.eval_shape(lambda: new_state(model, optimizer, 0))
     shardings = state_shardings(shapes, mesh)
+    if zero1:
+        shardings = shardings.replace(opt_state=split_over_data(shapes.opt_state, shardings.opt_state))
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
-def create_state(model: CLIP, optimizer: optax.GradientTransformation, *, mesh: Mesh, seed: int) -> TrainState:
+def create_state(
+    model: CLIP, optimizer: optax.GradientTransformation, *, mesh: Mesh, seed: int, zero1: bool = False
+) -> TrainState:
     """Returns a fresh state on the mesh; the same values for every mesh."""
-    target = abstract_state(model, optimizer, mesh=mesh)
+    target = abstract_state(model, optimizer, mesh=mesh, zero1=zero1)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
     return jax.jit(lambda: new_state(model, optimizer, seed), out_shardings=shardings)()
 

@@ -107,6 +107,7 @@ def _loss_of_batch(
     """Returns (loss, (all of the loss's outputs, updated batch_stats)) of one batch, in training mode."""
     images = normalize(batch["image"], preprocess_of(model.config), model.config.dtype)
     variables = {"params": params, "batch_stats": batch_stats}
-    features, batch_stats = forward_train(model, variables, images, batch["tokens"])
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        features, batch_stats = forward_train(model, variables, images, batch["tokens"])
     output = contrastive_loss(config, features, batch["weight"], mesh=mesh)
     return output.loss, (output, batch_stats)

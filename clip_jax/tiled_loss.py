@@ -30,7 +30,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from clip_jax.array_types import Array, Float
 from clip_jax.losses import LossOutput, shares_of
-from clip_jax.partition import ROWS
+from clip_jax.partition import AXES, ROWS
 
 Kind = Literal["softmax", "sigmoid"]
 
@@ -51,7 +51,7 @@ class _Spec:
 
     @property
     def axes(self) -> tuple[str, ...]:
-        return ROWS[0]
+        return AXES
 
 
 class _Pairs(NamedTuple):

@@ -62,7 +62,7 @@ def train(config: RunConfig, workdir: Path, *, data: TrainingData | None = None)
     optimizer = make_optimizer(config.optim, steps=config.steps)
     mesh = make_mesh(config.mesh)
     check_batch("batch", config.batch, mesh)
-    target = abstract_state(model, optimizer, mesh=mesh)
+    target = abstract_state(model, optimizer, mesh=mesh, zero1=config.mesh.zero1)
     run = Run(
         config=config,
         workdir=workdir,
@@ -80,7 +80,7 @@ def train(config: RunConfig, workdir: Path, *, data: TrainingData | None = None)
         return _train_from(run, *run.checkpoints.restore(resumed, target), [note])
     initial = _initial_variables(config)
     prepare_workdir(workdir, config)
-    state = create_state(model, optimizer, mesh=mesh, seed=config.seed)
+    state = create_state(model, optimizer, mesh=mesh, seed=config.seed, zero1=config.mesh.zero1)
     if initial is None:
         return _train_from(run, state, 0, [])
     return _train_from(run, start_from(state, initial), 0, [f"starting from {config.init_from}"])
@@ -188,5 +188,5 @@ def _describe(run: Run) -> str:
     return (
         f"{variant_name(config.model)} model, {parameters:,} parameters; {run.data.description}; "
         f"{config.steps} steps of {config.batch} pairs on {run.mesh.size} device(s), "
-        f"mesh data={run.mesh.shape['data']} fsdp={run.mesh.shape['fsdp']}"
+        f"mesh {' '.join(f'{axis}={size}' for axis, size in run.mesh.shape.items())}"
     )

@@ -1,5 +1,7 @@
 """The mesh, the axes of parameters, and batches on it; on 8 simulated devices."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,21 +11,55 @@ from clip_jax.config import MeshConfig, OptimConfig
 from clip_jax.errors import ConfigError
 from clip_jax.models.clip import create_model, init_variables
 from clip_jax.optim import make_optimizer
-from clip_jax.partition import PARAMETER_AXES, check_batch, make_mesh, place_rows, state_shardings
+from clip_jax.partition import PARAMETER_AXES, check_batch, hybrid_grid, make_mesh, place_rows, state_shardings
 from clip_jax.rules import apply_rules, leaf_paths
-from clip_jax.state import new_state
+from clip_jax.state import abstract_state, new_state
 
 
 def test_mesh_takes_the_rest():
-    assert dict(make_mesh(MeshConfig()).shape) == {"data": 8, "fsdp": 1}
-    assert dict(make_mesh(MeshConfig(fsdp=4)).shape) == {"data": 2, "fsdp": 4}
-    assert dict(make_mesh(MeshConfig(), devices=jax.devices()[:1]).shape) == {"data": 1, "fsdp": 1}
+    assert dict(make_mesh(MeshConfig()).shape) == {"dcn_data": 1, "data": 8, "fsdp": 1}
+    assert dict(make_mesh(MeshConfig(fsdp=4)).shape) == {"dcn_data": 1, "data": 2, "fsdp": 4}
+    assert dict(make_mesh(MeshConfig(fsdp=2, dcn_data=2)).shape) == {"dcn_data": 2, "data": 2, "fsdp": 2}
+    assert dict(make_mesh(MeshConfig(), devices=jax.devices()[:1]).shape) == {"dcn_data": 1, "data": 1, "fsdp": 1}
 
 
-@pytest.mark.parametrize("sizes", [MeshConfig(fsdp=3), MeshConfig(data=4, fsdp=4), MeshConfig(fsdp=16)])
+@pytest.mark.parametrize(
+    "sizes", [MeshConfig(fsdp=3), MeshConfig(data=4, fsdp=4), MeshConfig(fsdp=16), MeshConfig(fsdp=8, dcn_data=2)]
+)
 def test_mesh_that_does_not_fit_says_what_would(sizes):
-    with pytest.raises(ConfigError, match=r"there are 8 devices; data x fsdp must be 8 \(fsdp can be 1, 2, 4, 8,"):
+    with pytest.raises(ConfigError, match=r"there are 8 devices; .* must be 8 \(each can be 1, 2, 4, 8,"):
         make_mesh(sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """As much of a device as the mesh looks at."""
+
+    id: int
+    process_index: int
+    slice_index: int | None = None
+    platform: str = "gpu"
+    device_kind: str = "chip"
+
+
+ISLANDS = {  # 16 devices, in the order in which JAX lists them: two islands of eight
+    "slices of a TPU": [Chip(i, process_index=i // 4, slice_index=i // 8) for i in range(16)],
+    "nodes of one process": [Chip(i, process_index=i // 8) for i in range(16)],
+    "nodes of a process for each device": [Chip(i, process_index=i) for i in range(16)],
+}
+
+
+@pytest.mark.parametrize("kind", ISLANDS)
+def test_only_dcn_data_crosses_slices_and_nodes(kind):
+    grid = hybrid_grid(2, (2, 4), ISLANDS[kind])
+    assert grid.shape == (2, 2, 4)
+    assert [{chip.id // 8 for chip in island.flat} for island in grid] == [{0}, {1}]
+    assert {chip.id for chip in grid.flat} == set(range(16))
+
+
+def test_dcn_data_that_is_not_the_slices_says_what_would_fit():
+    with pytest.raises(ConfigError, match=r"config.mesh.dcn_data is 4, and the devices are in 2 slices; use 1 or 2$"):
+        hybrid_grid(4, (2, 2), ISLANDS["slices of a TPU"])
 
 
 def test_batch_that_does_not_fit_says_what_would():
@@ -59,6 +95,35 @@ def test_moments_are_sharded_like_their_parameters():
     shardings = state_shardings(state, make_mesh(MeshConfig(fsdp=8)))
     moments = shardings.opt_state[0]
     assert moments.mu == moments.nu == shardings.params
+
+
+def bytes_of(tree):
+    """Bytes on one device."""
+    return sum(np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("name", ["ViT-B/32", "RN50"])
+def test_bytes_a_device_fall_as_the_axes_say(name):
+    """Parameters with fsdp, optimizer state with fsdp and, under ZeRO-1, with data; vectors stay, a thousandth."""
+    model, optimizer = create_model(name), make_optimizer(OptimConfig(), steps=9000)
+
+    def found(mesh):
+        state = abstract_state(model, optimizer, mesh=make_mesh(mesh), zero1=mesh.zero1)
+        return bytes_of(state.params), bytes_of(state.opt_state)
+
+    params, moments = found(MeshConfig())
+    assert moments == pytest.approx(2 * params, rel=1e-6)
+    for mesh, of_params, of_moments in (
+        (MeshConfig(fsdp=8), 8, 8),
+        (MeshConfig(fsdp=2), 2, 2),
+        (MeshConfig(zero1=True), 1, 8),
+        (MeshConfig(fsdp=2, zero1=True), 2, 8),
+        (MeshConfig(dcn_data=2, zero1=True), 1, 4),
+    ):
+        a, b = found(mesh)
+        print(f"{name} {mesh}: parameters {params / a:.2f}x, optimizer state {moments / b:.2f}x smaller")
+        assert params / a == pytest.approx(of_params, rel=0.02)
+        assert moments / b == pytest.approx(of_moments, rel=0.02)
 
 
 def test_a_dimension_that_fsdp_does_not_divide_is_named():

@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 
 from clip_jax.array_types import Array, Float
 from clip_jax.models.variants import Activation
+from clip_jax.partition import constrain_rows
 
 Initializer = Callable[..., jax.Array]
 
@@ -152,6 +153,7 @@ class Block(nn.Module):
         attention = Attention(self.heads, self.causal, self.init_from, self.dtype, name="attention")
         x = x + attention(layer_norm(self.dtype, name="ln_1")(x))
         x = x + MLP(self.activation, self.init_from, self.dtype, name="mlp")(layer_norm(self.dtype, name="ln_2")(x))
+        x = constrain_rows(x)
         record(self, "output", x)
         return x
 

@@ -20,6 +20,7 @@ from clip_jax.array_types import Array, Float
 from clip_jax.errors import UserError
 from clip_jax.models.layers import Initializer, attend, record, symmetric_uniform
 from clip_jax.models.variants import ResNetConfig
+from clip_jax.partition import constrain_rows
 
 EXPANSION = 4  # output channels of a bottleneck over its inner channels
 
@@ -109,7 +110,7 @@ class Bottleneck(nn.Module):
         if self.stride > 1 or channels != outputs:
             x = average_pool(x, self.stride)
             x = norm(name="shortcut_bn")(conv_1x1(outputs, inputs=channels, dtype=dtype, name="shortcut_conv")(x))
-        return nn.relu(x + branch)
+        return constrain_rows(nn.relu(x + branch))
 
 
 class AttentionPool(nn.Module):
