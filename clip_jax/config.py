@@ -17,7 +17,16 @@ from clip_jax.errors import ConfigError, UserError
 from clip_jax.models.variants import ModelConfig, ViTConfig, model_config
 from clip_jax.typed import convert, flatten, leaf_types, parse, resolve_key, split_outside_brackets
 
-NOT_SIZES = ("init", "temperature", "initial_bias", "dtype", "bn_group", "remat")
+NOT_SIZES = (
+    "init",
+    "temperature",
+    "initial_bias",
+    "dtype",
+    "bn_group",
+    "remat",
+    "scan_layers",
+    "patch_dropout",
+)
 """Keys of the model that change neither its parameters nor what they mean; they may change when a run is resumed."""
 
 Values = Mapping[str, Any] | ConfigDict
@@ -361,6 +370,14 @@ def _model_contradictions(model: ModelConfig) -> Iterator[tuple[bool, str]]:
         vision.image_size % cell != 0,
         f"config.model.vision.image_size is {vision.image_size}; it must be a multiple of {source}"
         + (f" ({cell})" if isinstance(vision, ViTConfig) else ""),
+    )
+    yield (
+        not 0 <= model.patch_dropout < 1,
+        f"config.model.patch_dropout is {model.patch_dropout}; it must be at least 0 and less than 1",
+    )
+    yield (
+        model.patch_dropout > 0 and not isinstance(vision, ViTConfig),
+        f"config.model.patch_dropout is {model.patch_dropout}, and a ResNet has no patches; use 0",
     )
     towers = [("text", text.width, text.heads)]
     if isinstance(vision, ViTConfig):

@@ -142,6 +142,8 @@ def test_contradictions(values, message):
         ("model.text.heads", "7", r"config.model.text.width is 512; it must be a multiple of .*text.heads \(7\)"),
         ("model.vision.heads", "7", r"config.model.vision.width is 768; it must be a multiple of"),
         ("model.text.context", "2", r"config.model.text.context is 2; it must hold SOT, EOT and"),
+        ("model.patch_dropout", "1.0", r"config.model.patch_dropout is 1.0; it must be at least 0 and less than 1"),
+        ("model.remat", "blocks", r"config.model.remat is 'blocks'; it must be one of 'none', 'dots', 'block', 'full'"),
         ("model.text.layers", "0", r"config.model.text.layers is 0; it must be positive"),
     ],
 )
@@ -161,6 +163,7 @@ def test_model_contradictions(key, text, message):
         ("model.vision.layers", "(3,4,0,3)", r"config.model.vision.layers is \(3, 4, 0, 3\); every stage must have"),
         ("model.vision.layers", "(3,4,3)", r"config.model.vision.layers is \(3, 4, 3\); it must be a tuple of 4"),
         ("model.vision.image_size", "200", r"config.model.vision.image_size is 200; it must be a multiple of 32"),
+        ("model.patch_dropout", "0.5", r"config.model.patch_dropout is 0.5, and a ResNet has no patches"),
         ("model.vision.patch", "32", r"unknown key config.model.vision.patch"),
     ],
 )

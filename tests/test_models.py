@@ -22,7 +22,7 @@ from clip_jax.models.variants import (
     model_config,
     variant_name,
 )
-from clip_jax.models.vit import patchify
+from clip_jax.models.vit import drop_patches, patchify
 from clip_jax.rules import leaf_paths
 from clip_jax.state import count_parameters
 
@@ -235,28 +235,92 @@ def test_attention_takes_its_softmax_in_f32_where_products_are_bf16():
 
 
 @pytest.mark.parametrize(
-    ("vision", "wrapped"), [(SMALL.vision, 4), (ResNetConfig(image_size=32, width=8, heads=4, layers=(1, 1, 1, 1)), 6)]
+    ("vision", "wrapped"),
+    [
+        (SMALL.vision, {"dots": 4, "block": 4, "full": 2 + 2 * 4}),  # in the replay of the whole, and backward
+        (ResNetConfig(32, 8, 4, (1, 2, 1, 1)), {"dots": 7, "block": 7, "full": 5 + 2 * 7}),
+    ],
+    ids=["vit", "resnet"],
 )
-def test_the_configs_rematerialisation_reaches_both_towers(vision, wrapped):
-    """Every transformer block and every ResNet stage is recomputed; names, shapes and values stay."""
+@pytest.mark.parametrize(
+    "scan", [pytest.param(False, marks=pytest.mark.slow, id="unrolled"), pytest.param(True, id="scan")]
+)
+def test_memory_levers_reach_both_towers_and_change_no_name_and_no_value(vision, wrapped, scan):
+    """Every transformer block and bottleneck is recomputed, with `full` every transformer and stage too."""
     config = dataclasses.replace(SMALL, vision=vision)
-    plain, remat = (CLIP(dataclasses.replace(config, remat=remat)) for remat in (False, True))
-    trees = [jax.eval_shape(lambda model=model: init_variables(model, jax.random.key(0))) for model in (plain, remat)]
-    assert trees[0] == trees[1]
-    variables = jax.jit(lambda: init_variables(plain, jax.random.key(0)))()
+    plain = CLIP(config)
+    models = {
+        remat: CLIP(dataclasses.replace(config, remat=remat, scan_layers=scan))
+        for remat in (("none", "full") if scan else wrapped)
+    }
+    inits = [jax.jit(lambda m=m: init_variables(m, jax.random.key(0)))() for m in (plain, models["full"])]
+    assert jax.tree.structure(inits[0]) == jax.tree.structure(inits[1])
+    assert all((a == b).all() for a, b in zip(*map(jax.tree.leaves, inits), strict=True))
+    variables = inits[0]
     images = jax.random.normal(jax.random.key(1), (4, vision.image_size, vision.image_size, 3))
 
     def loss(params, model):
-        output, _ = forward_train(model, variables | {"params": params}, images, tokens_of(1, 2, 3, 4))
-        return (output.image * output.text).sum()
+        output, stats = forward_train(model, variables | {"params": params}, images, tokens_of(1, 2, 3, 4))
+        return (output.image * output.text).sum(), stats
 
-    gradients = []
-    for model, count in ((plain, 0), (remat, wrapped)):
-        jaxpr = jax.make_jaxpr(jax.grad(loss), static_argnums=1)(variables["params"], model)
-        assert str(jaxpr).count("= remat2[") + str(jaxpr).count("= checkpoint[") == count
-        gradients.append(jax.jit(jax.grad(loss), static_argnums=1)(variables["params"], model))
-    for a, b in zip(*map(jax.tree.leaves, gradients), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5 * max(1, np.abs(a).max()))
+    gradients_of = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
+    expected = gradients_of(variables["params"], plain)
+    for remat, model in models.items():
+        jaxpr = str(jax.make_jaxpr(jax.grad(loss, has_aux=True), static_argnums=1)(variables["params"], model))
+        if not scan:
+            assert jaxpr.count("= remat2[") + jaxpr.count("= checkpoint[") == wrapped[remat]
+        assert (" scan[" in jaxpr) == scan
+        found = gradients_of(variables["params"], model)
+        assert jax.tree.structure(found) == jax.tree.structure(expected)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5 * max(1, np.abs(a).max()))
+
+
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scan"])
+def test_each_policy_keeps_less_for_the_backward_pass(scan):
+    model = dataclasses.replace(SMALL, vision=dataclasses.replace(SMALL.vision, layers=4), scan_layers=scan)
+    params = jax.eval_shape(lambda: init_variables(CLIP(model), jax.random.key(0)))["params"]
+    images = jnp.ones((4, model.vision.image_size, model.vision.image_size, 3))
+    kept = {}
+    for remat in ("none", "dots", "block", "full"):
+        tower = CLIP(dataclasses.replace(model, remat=remat))
+
+        def pull(params, tower=tower):
+            return jax.vjp(
+                lambda p: forward_train(tower, {"params": p}, images, tokens_of(1, 2, 3, 4))[0].image, params
+            )
+
+        kept[remat] = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(lambda p: pull(p)[1], params)))
+    print(kept)
+    assert kept["none"] > kept["dots"] > kept["block"] > kept["full"]
+
+
+def test_patch_dropout_keeps_a_subset_of_every_image():
+    patches = jnp.arange(2 * 10 * 3, dtype=jnp.float32).reshape(2, 10, 3)
+    keys = jax.random.split(jax.random.key(0), 2)
+    found = drop_patches(patches, keys, share=0.55)
+    assert found.shape == (2, 4, 3)
+    for image, kept in zip(patches, found, strict=True):
+        rows = [int(np.flatnonzero((image == row).all(1))[0]) for row in kept]
+        assert rows == sorted(set(rows))
+    again = drop_patches(patches[1:], keys[1:], share=0.55)
+    np.testing.assert_array_equal(found[1:], again)  # an image's patches do not depend on its batch
+    other = drop_patches(patches, jax.random.split(jax.random.key(1), 2), share=0.55)
+    assert (other != found).any()
+    assert drop_patches(patches, keys, share=0.99).shape == (2, 1, 3)
+
+
+def test_patch_dropout_is_for_training():
+    """Evaluation sees all patches; so does training without keys, and a share of 0."""
+    plain = CLIP(SMALL)
+    dropping = CLIP(dataclasses.replace(SMALL, patch_dropout=0.5))
+    variables = init_variables(plain, jax.random.key(0))
+    images = jax.random.normal(jax.random.key(1), (2, SMALL.vision.image_size, SMALL.vision.image_size, 3))
+    keys, tokens = jax.random.split(jax.random.key(2), 2), tokens_of(1, 2)
+    whole = forward(plain, variables, images, tokens).image
+    np.testing.assert_array_equal(forward(dropping, variables, images, tokens).image, whole)
+    assert (forward_train(dropping, variables, images, tokens, keys=keys)[0].image != whole).any()
+    np.testing.assert_array_equal(forward_train(plain, variables, images, tokens, keys=keys)[0].image, whole)
 
 
 def test_layer_norm_is_exact_where_the_mean_is_large():

@@ -29,7 +29,8 @@ VIT = TINY.model
 RESNET = dataclasses.replace(VIT, vision=ResNetConfig(image_size=32, width=8, heads=4, layers=(1, 1, 1, 1)))
 MODELS = {
     "vit": VIT,
-    "vit-bf16-gelu-remat": dataclasses.replace(VIT, dtype="bfloat16", activation="gelu", remat=True),
+    "vit-bf16-gelu-remat": dataclasses.replace(VIT, dtype="bfloat16", activation="gelu", remat="full"),
+    "vit-scan": dataclasses.replace(VIT, scan_layers=True),
     "resnet": RESNET,
     "resnet-bf16": dataclasses.replace(RESNET, dtype="bfloat16"),
 }

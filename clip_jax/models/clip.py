@@ -41,30 +41,51 @@ class CLIP(nn.Module):
         config = self.config
         dtype = jnp.dtype(config.dtype)
         if isinstance(config.vision, ResNetConfig):
-            self.image = ModifiedResNet(config.vision, config.embed_dim, dtype, config.bn_group, config.remat)
+            self.image = ModifiedResNet(
+                config.vision, config.embed_dim, dtype, config.bn_group, config.remat, config.scan_layers
+            )
         else:
             self.image = VisionTransformer(
-                config.vision, config.embed_dim, config.init, dtype, config.activation, config.remat
+                config.vision,
+                config.embed_dim,
+                config.init,
+                dtype,
+                config.activation,
+                config.remat,
+                config.scan_layers,
+                config.patch_dropout,
             )
-        self.text = TextTransformer(config.text, config.embed_dim, dtype, config.activation, config.remat)
+        self.text = TextTransformer(
+            config.text, config.embed_dim, dtype, config.activation, config.remat, config.scan_layers
+        )
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(-math.log(config.temperature)), ())
         self.logit_bias = (
             self.param("logit_bias", nn.initializers.constant(config.initial_bias), ()) if config.logit_bias else None
         )
 
     def __call__(
-        self, images: Float[Array, "b s s 3"], tokens: Int[Array, "b l"], *, train: bool = False
+        self,
+        images: Float[Array, "b s s 3"],
+        tokens: Int[Array, "b l"],
+        *,
+        train: bool = False,
+        keys: jax.Array | None = None,
     ) -> CLIPOutput:
-        """Returns the unit features of both towers, scale and bias; `train` as in `encode_image`."""
+        """Returns the unit features of both towers, scale and bias; `train` and `keys` as in `encode_image`."""
         return CLIPOutput(
-            self.encode_image(images, normalize=True, train=train),
+            self.encode_image(images, normalize=True, train=train, keys=keys),
             self.encode_text(tokens, normalize=True),
             jnp.exp(self.logit_scale),
             jnp.zeros_like(self.logit_scale) if self.logit_bias is None else self.logit_bias,
         )
 
     def encode_image(
-        self, images: Float[Array, "b s s 3"], *, normalize: bool = False, train: bool = False
+        self,
+        images: Float[Array, "b s s 3"],
+        *,
+        normalize: bool = False,
+        train: bool = False,
+        keys: jax.Array | None = None,
     ) -> Float[Array, "b e"]:
         """Embeds normalised images.
 
@@ -73,9 +94,11 @@ class CLIP(nn.Module):
           normalize: give features of unit length.
           train: let a ResNet's BatchNorms use the batch's statistics and update the running ones, which must then be
             mutable; a ViT has none.
+          keys: a random key for each image, by which a ViT drops patches if its config says so; None drops none.
         """
         tower = self.image
-        features = tower(images, train=train) if isinstance(tower, ModifiedResNet) else tower(images)
+        resnet = isinstance(tower, ModifiedResNet)
+        features = tower(images, train=train) if resnet else tower(images, keys=keys if train else None)
         features = _at_least_f32(features)
         return unit(features) if normalize else features
 
@@ -128,10 +151,28 @@ def forward(model: CLIP, variables: Variables, images: jax.Array, tokens: jax.Ar
 
 
 def forward_train(
-    model: CLIP, variables: Variables, images: jax.Array, tokens: jax.Array
+    model: CLIP,
+    variables: Variables,
+    images: jax.Array,
+    tokens: jax.Array,
+    *,
+    keys: jax.Array | None = None,
+    train_image: bool = True,
 ) -> tuple[CLIPOutput, dict[str, Any]]:
-    """Applies both towers as in training; returns the features and the updated `batch_stats`."""
-    applied = model.apply(variables, images, tokens, train=True, mutable=["batch_stats"])
+    """Applies both towers as in training.
+
+    Args:
+      model: the towers.
+      variables: its variables.
+      images: as `CLIP` takes them.
+      tokens: as `CLIP` takes them.
+      keys: as in `CLIP.encode_image`.
+      train_image: False applies the image tower as in evaluation, for one that is frozen.
+
+    Returns:
+      The features, and the updated `batch_stats`.
+    """
+    applied = model.apply(variables, images, tokens, train=train_image, keys=keys, mutable=["batch_stats"])
     output, updated = cast(tuple[CLIPOutput, dict[str, Any]], applied)
     return output, updated.get("batch_stats", {})
 

@@ -5,9 +5,11 @@ channels whose mean is 100, and ViT residual streams have such channels), keeps 
 returns the compute dtype.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -15,7 +17,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from clip_jax.array_types import Array, Float
-from clip_jax.models.variants import Activation
+from clip_jax.models.variants import Activation, Remat
 from clip_jax.partition import constrain_rows
 
 Initializer = Callable[..., jax.Array]
@@ -161,7 +163,7 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """A stack of blocks; the stream after block i is the intermediate `block_i/output`.
 
-    With `remat` the backward pass recomputes each block instead of keeping its activations; no name or value changes.
+    Neither `remat` nor `scan` changes a name or a value; see `ModelConfig`.
     """
 
     layers: int
@@ -170,14 +172,59 @@ class Transformer(nn.Module):
     activation: Activation
     init_from: BlockInit
     dtype: DTypeLike
-    remat: bool
+    remat: Remat
+    scan: bool
 
     @nn.compact
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
-        block = nn.remat(Block) if self.remat else Block
-        for i in range(self.layers):
-            x = block(self.heads, self.causal, self.activation, self.init_from, self.dtype, name=f"block_{i}")(x)
+        block = functools.partial(Block, self.heads, self.causal, self.activation, self.init_from, self.dtype)
+        return apply_blocks(self, block, range(self.layers), x, remat=self.remat, scan=self.scan)
+
+
+def apply_blocks(
+    parent: nn.Module, block: functools.partial, numbers: range, x: jax.Array, *, remat: Remat, scan: bool
+) -> jax.Array:
+    """Applies the submodules `block_i` of a compact module, one after the other.
+
+    Args:
+      parent: the module, whose method calls this.
+      block: what makes a block, but for its name; all blocks have the same shapes.
+      numbers: of the blocks.
+      x: what the first one takes, and each gives.
+      remat: as in `ModelConfig`.
+      scan: loop over the blocks' stacked variables. Not where variables are made or intermediates asked for.
+    """
+    names = [f"block_{i}" for i in numbers]
+    if not scan or not names or parent.is_initializing() or parent.is_mutable_collection("intermediates"):
+        module = block.func if remat == "none" else nn.remat(block.func, policy=_POLICIES[remat])
+        for name in names:
+            x = module(*block.args, **block.keywords, name=name)(x)
         return x
+
+    alone = block(parent=None)
+    kinds = [kind for kind in ("params", "batch_stats") if names[0] in parent.variables.get(kind, {})]
+    mutable = [kind for kind in kinds if parent.is_mutable_collection(kind)]
+    each = [{kind: parent.variables[kind][name] for kind in kinds} for name in names]
+
+    def apply(x: jax.Array, variables: dict[str, Any]) -> tuple[jax.Array, Any]:
+        return alone.apply(variables, x, mutable=mutable)
+
+    body = apply if remat == "none" else jax.checkpoint(apply, policy=_POLICIES[remat], prevent_cse=False)
+    x, updated = jax.lax.scan(body, x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *each))
+    for kind in mutable:
+        for i, name in enumerate(names):
+            parent.put_variable(kind, name, jax.tree.map(lambda leaf, i=i: leaf[i], updated[kind]))
+    return x
+
+
+def _save_products(primitive: Any, *arguments: Any, **parameters: Any) -> bool:
+    """Whether a value is kept: results of convolutions, and of matrix products but attention's."""
+    if primitive.name == "conv_general_dilated":
+        return True
+    return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *arguments, **parameters)
+
+
+_POLICIES = {"dots": _save_products, "block": None, "full": None}
 
 
 def record(module: nn.Module, name: str, value: jax.Array) -> None:

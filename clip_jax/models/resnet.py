@@ -18,8 +18,8 @@ from jax.typing import DTypeLike
 
 from clip_jax.array_types import Array, Float
 from clip_jax.errors import UserError
-from clip_jax.models.layers import Initializer, attend, record, symmetric_uniform
-from clip_jax.models.variants import ResNetConfig
+from clip_jax.models.layers import Initializer, apply_blocks, attend, record, symmetric_uniform
+from clip_jax.models.variants import Remat, ResNetConfig
 from clip_jax.partition import constrain_rows
 
 EXPANSION = 4  # output channels of a bottleneck over its inner channels
@@ -38,14 +38,16 @@ class ModifiedResNet(nn.Module):
       embed_dim: size of the joint embedding.
       dtype: dtype of activations, products and the result.
       bn_group: samples that share BatchNorm's statistics in training; 0 means the whole batch. See `BatchNorm`.
-      remat: recompute each stage in the backward pass instead of keeping its activations; changes no name, no value.
+      remat: what the backward pass recomputes; changes no name, no value. See `ModelConfig`.
+      scan: loop over the bottlenecks of a stage but its first; changes no name, no value.
     """
 
     config: ResNetConfig
     embed_dim: int
     dtype: DTypeLike
     bn_group: int = 0
-    remat: bool = False
+    remat: Remat = "none"
+    scan: bool = False
 
     @nn.compact
     def __call__(self, images: Float[Array, "b s s 3"], *, train: bool = False) -> Float[Array, "b e"]:
@@ -63,9 +65,10 @@ class ModifiedResNet(nn.Module):
         x = average_pool(x, 2)
         record(self, "stem", x)
 
-        stage = nn.remat(Stage) if self.remat else Stage
+        stage = nn.remat(Stage) if self.remat == "full" else Stage
         for i, blocks in enumerate(config.layers):
-            x = stage(blocks, config.width * 2**i, 1 if i == 0 else 2, norm, dtype, name=f"stage_{i + 1}")(x)
+            width, stride = config.width * 2**i, 1 if i == 0 else 2
+            x = stage(blocks, width, stride, norm, dtype, self.remat, self.scan, name=f"stage_{i + 1}")(x)
         return AttentionPool(config.heads, self.embed_dim, dtype, name="attention_pool")(x)
 
 
@@ -77,11 +80,14 @@ class Stage(nn.Module):
     stride: int
     norm: "Callable[..., BatchNorm]"
     dtype: DTypeLike
+    remat: Remat
+    scan: bool
 
     @nn.compact
     def __call__(self, x: Float[Array, "b rows columns c"]) -> Float[Array, "b rows_out columns_out c_out"]:
-        for i in range(self.blocks):
-            x = Bottleneck(self.width, self.stride if i == 0 else 1, self.norm, self.dtype, name=f"block_{i}")(x)
+        for stride, numbers in ((self.stride, range(1)), (1, range(1, self.blocks))):
+            block = functools.partial(Bottleneck, self.width, stride, self.norm, self.dtype)
+            x = apply_blocks(self, block, numbers, x, remat=self.remat, scan=self.scan and numbers.start > 0)
         record(self, "output", x)
         return x
 

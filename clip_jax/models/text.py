@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 
 from clip_jax.array_types import Array, Float, Int
 from clip_jax.models.layers import BlockInit, Transformer, layer_norm, record
-from clip_jax.models.variants import Activation, TextConfig
+from clip_jax.models.variants import Activation, Remat, TextConfig
 
 
 class TextTransformer(nn.Module):
@@ -24,7 +24,8 @@ class TextTransformer(nn.Module):
     embed_dim: int
     dtype: DTypeLike
     activation: Activation = "quick_gelu"
-    remat: bool = False
+    remat: Remat = "none"
+    scan: bool = False
 
     @nn.compact
     def __call__(self, tokens: Int[Array, "b l"]) -> Float[Array, "b e"]:
@@ -40,10 +41,18 @@ class TextTransformer(nn.Module):
         positions = self.param("positions", nn.initializers.normal(0.01), (config.context, width))
         x = embedding(tokens) + positions[: tokens.shape[1]].astype(dtype)
         blocks = BlockInit.scaled(width, config.layers)
-        transformer = Transformer(
-            config.layers, config.heads, True, self.activation, blocks, dtype, self.remat, name="transformer"
-        )
-        x = transformer(x)
+        transformer = nn.remat(Transformer) if self.remat == "full" else Transformer
+        x = transformer(
+            config.layers,
+            config.heads,
+            True,
+            self.activation,
+            blocks,
+            dtype,
+            self.remat,
+            self.scan,
+            name="transformer",
+        )(x)
 
         end = jnp.argmax(tokens, axis=-1)
         x = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]

@@ -9,6 +9,7 @@ from typing import Literal
 from clip_jax.errors import UserError, did_you_mean
 
 Activation = Literal["quick_gelu", "gelu"]
+Remat = Literal["none", "dots", "block", "full"]
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,13 @@ class ModelConfig:
       activation: of the transformers: `quick_gelu`, as in the paper's models, or `gelu`, the exact one, as in most
         models that open_clip trained.
       bn_group: samples that share BatchNorm's statistics in training, for ResNets; 0 means the whole batch.
-      remat: recompute each transformer block and each ResNet stage in the backward pass instead of keeping its
-        activations: less memory, about a third more time.
+      remat: what the backward pass recomputes instead of keeping it. `none`: nothing. `dots`: within each transformer
+        block and ResNet bottleneck, all but the results of matrix products and convolutions. `block`: all within each
+        block or bottleneck, for about a third more time. `full`: each transformer and each ResNet stage as a whole,
+        and within it each block again, for about two thirds more.
+      scan_layers: compile one block for all blocks of a kind and loop over their weights: compiles faster, at the cost
+        of a copy of the weights; changes no name, no value and no checkpoint.
+      patch_dropout: share of patches that a ViT leaves out of each image in training (Li et al., 2023, FLIP).
     """
 
     embed_dim: int
@@ -109,7 +115,9 @@ class ModelConfig:
     dtype: Literal["bfloat16", "float32", "float64"] = "float32"
     activation: Activation = "quick_gelu"
     bn_group: int = 0
-    remat: bool = False
+    remat: Remat = "none"
+    scan_layers: bool = False
+    patch_dropout: float = 0.0
 
 
 # fmt: off

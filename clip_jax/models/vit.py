@@ -7,12 +7,13 @@ and much faster on CPUs.
 from typing import Literal
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from clip_jax.array_types import Array, Float
 from clip_jax.models.layers import BlockInit, Transformer, layer_norm, record, symmetric_uniform
-from clip_jax.models.variants import Activation, ViTConfig
+from clip_jax.models.variants import Activation, Remat, ViTConfig
 
 
 class VisionTransformer(nn.Module):
@@ -27,10 +28,13 @@ class VisionTransformer(nn.Module):
     init_scheme: Literal["released", "scaled"]
     dtype: DTypeLike
     activation: Activation = "quick_gelu"
-    remat: bool = False
+    remat: Remat = "none"
+    scan: bool = False
+    patch_dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, images: Float[Array, "b s s 3"]) -> Float[Array, "b e"]:
+    def __call__(self, images: Float[Array, "b s s 3"], *, keys: jax.Array | None = None) -> Float[Array, "b e"]:
+        """Embeds normalised images; with `keys`, one for each, patches are dropped as `patch_dropout` says."""
         config, dtype = self.config, self.dtype
         width = config.width
         normal = nn.initializers.normal(width**-0.5)
@@ -48,18 +52,43 @@ class VisionTransformer(nn.Module):
         positions = self.param("positions", normal, (config.tokens, width))
         first = jnp.broadcast_to(class_token.astype(dtype), (x.shape[0], 1, width))
         x = jnp.concatenate([first, x], axis=1) + positions.astype(dtype)
+        if self.patch_dropout and keys is not None:
+            x = jnp.concatenate([x[:, :1], drop_patches(x[:, 1:], keys, share=self.patch_dropout)], axis=1)
         x = layer_norm(dtype, name="ln_pre")(x)
 
         blocks = (
             BlockInit.scaled(width, config.layers) if self.init_scheme == "scaled" else BlockInit.torch_default(width)
         )
-        transformer = Transformer(
-            config.layers, config.heads, False, self.activation, blocks, dtype, self.remat, name="transformer"
-        )
-        x = transformer(x)
+        transformer = nn.remat(Transformer) if self.remat == "full" else Transformer
+        x = transformer(
+            config.layers,
+            config.heads,
+            False,
+            self.activation,
+            blocks,
+            dtype,
+            self.remat,
+            self.scan,
+            name="transformer",
+        )(x)
         pooled = layer_norm(dtype, name="ln_post")(x[:, 0])
         record(self, "pooled", pooled)
         return nn.Dense(self.embed_dim, use_bias=False, kernel_init=normal, dtype=dtype, name="projection")(pooled)
+
+
+def drop_patches(patches: Float[Array, "b l d"], keys: jax.Array, *, share: float) -> Float[Array, "b kept d"]:
+    """Returns a random subset of each image's patches, in their order; at least one (Li et al., 2023, §3).
+
+    Args:
+      patches: with their positions added.
+      keys: a random key for each image [b], so that an image's subset does not depend on its batch.
+      share: of patches to leave out; their number is rounded up.
+    """
+    count = patches.shape[1]
+    kept = max(1, int(count * (1 - share)))
+    noise = jax.vmap(lambda key: jax.random.uniform(key, (count,)))(keys)
+    chosen = jnp.sort(jnp.argsort(noise, axis=1)[:, :kept], axis=1)
+    return jnp.take_along_axis(patches, chosen[:, :, None], axis=1)
 
 
 def patchify(images: Float[Array, "b s s c"], *, patch: int) -> Float[Array, "b l patch_pixels"]:
