@@ -87,18 +87,21 @@ class Checkpoints:
         )
         return restored["state"], restored["data"]["position"]
 
-    def read_variables(self, step: int, target: Variables) -> Variables:
+    def read_variables(self, step: int, target: Variables, *, ema: bool) -> Variables:
         """Reads only the model's variables, as NumPy arrays; writes nothing.
 
         Args:
           step: as `latest` gives it.
           target: their shapes and dtypes.
+          ema: take the average of the parameters for the parameters.
         """
-        item = {name: target[name] for name in ("params", "batch_stats")}
+        params = "ema" if ema else "params"
+        item = {params: target["params"], "batch_stats": target["batch_stats"]}
         as_numpy = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype), item)
         arguments = ocp.args.PyTreeRestore(item, restore_args=as_numpy, partial_restore=True)
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            return reader.restore(self._folder / str(step) / "state", args=arguments)
+            found = reader.restore(self._folder / str(step) / "state", args=arguments)
+        return {"params": found[params], "batch_stats": found["batch_stats"]}
 
     def save(self, step: int, state: TrainState, *, position: int, config: RunConfig, data: dict[str, Any]) -> None:
         """Starts writing a checkpoint; the state may be donated as soon as this returns.
@@ -130,8 +133,8 @@ class Checkpoints:
             self._open_manager.close()
 
 
-def check_same_model(saved: dict[str, Any], config: RunConfig, *, where: Path) -> None:
-    """Raises a UserError if a checkpoint's model is another one than the config's.
+def check_same_state(saved: dict[str, Any], config: RunConfig, *, where: Path) -> None:
+    """Raises a UserError if a checkpoint holds another model than the config's, or more or less beside it.
 
     Args:
       saved: as `Checkpoints.read_config` gives it.
@@ -144,10 +147,24 @@ def check_same_model(saved: dict[str, Any], config: RunConfig, *, where: Path) -
             f"{where} holds checkpoints of another model: {describe_diff(changes)} (saved -> config); "
             "use another --workdir, or the config that the run began with"
         )
+    old, new = saved["optim"], as_json(config)["optim"]
+    for key in ("freeze", "mu_dtype"):
+        _check_same(f"optim.{key}", old.get(key), new[key], where)
+    _check_same("optim.ema_decay > 0", old.get("ema_decay", 0) > 0, new["ema_decay"] > 0, where)
+
+
+def _check_same(key: str, old: Any, new: Any, where: Path) -> None:
+    if old != new:
+        raise UserError(
+            f"{where} holds checkpoints of another optimizer state: {key} {old!r} -> {new!r} (saved -> config); "
+            "go on with what the run began with, or start another --workdir from its weights (config.init_from)"
+        )
 
 
 def read_run(workdir: Path) -> tuple[ModelConfig, Variables, Preprocess]:
     """Returns the model of a run's newest whole checkpoint: sizes, variables as NumPy arrays, preprocessing.
+
+    Where the run keeps an average of its parameters, these are it.
 
     Raises:
       UserError: there is none.
@@ -156,9 +173,11 @@ def read_run(workdir: Path) -> tuple[ModelConfig, Variables, Preprocess]:
     step = checkpoints.latest()
     if step is None:
         raise UserError(f"{workdir} holds no whole checkpoint yet")
-    config = from_config_dict(checkpoints.read_config(step)).model
+    run = from_config_dict(checkpoints.read_config(step))
+    config = run.model
     shapes = jax.eval_shape(lambda: init_variables(CLIP(config), jax.random.key(0)))
-    return config, checkpoints.read_variables(step, shapes), checkpoints.read_preprocess(step)
+    variables = checkpoints.read_variables(step, shapes, ema=run.optim.ema_decay > 0)
+    return config, variables, checkpoints.read_preprocess(step)
 
 
 def _metadata(config: RunConfig, data: dict[str, Any]) -> dict[str, Any]:

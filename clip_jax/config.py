@@ -7,6 +7,8 @@ unknown keys, wrong types and contradictions by name. The annotations below are 
 
 import dataclasses
 import json
+import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -101,6 +103,14 @@ class OptimConfig:
       decay_mask: what is decayed: `paper`, everything but gains, biases and logit_scale; `open_clip` also spares
         the towers' positions and the class token.
       max_scale: upper limit of exp(logit_scale), applied after the update.
+      clip_norm: gradients whose 2-norm, over all parameters, is larger are scaled down to it; 0 means no limit.
+      freeze: regexes; parameters in whose path one is found, such as `("^image/",)` (LiT, Zhai et al., 2022), get no
+        gradient, no update and no optimizer state. An image tower that is frozen whole runs as in evaluation.
+      lr_multipliers: `regex=factor`; the update of a parameter, its decay included, is multiplied by the factor of the
+        first regex that is found in its path, such as `("^image/=0.1", "^text/transformer/block_0/=0.5")`.
+      mu_dtype: of the first moment in memory; bfloat16 saves 2 bytes a parameter.
+      ema_decay: keep an average of the parameters, average ← decay · average + (1 - decay) · parameters, and evaluate
+        and export that; 0 means none.
     """
 
     lr: float = 5e-4
@@ -111,6 +121,11 @@ class OptimConfig:
     weight_decay: float = 0.2
     decay_mask: Literal["paper", "open_clip"] = "paper"
     max_scale: float = 100.0
+    clip_norm: float = 0.0
+    freeze: tuple[str, ...] = ()
+    lr_multipliers: tuple[str, ...] = ()
+    mu_dtype: Literal["float32", "bfloat16"] = "float32"
+    ema_decay: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -192,6 +207,8 @@ class RunConfig:
     Attributes:
       model: the two towers.
       batch: pairs a step, over all devices and processes.
+      micro_batch: pairs whose activations are in memory at a time, over all devices; the gradients are those of the
+        whole batch, exactly (GradCache, Gao et al., 2021), for a third more time. 0 means the whole batch.
       samples: pairs seen in the whole run; the run has `steps` = samples / batch steps.
       seed: of initial weights, data order and augmentation.
       init_from: trained weights to start from, in any layout that `clip_jax.load` reads; of another resolution, the
@@ -207,6 +224,7 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
     batch: int = 32_768
+    micro_batch: int = 0
     samples: int = 12_800_000_000
     seed: int = 0
     init_from: str = ""
@@ -319,6 +337,15 @@ def _contradictions(config: RunConfig) -> Iterator[tuple[bool, str]]:
         "statistics over the whole batch",
     )
     yield (
+        config.micro_batch > 0 and config.batch % config.micro_batch != 0,
+        f"config.micro_batch is {config.micro_batch}; it must divide config.batch ({config.batch}), or be 0",
+    )
+    yield (
+        0 < config.micro_batch < config.batch and config.model.vision.kind == "resnet" and config.model.bn_group == 0,
+        f"config.micro_batch is {config.micro_batch}, and BatchNorm's statistics are over the whole batch; set "
+        "config.model.bn_group to the samples that share statistics, a divisor of every device's part of a micro-batch",
+    )
+    yield (
         config.model.logit_bias and config.loss.kind == "softmax",
         "config.model.logit_bias is true and config.loss.kind 'softmax', which no bias can change; use "
         "config.loss.kind=sigmoid, or no bias",
@@ -337,10 +364,10 @@ def _contradictions(config: RunConfig) -> Iterator[tuple[bool, str]]:
         f"config.optim.warmup_steps is {optim.warmup_steps}; it must be at least 0 and less than the run's "
         f"{config.steps} steps (config.samples / config.batch)",
     )
-    for name in ("b1", "b2"):
+    for name in ("b1", "b2", "ema_decay"):
         value = getattr(optim, name)
         yield not 0 <= value < 1, f"config.optim.{name} is {value}; it must be at least 0 and less than 1"
-    yield optim.weight_decay < 0, f"config.optim.weight_decay is {optim.weight_decay}; it must not be negative"
+    yield from _optim_rule_contradictions(optim)
     yield (
         mesh.data < 1 and mesh.data != -1,
         f"config.mesh.data is {mesh.data}; it must be positive, or -1 for all devices that the other axes leave",
@@ -359,8 +386,36 @@ def _must_be_positive(config: RunConfig) -> Iterator[tuple[bool, str]]:
     sizes = [key for key in values if key.startswith(("model.vision.", "model.text.")) and type(values[key]) is int]
     for key in [*names.split(), *sizes]:
         yield values[key] <= 0, f"config.{key} is {values[key]}; it must be positive"
-    for key in ("data.workers", "eval.every", "model.bn_group", "seed"):
+    names = "data.workers eval.every model.bn_group micro_batch optim.clip_norm optim.weight_decay seed"
+    for key in names.split():
         yield values[key] < 0, f"config.{key} is {values[key]}; it must not be negative"
+
+
+def _optim_rule_contradictions(optim: OptimConfig) -> Iterator[tuple[bool, str]]:
+    for regex in optim.freeze:
+        yield not _is_regex(regex), f"config.optim.freeze holds {regex!r}, which is not a regular expression"
+    for rule in optim.lr_multipliers:
+        regex, _, factor = rule.rpartition("=")
+        yield (
+            not _is_regex(regex) or not _is_factor(factor),
+            f"config.optim.lr_multipliers holds {rule!r}; it must be regex=factor, such as ^image/=0.1, with a "
+            "factor of at least 0",
+        )
+
+
+def _is_regex(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return bool(text)
+
+
+def _is_factor(text: str) -> bool:
+    try:
+        return 0 <= float(text) < math.inf
+    except ValueError:
+        return False
 
 
 def _model_contradictions(model: ModelConfig) -> Iterator[tuple[bool, str]]:

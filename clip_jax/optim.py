@@ -1,5 +1,6 @@
-"""AdamW, its schedule and its decay mask (paper, §2.5 and tables 18-20)."""
+"""AdamW, its schedule and its decay mask (paper, §2.5 and tables 18-20); freezing, multipliers, moving average."""
 
+import re
 from typing import Any
 
 import jax
@@ -7,7 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from clip_jax.config import OptimConfig
-from clip_jax.rules import apply_rules
+from clip_jax.errors import ConfigError, did_you_mean
+from clip_jax.rules import apply_rules, leaf_paths
 
 _MATRICES = (r"/kernel$", True), (r"/embedding$", True)
 _GAINS_AND_BIASES = (r"/(scale|bias)$", False), (r"(^|/)logit_(scale|bias)$", False)
@@ -31,19 +33,56 @@ def learning_rate(config: OptimConfig, *, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimConfig, *, steps: int) -> optax.GradientTransformation:
-    """Returns AdamW over float32 parameters.
+    """Returns AdamW over float32 parameters, with the config's clipping, freezing and multipliers.
+
+    Its `init` raises a ConfigError where a regex of the config is found in no parameter's path.
 
     Args:
       config: the recipe.
       steps: length of the run, for the schedule.
     """
-    return optax.adamw(
+    adamw = optax.adamw(
         learning_rate(config, steps=steps),
         b1=config.b1,
         b2=config.b2,
         eps=config.eps,
         weight_decay=config.weight_decay,
+        mu_dtype=jnp.bfloat16 if config.mu_dtype == "bfloat16" else None,
         mask=lambda params: decay_mask(config, params),
+    )
+
+    def labels(params: Any) -> Any:
+        return jax.tree.map(lambda is_frozen: "frozen" if is_frozen else "trained", frozen(config, params))
+
+    def multiply(updates: Any, params: Any) -> Any:
+        return jax.tree.map(lambda update, factor: factor * update, updates, multipliers(config, params))
+
+    # Three parts in any case, so that a checkpoint's optimizer state fits whatever is switched on.
+    return _checked(
+        config,
+        optax.chain(
+            optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
+            optax.partition({"trained": adamw, "frozen": optax.set_to_zero()}, labels) if config.freeze else adamw,
+            optax.stateless(multiply) if config.lr_multipliers else optax.identity(),
+        ),
+    )
+
+
+def frozen(config: OptimConfig, params: Any) -> Any:
+    """Returns a tree like `params` with True for what is not trained."""
+    return apply_rules((*((regex, True) for regex in config.freeze), ("", False)), params, all_used=False)
+
+
+def multipliers(config: OptimConfig, params: Any) -> Any:
+    """Returns a tree like `params` with the factor of each learning rate."""
+    rules = [(regex, float(factor)) for regex, _, factor in (each.rpartition("=") for each in config.lr_multipliers)]
+    return apply_rules((*rules, ("", 1.0)), params, all_used=False)
+
+
+def stop_frozen(config: OptimConfig, params: Any) -> Any:
+    """Returns the parameters, those that are not trained without a gradient: their backward pass is not computed."""
+    return jax.tree.map(
+        lambda leaf, is_frozen: jax.lax.stop_gradient(leaf) if is_frozen else leaf, params, frozen(config, params)
     )
 
 
@@ -60,3 +99,25 @@ def clamp_scale(params: dict[str, Any], max_scale: float) -> dict[str, Any]:
 def global_norm(tree: Any) -> jax.Array:
     """Returns the 2-norm of all leaves together, in float32 or wider."""
     return optax.tree.norm(jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree))
+
+
+def moving_average(average: Any, params: Any, *, decay: float) -> Any:
+    """Returns the next exponential moving average of the parameters."""
+    return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, average, params)
+
+
+def _checked(config: OptimConfig, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    regexes = [("freeze", regex) for regex in config.freeze]
+    regexes += [("lr_multipliers", rule.rpartition("=")[0]) for rule in config.lr_multipliers]
+
+    def init(params: Any) -> Any:
+        paths = leaf_paths(params)
+        for key, regex in regexes:
+            if not any(re.search(regex, path) for path in paths):
+                raise ConfigError(
+                    f"config.optim.{key}: {regex!r} is found in no parameter's path{did_you_mean(regex, paths)} "
+                    f"(paths are such as {paths[0]} and {paths[-1]})"
+                )
+        return optimizer.init(params)
+
+    return optax.GradientTransformation(init, optimizer.update)

@@ -20,30 +20,47 @@ class TrainState(flax.struct.PyTreeNode):
       params: float32, nested dicts.
       batch_stats: running statistics of a ResNet's BatchNorms; empty for a ViT.
       opt_state: optax's.
+      ema: moving average of `params`, and sharded like them; empty without one.
     """
 
     step: Any
     params: dict[str, Any]
     batch_stats: Any
     opt_state: Any
+    ema: Any = flax.struct.field(default_factory=dict)
 
     @property
     def variables(self) -> Variables:
         """What the model is applied to."""
         return {"params": self.params, "batch_stats": self.batch_stats}
 
+    @property
+    def inference_variables(self) -> Variables:
+        """What evaluation applies the model to: the average of the parameters where there is one."""
+        return {"params": self.ema or self.params, "batch_stats": self.batch_stats}
 
-def new_state(model: CLIP, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+
+def new_state(model: CLIP, optimizer: optax.GradientTransformation, seed: int, *, ema: bool = False) -> TrainState:
     """Returns a fresh state; pure, so that it can be traced and jitted into shardings."""
     variables = init_variables(model, jax.random.key(seed))
-    return TrainState(step=jnp.zeros((), jnp.int32), opt_state=optimizer.init(variables["params"]), **variables)
+    params = variables["params"]
+    average = jax.tree.map(jnp.copy, params) if ema else {}
+    return TrainState(step=jnp.zeros((), jnp.int32), opt_state=optimizer.init(params), ema=average, **variables)
 
 
 def abstract_state(
-    model: CLIP, optimizer: optax.GradientTransformation, *, mesh: Mesh, zero1: bool = False
+    model: CLIP, optimizer: optax.GradientTransformation, *, mesh: Mesh, zero1: bool = False, ema: bool = False
 ) -> TrainState:
-    """Returns shapes, dtypes and shardings of the state without making it; `zero1` as in `MeshConfig`."""
-    shapes = jax.eval_shape(lambda: new_state(model, optimizer, 0))
+    """Returns shapes, dtypes and shardings of the state without making it.
+
+    Args:
+      model: the towers.
+      optimizer: as `make_optimizer` gives it.
+      mesh: the devices.
+      zero1: as in `MeshConfig`.
+      ema: with a moving average of the parameters.
+    """
+    shapes = jax.eval_shape(lambda: new_state(model, optimizer, 0, ema=ema))
     shardings = state_shardings(shapes, mesh)
     if zero1:
         shardings = shardings.replace(opt_state=split_over_data(shapes.opt_state, shardings.opt_state))
@@ -51,12 +68,18 @@ def abstract_state(
 
 
 def create_state(
-    model: CLIP, optimizer: optax.GradientTransformation, *, mesh: Mesh, seed: int, zero1: bool = False
+    model: CLIP,
+    optimizer: optax.GradientTransformation,
+    *,
+    mesh: Mesh,
+    seed: int,
+    zero1: bool = False,
+    ema: bool = False,
 ) -> TrainState:
-    """Returns a fresh state on the mesh; the same values for every mesh."""
-    target = abstract_state(model, optimizer, mesh=mesh, zero1=zero1)
+    """Returns a fresh state on the mesh, the same values for every mesh; see `abstract_state`."""
+    target = abstract_state(model, optimizer, mesh=mesh, zero1=zero1, ema=ema)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
-    return jax.jit(lambda: new_state(model, optimizer, seed), out_shardings=shardings)()
+    return jax.jit(lambda: new_state(model, optimizer, seed, ema=ema), out_shardings=shardings)()
 
 
 def start_from(state: TrainState, variables: Variables) -> TrainState:
@@ -67,7 +90,9 @@ def start_from(state: TrainState, variables: Variables) -> TrainState:
       variables: `params` and `batch_stats` of the same model, float32 NumPy arrays; the same in every process.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state.variables)
-    return state.replace(**jax.device_put(variables, shardings))
+    placed = jax.device_put(variables, shardings)
+    average = jax.tree.map(jnp.copy, placed["params"]) if state.ema else {}
+    return state.replace(**placed, ema=average)
 
 
 def count_parameters(params: Any) -> int:

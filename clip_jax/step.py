@@ -10,9 +10,10 @@ from jax.sharding import Mesh
 
 from clip_jax.config import LossConfig, RunConfig
 from clip_jax.data.images import normalize, preprocess_of
+from clip_jax.gradient_cache import Forward, Loss, cached_gradients
 from clip_jax.losses import LossOutput, sigmoid_loss, softmax_loss
 from clip_jax.models.clip import CLIP, CLIPOutput, forward_train
-from clip_jax.optim import clamp_scale, global_norm, learning_rate
+from clip_jax.optim import clamp_scale, frozen, global_norm, learning_rate, moving_average, stop_frozen
 from clip_jax.partition import replicated, row_sharding
 from clip_jax.state import TrainState
 from clip_jax.tiled_loss import tiled_loss
@@ -44,22 +45,32 @@ def make_train_step(
       (int32 [b, l]) and `weight` (float32 [b]), to the next state and scalar metrics.
     """
 
+    optim, parts = config.optim, config.batch // (config.micro_batch or config.batch)
+    random_patches = config.model.patch_dropout > 0
+
+    def loss(output: CLIPOutput, weight: jax.Array) -> LossOutput:
+        return contrastive_loss(config.loss, output, weight, mesh=mesh)
+
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        gradients_of = jax.value_and_grad(_loss_of_batch, has_aux=True)
-        (_, (output, batch_stats)), grads = gradients_of(
-            state.params, state.batch_stats, model, batch, config.loss, mesh=mesh
-        )
+        if random_patches:
+            batch = batch | {"key": _sample_keys(config.seed, state.step, config.batch, mesh)}
+        forward = _forward(model, config, state.batch_stats, mesh)
+        if parts == 1:
+            output, grads, batch_stats = _gradients(forward, loss, state.params, batch)
+        else:
+            output, grads, batch_stats = cached_gradients(forward, loss, state.params, batch, parts=parts, mesh=mesh)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = clamp_scale(cast(dict, optax.apply_updates(state.params, updates)), config.optim.max_scale)
+        params = clamp_scale(cast(dict, optax.apply_updates(state.params, updates)), optim.max_scale)
+        ema = moving_average(state.ema, params, decay=optim.ema_decay) if state.ema else state.ema
         metrics = {
             "loss": output.loss,
             "accuracy": (output.image_accuracy + output.text_accuracy) / 2,
             "logit_scale": jnp.exp(state.params["logit_scale"]),
-            "learning_rate": jnp.asarray(learning_rate(config.optim, steps=config.steps)(state.step)),
+            "learning_rate": jnp.asarray(learning_rate(optim, steps=config.steps)(state.step)),
             "gradient_norm": global_norm(grads),
             "pairs": batch["weight"].sum(),
         }
-        return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
+        return TrainState(state.step + 1, params, batch_stats, opt_state, ema), metrics
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     return jax.jit(
@@ -95,19 +106,35 @@ def contrastive_loss(config: LossConfig, output: CLIPOutput, weight: jax.Array, 
     return softmax_loss(output.image, output.text, output.scale, weight, logits_sharding=rows)
 
 
-def _loss_of_batch(
-    params: dict[str, Any],
-    batch_stats: dict[str, Any],
-    model: CLIP,
-    batch: Batch,
-    config: LossConfig,
-    *,
-    mesh: Mesh,
-) -> tuple[jax.Array, tuple[LossOutput, dict[str, Any]]]:
-    """Returns (loss, (all of the loss's outputs, updated batch_stats)) of one batch, in training mode."""
-    images = normalize(batch["image"], preprocess_of(model.config), model.config.dtype)
-    variables = {"params": params, "batch_stats": batch_stats}
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        features, batch_stats = forward_train(model, variables, images, batch["tokens"])
-    output = contrastive_loss(config, features, batch["weight"], mesh=mesh)
-    return output.loss, (output, batch_stats)
+def _forward(model: CLIP, config: RunConfig, batch_stats: Any, mesh: Mesh) -> Forward:
+    """Returns (params, batch) to the features and the updated `batch_stats`, in training mode."""
+    preprocess = preprocess_of(model.config)
+
+    def forward(params: dict[str, Any], batch: Batch) -> tuple[CLIPOutput, Any]:
+        train_image = not all(jax.tree.leaves(frozen(config.optim, params)["image"]))
+        variables = {"params": stop_frozen(config.optim, params), "batch_stats": batch_stats}
+        images = normalize(batch["image"], preprocess, model.config.dtype)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return forward_train(
+                model, variables, images, batch["tokens"], keys=batch.get("key"), train_image=train_image
+            )
+
+    return forward
+
+
+def _gradients(forward: Forward, loss: Loss, params: Any, batch: Batch) -> tuple[LossOutput, Any, Any]:
+    """Returns the loss, the gradients on the parameters, and the updated `batch_stats`, of a whole batch at once."""
+
+    def value(params: Any) -> tuple[jax.Array, tuple[LossOutput, Any]]:
+        features, batch_stats = forward(params, batch)
+        output = loss(features, batch["weight"])
+        return output.loss, (output, batch_stats)
+
+    grads, (output, batch_stats) = jax.grad(value, has_aux=True)(params)
+    return output, grads, batch_stats
+
+
+def _sample_keys(seed: int, step: jax.Array, batch: int, mesh: Mesh) -> jax.Array:
+    """Returns a random key for each pair of a step's batch: the same on every mesh, and when a run is resumed."""
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), step), batch)
+    return jax.lax.with_sharding_constraint(keys, row_sharding(mesh))

@@ -14,13 +14,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from clip_jax.checkpoint import Checkpoints, check_same_model
+from clip_jax.checkpoint import Checkpoints, check_same_state
 from clip_jax.config import RunConfig, as_json, describe_diff, diff
 from clip_jax.data.images import preprocess_of
 from clip_jax.data.loader import TrainingData, open_training_data
 from clip_jax.errors import UserError
 from clip_jax.evals.evaluation import Evaluated, Evaluation, scalars
 from clip_jax.evals.report import report_training, report_zero_shot
+from clip_jax.gradient_cache import check_micro_batch
 from clip_jax.losses import chance_loss
 from clip_jax.models.clip import CLIP, Variables
 from clip_jax.models.variants import variant_name
@@ -62,7 +63,9 @@ def train(config: RunConfig, workdir: Path, *, data: TrainingData | None = None)
     optimizer = make_optimizer(config.optim, steps=config.steps)
     mesh = make_mesh(config.mesh)
     check_batch("batch", config.batch, mesh)
-    target = abstract_state(model, optimizer, mesh=mesh, zero1=config.mesh.zero1)
+    check_micro_batch(config, mesh)
+    layout = {"mesh": mesh, "zero1": config.mesh.zero1, "ema": config.optim.ema_decay > 0}
+    target = abstract_state(model, optimizer, **layout)
     run = Run(
         config=config,
         workdir=workdir,
@@ -80,7 +83,7 @@ def train(config: RunConfig, workdir: Path, *, data: TrainingData | None = None)
         return _train_from(run, *run.checkpoints.restore(resumed, target), [note])
     initial = _initial_variables(config)
     prepare_workdir(workdir, config)
-    state = create_state(model, optimizer, mesh=mesh, seed=config.seed, zero1=config.mesh.zero1)
+    state = create_state(model, optimizer, seed=config.seed, **layout)
     if initial is None:
         return _train_from(run, state, 0, [])
     return _train_from(run, start_from(state, initial), 0, [f"starting from {config.init_from}"])
@@ -128,14 +131,14 @@ def _evaluate(run: Run, state: TrainState, monitor: Monitor) -> Evaluated | None
     if run.evaluation is None:
         return None
     with monitor.pause():
-        evaluated = run.evaluation.run(state.variables)
+        evaluated = run.evaluation.run(state.inference_variables)
         monitor.record(int(state.step), scalars(evaluated))
     return evaluated
 
 
 def _report(run: Run, state: TrainState, evaluated: Evaluated | None) -> None:
     if evaluated is not None and run.evaluation is not None:
-        sheet = run.evaluation.retrieve(state.variables, evaluated)  # by all processes
+        sheet = run.evaluation.retrieve(state.inference_variables, evaluated)  # by all processes
         if jax.process_index() == 0:
             report_zero_shot(run.workdir, evaluated, sheet, templates=run.evaluation.templates)
     if jax.process_index() == 0:
@@ -160,7 +163,7 @@ def _initial_variables(config: RunConfig) -> Variables | None:
 def _check_resumable(run: Run, step: int) -> str:
     """Refuses checkpoints of another model; returns a line on what else changed since."""
     saved = run.checkpoints.read_config(step)
-    check_same_model(saved, run.config, where=run.workdir)
+    check_same_state(saved, run.config, where=run.workdir)
     changes = diff(saved, as_json(run.config))
     return f"resuming at step {step}" + (f"; changed since: {describe_diff(changes)}" if changes else "")
 

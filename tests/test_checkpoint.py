@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tiny import TINY
 
-from clip_jax.checkpoint import Checkpoints, check_same_model
+from clip_jax.checkpoint import Checkpoints, check_same_state, read_run
 from clip_jax.config import CheckpointConfig, MeshConfig, as_json
 from clip_jax.errors import UserError
 from clip_jax.models.clip import CLIP
@@ -102,6 +102,34 @@ def test_another_model_is_refused_by_name():
     deeper = dataclasses.replace(TINY.model, text=dataclasses.replace(TINY.model.text, layers=2))
     other = dataclasses.replace(TINY, model=deeper)
     with pytest.raises(UserError, match=r"^w holds checkpoints of another model: text.layers 1 -> 2 \(saved"):
-        check_same_model(as_json(TINY), other, where=Path("w"))
+        check_same_state(as_json(TINY), other, where=Path("w"))
     harmless = dataclasses.replace(TINY, model=dataclasses.replace(TINY.model, dtype="bfloat16", init="scaled"))
-    check_same_model(as_json(TINY), harmless, where=Path("w"))
+    check_same_state(as_json(TINY), harmless, where=Path("w"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"freeze": ("^image/",)}, r"optim.freeze \[\] -> \['\^image/'\] \(saved"),
+        ({"ema_decay": 0.9}, r"optim.ema_decay > 0 False -> True"),
+        ({"mu_dtype": "bfloat16"}, r"optim.mu_dtype 'float32' -> 'bfloat16'"),
+    ],
+)
+def test_another_optimizer_state_is_refused_by_key(changes, message):
+    other = dataclasses.replace(TINY, optim=dataclasses.replace(TINY.optim, **changes))
+    with pytest.raises(UserError, match=rf"^w holds checkpoints of another optimizer state: {message}"):
+        check_same_state(as_json(TINY), other, where=Path("w"))
+    harmless = dataclasses.replace(TINY, optim=dataclasses.replace(TINY.optim, clip_norm=1.0, lr_multipliers=("a=1",)))
+    check_same_state(as_json(TINY), harmless, where=Path("w"))
+
+
+def test_what_a_run_gives_is_its_average(tmp_path):
+    run = dataclasses.replace(TINY, optim=dataclasses.replace(TINY.optim, ema_decay=0.9))
+    state = create_state(MODEL, OPTIMIZER, mesh=make_mesh(MeshConfig()), seed=0, ema=True)
+    state = state.replace(params=jax.tree.map(lambda x: x + 1, state.params))
+    checkpoints = Checkpoints(tmp_path, run.checkpoint)
+    checkpoints.save(1, state, position=0, config=run, data={})
+    checkpoints.close()
+    _, variables, _ = read_run(tmp_path)
+    for a, b in zip(*map(jax.tree.leaves, (variables["params"], state.ema)), strict=True):
+        np.testing.assert_array_equal(a, b)

@@ -1,4 +1,4 @@
-"""Rules, decay mask, schedule and clamp."""
+"""Rules, decay mask, schedule, clamp, clipping, freezing, multipliers and averages."""
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +7,17 @@ import optax
 import pytest
 
 from clip_jax.config import OptimConfig
+from clip_jax.errors import ConfigError
 from clip_jax.models.clip import create_model, init_variables
-from clip_jax.optim import DECAY_RULES, clamp_scale, decay_mask, learning_rate, make_optimizer
+from clip_jax.optim import (
+    DECAY_RULES,
+    clamp_scale,
+    decay_mask,
+    learning_rate,
+    make_optimizer,
+    moving_average,
+    multipliers,
+)
 from clip_jax.rules import apply_rules, leaf_paths
 
 
@@ -90,3 +99,89 @@ def test_clamp_limits_only_the_top():
         clamped = clamp_scale({"logit_scale": jnp.float32(start), "other": jnp.float32(99)}, 100.0)
         assert float(clamped["logit_scale"]) == pytest.approx(end)
         assert float(clamped["other"]) == 99
+
+
+SMALL = {
+    "image": {"proj": {"kernel": jnp.array([[3.0, 4.0]])}, "ln": {"scale": jnp.array([1.0])}},
+    "text": {"proj": {"kernel": jnp.array([[12.0, 0.5]])}},
+    "logit_scale": jnp.array(2.0),
+}
+
+
+def updates_of(config, params=SMALL, grads=SMALL):
+    optimizer = make_optimizer(config, steps=100)
+    state = optimizer.init(params)
+    return optimizer.update(grads, state, params)
+
+
+def base(**changes):
+    return OptimConfig(lr=0.1, warmup_steps=0, eps=1e-3, **changes)
+
+
+def test_gradients_are_clipped_by_the_norm_of_all():
+    """A gradient over the limit acts as the same one scaled down to it; one below it as it is."""
+    norm = float(optax.tree.norm(SMALL))
+    clipped, _ = updates_of(base(clip_norm=0.01))
+    scaled, _ = updates_of(base(), grads=jax.tree.map(lambda g: g * 0.01 / norm, SMALL))
+    plain, _ = updates_of(base())
+    for a, b, c in zip(*map(jax.tree.leaves, (clipped, scaled, plain)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+        assert (a != c).all()
+    free, _ = updates_of(base(clip_norm=2 * norm))
+    assert all((a == b).all() for a, b in zip(*map(jax.tree.leaves, (free, plain)), strict=True))
+
+
+def test_frozen_parameters_have_no_update_no_decay_and_no_state():
+    updates, state = updates_of(base(freeze=("^image/", "logit_scale$")))
+    plain, _ = updates_of(base())
+    assert (updates["image"]["proj"]["kernel"] == 0).all()
+    assert (updates["image"]["ln"]["scale"] == 0).all()
+    assert updates["logit_scale"] == 0
+    np.testing.assert_allclose(updates["text"]["proj"]["kernel"], plain["text"]["proj"]["kernel"], rtol=1e-6)
+    moments = [path for path in leaf_paths(state) if "/mu/" in path or "/nu/" in path]
+    assert len(moments) == 2
+    assert all("text/proj/kernel" in path for path in moments)
+
+
+def test_multipliers_scale_the_update_and_the_first_regex_wins():
+    rules = ("^image/ln=0", "^image/=0.5", "scale=3")
+    (updates, _), (plain, _) = updates_of(base(lr_multipliers=rules)), updates_of(base())
+    assert multipliers(base(lr_multipliers=rules), SMALL) == {
+        "image": {"proj": {"kernel": 0.5}, "ln": {"scale": 0.0}},
+        "text": {"proj": {"kernel": 1.0}},
+        "logit_scale": 3.0,
+    }
+    np.testing.assert_allclose(updates["image"]["proj"]["kernel"], 0.5 * plain["image"]["proj"]["kernel"])
+    assert (updates["image"]["ln"]["scale"] == 0).all()
+    np.testing.assert_allclose(updates["logit_scale"], 3 * plain["logit_scale"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"freeze": ("^image/", "^txt/")}, r"config.optim.freeze: '\^txt/' is found in no parameter's path"),
+        (
+            {"lr_multipliers": ("imag=1", "text/pro/=2")},
+            r"'text/pro/' is found .*; did you mean 'text/proj/kernel'",
+        ),
+    ],
+)
+def test_regexes_that_match_nothing_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        make_optimizer(base(**changes), steps=9).init(SMALL)
+
+
+def test_the_first_moment_can_be_bf16():
+    """It halves its bytes, and the update of a first step differs by its rounding."""
+    (narrow, state), (wide, _) = updates_of(base(mu_dtype="bfloat16")), updates_of(base())
+    named = dict(zip(leaf_paths(state), jax.tree.leaves(state), strict=True))
+    dtypes = {part: {leaf.dtype.name for path, leaf in named.items() if f"/{part}/" in path} for part in ("mu", "nu")}
+    assert dtypes == {"mu": {"bfloat16"}, "nu": {"float32"}}
+    for a, b in zip(*map(jax.tree.leaves, (narrow, wide)), strict=True):
+        assert a.dtype == jnp.float32
+        np.testing.assert_allclose(a, b, rtol=2**-7)
+
+
+def test_the_moving_average():
+    average = moving_average({"x": jnp.array([1.0, 2.0])}, {"x": jnp.array([3.0, 2.0])}, decay=0.75)
+    np.testing.assert_allclose(average["x"], [1.5, 2.0])

@@ -93,7 +93,7 @@ def test_moments_are_sharded_like_their_parameters():
     model = create_model("ViT-B/32")
     state = jax.eval_shape(lambda: new_state(model, make_optimizer(OptimConfig(), steps=9000), 0))
     shardings = state_shardings(state, make_mesh(MeshConfig(fsdp=8)))
-    moments = shardings.opt_state[0]
+    moments = shardings.opt_state[1][0]
     assert moments.mu == moments.nu == shardings.params
 
 

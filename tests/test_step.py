@@ -43,7 +43,7 @@ def setup(run, devices):
 def compiled(run, devices):
     mesh = make_mesh(run.mesh, devices=jax.devices()[:devices])
     model, optimizer = CLIP(run.model), make_optimizer(run.optim, steps=run.steps)
-    layout = {"mesh": mesh, "zero1": run.mesh.zero1}
+    layout = {"mesh": mesh, "zero1": run.mesh.zero1, "ema": run.optim.ema_decay > 0}
     step = make_train_step(model, optimizer, run, mesh=mesh, state=abstract_state(model, optimizer, **layout))
     return mesh, functools.partial(create_state, model, optimizer, seed=run.seed, **layout), step
 
@@ -228,3 +228,66 @@ def test_sigmoid_trains_scale_and_bias():
     assert float(state.params["logit_scale"]) != pytest.approx(np.log(10), abs=1e-6)
     paths = leaf_paths(state.opt_state)
     assert sum(path.endswith("logit_bias") for path in paths) == 2
+
+
+def with_optim(run, **changes):
+    return dataclasses.replace(run, optim=dataclasses.replace(run.optim, warmup_steps=0, **changes))
+
+
+def test_the_average_follows_the_parameters_and_is_sharded_like_them():
+    run = dataclasses.replace(with_optim(TINY, ema_decay=0.5), mesh=MeshConfig(2, 4))
+    mesh, state, step = setup(run, 8)
+    expected = jax.device_get(state.params)
+    for batch in batches(run, 3):
+        state, _ = step(state, place_rows(batch, mesh))
+        expected = jax.tree.map(lambda old, new: 0.5 * old + 0.5 * np.asarray(new), expected, state.params)
+    for a, b, c in zip(*map(jax.tree.leaves, (state.ema, expected, state.params)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8)
+        assert a.sharding == c.sharding
+        assert (a != c).any()
+    assert state.inference_variables["params"] is state.ema
+    assert setup(TINY, 1)[1].inference_variables["params"] is not state.ema
+
+
+def same(a, b):
+    return [bool((x == y).all()) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True)]
+
+
+def test_a_frozen_tower_costs_no_backward_pass():
+    """Locked image tuning: the image tower stays to the bit, the text tower trains, and less is compiled."""
+    dropping = dataclasses.replace(TINY, model=dataclasses.replace(TINY.model, patch_dropout=0.5))
+    run = with_optim(dropping, freeze=("^image/",))
+    mesh, state, step = setup(run, 1)
+    before, batch = jax.device_get(state.params), place_rows(batches(run, 1)[0], mesh)
+    flops = []
+    for each in (run, with_optim(TINY)):
+        _, fresh, compiled_step = setup(each, 1)
+        flops.append(compiled_step.lower(fresh, batch).compile().cost_analysis()["flops"])
+    after, metrics = step(state, batch)
+    assert all(same(before["image"], after.params["image"]))
+    assert not any(same(before["text"], after.params["text"]))
+    assert float(metrics["gradient_norm"]) > 0
+    assert flops[0] < 0.85 * flops[1]
+
+
+def test_a_frozen_resnet_keeps_its_statistics():
+    run = with_optim(resnet(0), freeze=("^image/",))
+    mesh, state, step = setup(run, 1)
+    before = jax.device_get(state.batch_stats)
+    after, _ = step(state, place_rows(batches(run, 1)[0], mesh))
+    assert all(same(before, after.batch_stats))
+
+
+def test_random_patches_change_with_the_step_and_not_with_the_mesh():
+    run = dataclasses.replace(TINY, model=dataclasses.replace(TINY.model, patch_dropout=0.5))
+    one, _ = losses(run, 1, count=5)
+    eight, _ = losses(dataclasses.replace(run, mesh=MeshConfig(2, 4)), 8, count=5)
+    whole, _ = losses(TINY, 1, count=5)
+    assert np.abs(eight / one - 1).max() <= 1e-5
+    assert np.abs(whole / one - 1).min() > 1e-5
+    mesh, state, step = setup(with_optim(run, lr=1e-30), 1)
+    batch, found = place_rows(batches(run, 1)[0], mesh), []
+    for _ in range(2):
+        state, metrics = step(state, batch)
+        found.append(float(metrics["loss"]))
+    assert found[0] != found[1]

@@ -1,0 +1,130 @@
+"""Gradients in micro-batches: those of the whole batch, in the memory of a micro-batch."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny import TINY
+
+from benchmarks.gradient_cache import compiled_step
+from clip_jax.config import LossConfig, MeshConfig
+from clip_jax.data.pipeline import synthetic_batches
+from clip_jax.errors import ConfigError
+from clip_jax.gradient_cache import check_micro_batch
+from clip_jax.models.clip import CLIP
+from clip_jax.models.variants import ResNetConfig
+from clip_jax.partition import make_mesh, place_rows
+from clip_jax.rules import leaf_paths
+from clip_jax.state import abstract_state, create_state
+from clip_jax.step import make_train_step
+
+VIT = dataclasses.replace(TINY, model=dataclasses.replace(TINY.model, dtype="float64", patch_dropout=0.5), batch=64)
+SMALL_RESNET = ResNetConfig(image_size=32, width=8, heads=4, layers=(1, 1, 1, 1))
+RESNET = dataclasses.replace(
+    VIT, model=dataclasses.replace(VIT.model, patch_dropout=0.0, bn_group=2, vision=SMALL_RESNET)
+)
+SIGMOID = dataclasses.replace(
+    VIT, model=dataclasses.replace(VIT.model, logit_bias=True), loss=LossConfig(kind="sigmoid", form="ring")
+)
+RUNS = {"vit, patch dropout": VIT, "resnet, bn_group 2": RESNET, "vit, sigmoid": SIGMOID}
+NEGLIGIBLE = ("attention/qkv/bias", "attention_pool/key/bias")  # a key's bias has no gradient but for rounding
+
+
+def batch_of(run):
+    text = run.model.text
+    stream = synthetic_batches(
+        batch=run.batch,
+        image_size=run.model.vision.image_size,
+        context=text.context,
+        vocab_size=text.vocab_size,
+        seed=run.seed,
+    )
+    batch = {name: rows.copy() for name, rows in next(stream).items() if name in ("image", "tokens", "weight")}
+    batch["weight"][[3, 17, 40]] = 0
+    return batch
+
+
+def gradients(run, devices):
+    """Returns metrics, gradients by their paths, and running statistics of one step in float64."""
+    mesh = make_mesh(run.mesh, devices=jax.devices()[:devices])
+    model, optimizer = CLIP(run.model), optax.sgd(1.0)
+    state = create_state(model, optimizer, mesh=mesh, seed=0)
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float64) if x.dtype == jnp.float32 else x, state)
+    rng = np.random.default_rng(0)
+    before = jax.tree.map(lambda x: np.asarray(x) + 0.1 * rng.standard_normal(x.shape), wide.params)
+    wide = wide.replace(params=jax.device_put(before, shardings.params))
+    step = make_train_step(model, optimizer, run, mesh=mesh, state=abstract_state(model, optimizer, mesh=mesh))
+    after, metrics = step(jax.device_put(wide, shardings), place_rows(batch_of(run), mesh))
+    moved = jax.tree.map(lambda a, b: a - np.asarray(b), before, after.params)
+    return (
+        {name: float(value) for name, value in metrics.items()},
+        dict(zip(leaf_paths(moved), jax.tree.leaves(moved), strict=True)),
+        jax.device_get(after.batch_stats),
+    )
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.mark.parametrize(("devices", "mesh"), [(1, MeshConfig()), (8, MeshConfig(2, 2, dcn_data=2))], ids=["1", "8"])
+@pytest.mark.parametrize("name", RUNS)
+def test_gradients_are_those_of_the_whole_batch(x64, name, devices, mesh):
+    """In float64, over 4 micro-batches, on one device and on eight; random patches are the same ones."""
+    run = RUNS[name]
+    metrics, expected, statistics = gradients(run, 1)
+    micro = dataclasses.replace(run, micro_batch=16, mesh=mesh)
+    found_metrics, found, found_statistics = gradients(micro, devices)
+    errors = {
+        path: float(np.abs(found[path] - leaf).max() / np.abs(leaf).max())
+        for path, leaf in expected.items()
+        if not path.endswith(NEGLIGIBLE)
+    }
+    print(f"{name}, {devices} device(s): largest relative difference of a gradient {max(errors.values()):.1e}")
+    assert max(errors.values()) <= 1e-10, max(errors, key=errors.__getitem__)
+    assert all(np.abs(leaf).max() > 0 for leaf in expected.values())
+    for key, value in metrics.items():
+        assert found_metrics[key] == pytest.approx(value, rel=1e-12), key
+    for a, b in zip(jax.tree.leaves(found_statistics), jax.tree.leaves(statistics), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12)
+
+
+def compiled(batch, *, micro_batch=0, devices=1):
+    run = dataclasses.replace(TINY, batch=batch, micro_batch=micro_batch, samples=10 * batch)
+    return compiled_step(run, devices=devices)
+
+
+def test_samples_keep_their_device():
+    """Cutting into micro-batches moves nothing between the devices."""
+    text = compiled(512, micro_batch=64, devices=8).as_text()
+    assert " while(" in text
+    assert " all-to-all(" not in text
+    assert " collective-permute(" not in text
+
+
+def test_the_memory_is_a_micro_batchs():
+    """32,768 pairs through a tiny tower on one device, by XLA's account: 1.1 x the micro-batch's, and 0.5 GB."""
+    steps = compiled(32_768, micro_batch=256), compiled(256), compiled(32_768)
+    sizes = [
+        step.memory_analysis().temp_size_in_bytes + step.memory_analysis().argument_size_in_bytes for step in steps
+    ]
+    print("MiB of 32,768 in micro-batches, of a micro-batch, of 32,768 at once:", [f"{s / 2**20:,.1f}" for s in sizes])
+    assert sizes[0] <= 1.1 * sizes[1] + 0.5e9
+    assert sizes[2] > 2 * sizes[0]
+
+
+def test_micro_batches_that_do_not_fit_say_what_would():
+    mesh = make_mesh(MeshConfig())
+    check_micro_batch(dataclasses.replace(TINY, batch=64, micro_batch=16), mesh)
+    with pytest.raises(ConfigError, match=r"config.micro_batch is 4, not divisible by the mesh's 8 devices; use 8"):
+        check_micro_batch(dataclasses.replace(TINY, batch=64, micro_batch=4), mesh)
+    torn = dataclasses.replace(RESNET, micro_batch=8)
+    with pytest.raises(ConfigError, match=r"bn_group is 2, and a device has 1 samples .* must divide them"):
+        check_micro_batch(torn, mesh)
+    check_micro_batch(torn, make_mesh(MeshConfig(), devices=jax.devices()[:1]))
