@@ -18,8 +18,9 @@ from clip_jax.config import DataConfig, OptimConfig, RunConfig
 from clip_jax.models.clip import CLIP
 from clip_jax.models.variants import ModelConfig, TextConfig, ViTConfig
 from clip_jax.optim import make_optimizer
-from clip_jax.partition import make_mesh, row_sharding
-from clip_jax.state import abstract_state, create_state
+from clip_jax.partition import make_mesh
+from clip_jax.plan import lower_step
+from clip_jax.state import create_state
 from clip_jax.step import make_train_step
 
 RUN = RunConfig(
@@ -56,17 +57,7 @@ def main() -> None:
 
 def compiled_step(run: RunConfig, *, devices: int) -> jax.stages.Compiled:
     """Returns the compiled train step of a run on some of the devices; no array is made."""
-    mesh = make_mesh(run.mesh, devices=jax.devices()[:devices])
-    model, optimizer = CLIP(run.model), make_optimizer(run.optim, steps=run.steps)
-    state = abstract_state(model, optimizer, mesh=mesh)
-    rows, size, text = row_sharding(mesh), run.model.vision.image_size, run.model.text
-    batch = {
-        "image": jax.ShapeDtypeStruct((run.batch, size, size, 3), jnp.uint8, sharding=rows),
-        "tokens": jax.ShapeDtypeStruct((run.batch, text.context), jnp.int32, sharding=rows),
-        "weight": jax.ShapeDtypeStruct((run.batch,), jnp.float32, sharding=rows),
-    }
-    step: Any = make_train_step(model, optimizer, run, mesh=mesh, state=state)
-    return step.lower(state, batch).compile()
+    return lower_step(run, jax.devices()[:devices])[1].compile()
 
 
 def _at_once(run: RunConfig) -> RunConfig:

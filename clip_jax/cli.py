@@ -2,17 +2,22 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from clip_jax.command_line import one_line_errors
+from clip_jax.command_line import one_line_errors, take_overrides
 from clip_jax.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs one subcommand; a user's mistake is one line on stderr and exit code 2."""
-    arguments = _parser().parse_args(argv)
+    """Runs one subcommand; a user's mistake is one line on stderr and exit code 2; a plan that does not fit is 3."""
     with one_line_errors():
+        rest, overrides = take_overrides(sys.argv[1:] if argv is None else argv)
+        arguments = _parser().parse_args(rest)
+        if overrides and arguments.run is not _plan:
+            raise UserError(f"--config.{overrides[0][0]} has no meaning here; only plan takes a config")
+        arguments.overrides = overrides
         arguments.run(arguments)
 
 
@@ -42,6 +47,15 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--prompts", default="photo", help="stablehlo: template set for the classes")
     export.add_argument("--image-size", type=int, help="resize positions for images of this side in pixels")
     export.set_defaults(run=_export)
+
+    plan = commands.add_parser("plan", help="say what a run needs: does it fit, how long does it take")
+    plan.add_argument("--config", required=True, help="config file, such as configs/vit_b32.py[:key=value,...]")
+    plan.add_argument("--topology", required=True, help="such as v5p:4x8x8, v5e:16x16, h100:64 or cpu:8")
+    plan.add_argument("--slices", type=int, default=1, help="slices of that topology, or nodes; sets mesh.dcn_data")
+    plan.add_argument("--mfu", type=float, default=0.4, help="share of the peak that is reached (default: 0.4)")
+    plan.add_argument("--memory", type=float, help="GiB of a chip, instead of what such chips have")
+    plan.add_argument("--images-per-core", type=float, default=150, help="that a core of a host decodes in a second")
+    plan.set_defaults(run=_plan)
 
     config_diff = commands.add_parser("config-diff", help="show what differs between two runs' configs")
     config_diff.add_argument("old", type=Path, help="a workdir or its config.json")
@@ -88,6 +102,28 @@ def _export(arguments: argparse.Namespace) -> None:
     for reader, difference in compared:
         print(f"read by {reader}: unit features differ by {difference:.1e}")
     print(arguments.folder)
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from clip_jax.chips import parse_topology
+    from clip_jax.command_line import load_config, simulate_devices
+
+    topology = parse_topology(arguments.topology, slices=arguments.slices)
+    overrides = arguments.overrides
+    if topology.slices > 1:
+        overrides = [("mesh.dcn_data", str(topology.slices)), *overrides]
+    config = load_config(arguments.config, overrides, without_data=True)
+    for name in ("mfu", "images_per_core"):
+        if getattr(arguments, name) <= 0:
+            raise UserError(f"--{name.replace('_', '-')}={getattr(arguments, name)}: it must be positive")
+    simulate_devices(1 if topology.chip.platform == "tpu" else topology.chips)
+    from clip_jax.plan import make_plan, report
+
+    plan = make_plan(config, topology)
+    memory = topology.chip.memory if arguments.memory is None else int(arguments.memory * 2**30)
+    print(report(plan, mfu=arguments.mfu, memory=memory, images_per_core=arguments.images_per_core))
+    if not plan.fits(memory):
+        sys.exit(3)
 
 
 def _config_diff(arguments: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ Overrides are taken out of argv before absl and config_flags see them, so that t
 own types.
 """
 
+import os
 import re
 import sys
 import traceback
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from absl import app, flags
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_flags
 
 from clip_jax.config import RunConfig, from_config_dict, override
 from clip_jax.errors import ConfigError, UserError
@@ -91,6 +92,47 @@ def build_config(values: Any, overrides: Overrides, *, file: str | None) -> RunC
         for key, text in overrides:
             override(values, key, text)
     return from_config_dict(values)
+
+
+def load_config(argument: str, overrides: Overrides, *, without_data: bool = False) -> RunConfig:
+    """Returns the config that `--config=argument` and overrides name, for commands that do not parse flags.
+
+    Args:
+      argument: a config file, and after a colon what it is given.
+      overrides: as `take_overrides` gives them.
+      without_data: where the config names no dataset, take random pairs.
+
+    Raises:
+      UserError: no such file, or one that fails; see `build_config`.
+    """
+    sys.path.insert(0, str(Path.cwd()))  # config files import each other by their folder's name
+    known = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=known)
+    try:
+        known(["clip-jax", f"--config={argument}"])
+    except UserError:
+        raise
+    except Exception as error:
+        raise ConfigError(_describe_failure(error)) from error
+    values, file = known.config, config_flags.get_config_filename(known["config"])
+    if without_data and isinstance(values, ConfigDict) and not values.data.dataset:
+        overrides = [("data.source", "synthetic"), *overrides]
+    return build_config(values, overrides, file=file)
+
+
+def simulate_devices(count: int) -> None:
+    """Lets JAX, not yet imported, see so many CPU devices and nothing else."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    given = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{given} --xla_force_host_platform_device_count={count}".strip()
+    # libtpu would otherwise look for a TPU's metadata server, complain that there is none, and lock others out.
+    for name, value in (
+        ("TPU_SKIP_MDS_QUERY", "1"),
+        ("TPU_WORKER_HOSTNAMES", "localhost"),
+        ("TPU_ACCELERATOR_TYPE", "v5litepod-4"),
+        ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
+    ):
+        os.environ.setdefault(name, value)
 
 
 def _not_a_config(values: Any) -> str:

@@ -1,0 +1,93 @@
+"""Accelerators that a run can be planned for.
+
+Memory, peak and chips of a host are the makers' figures: cloud.google.com/tpu/docs (each version's system architecture)
+and NVIDIA's data sheets (SXM, dense bfloat16).
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from clip_jax.errors import UserError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What one chip has.
+
+    Attributes:
+      platform: `tpu` can be compiled for without one; `gpu` is planned by the CPU's account of the same program.
+      memory: bytes that programs can use; 0 means unknown.
+      peak: bfloat16 operations a second; 0 means unknown.
+      per_host: chips of a host.
+    """
+
+    platform: Literal["tpu", "gpu", "cpu"]
+    memory: int
+    peak: float
+    per_host: int
+
+
+GIB = 2**30
+CHIPS = {
+    "v4": Chip("tpu", 32 * GIB, 275e12, 4),
+    "v5e": Chip("tpu", 16 * GIB, 197e12, 8),
+    "v5p": Chip("tpu", 95 * GIB, 459e12, 4),
+    "v6e": Chip("tpu", 32 * GIB, 918e12, 8),
+    "a100": Chip("gpu", 80 * 10**9, 312e12, 8),
+    "h100": Chip("gpu", 80 * 10**9, 989e12, 8),
+    "h200": Chip("gpu", 141 * 10**9, 989e12, 8),
+    "cpu": Chip("cpu", 0, 0.0, 1),
+}
+_EXAMPLES = "v5p:4x8x8, v5e:16x16, v6e:16x16, v4:4x4x4, h100:64, cpu:8"
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Slices of equal shape.
+
+    Attributes:
+      kind: a key of CHIPS.
+      shape: chips along each axis of a slice, or the number of devices.
+      slices: how many.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    slices: int = 1
+
+    @property
+    def chip(self) -> Chip:
+        """One of its chips."""
+        return CHIPS[self.kind]
+
+    @property
+    def name(self) -> str:
+        """As it is written on the command line: `v5p:4x8x8`."""
+        return f"{self.kind}:{'x'.join(map(str, self.shape))}"
+
+    @property
+    def chips(self) -> int:
+        """All chips of all slices."""
+        total = self.slices
+        for side in self.shape:
+            total *= side
+        return total
+
+
+def parse_topology(text: str, *, slices: int = 1) -> Topology:
+    """Returns the topology that a text such as `v5p:4x8x8` or `h100:64` names.
+
+    Raises:
+      UserError: no such chip, or a shape that such chips do not come in.
+    """
+    kind, colon, shape = text.partition(":")
+    if kind not in CHIPS:
+        raise UserError(f"--topology={text}: unknown chip {kind!r}{did_you_mean(kind, CHIPS)} (such as {_EXAMPLES})")
+    sides = tuple(int(side) for side in shape.split("x") if side.isdecimal())
+    dimensions = {"tpu": 3 if kind in ("v4", "v5p") else 2}.get(CHIPS[kind].platform, 1)
+    if not colon or shape != "x".join(map(str, sides)) or len(sides) != dimensions or min(sides) < 1:
+        example = {1: "8", 2: "16x16", 3: "4x4x4"}[dimensions]
+        raise UserError(f"--topology={text}: {kind} comes in {dimensions} dimension(s), such as {kind}:{example}")
+    if slices < 1:
+        raise UserError(f"--slices={slices}: it must be at least 1")
+    return Topology(kind, sides, slices)

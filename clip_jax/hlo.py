@@ -1,0 +1,128 @@
+"""The collectives of a compiled program: what kinds, how often, how many bytes, and between which devices."""
+
+import math
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\) -> .* \{")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.-]+ = (\(.*?\)|\S+) ([\w-]+)\(")
+_ARRAY = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
+_CALLED = re.compile(r"\b(?:body|to_apply|calls|branch_computations|called_computations)=\{?%?([\w.,% -]+)")
+_BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')  # a TPU's part of one, host to host
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+
+
+class Collective(NamedTuple):
+    """One kind of collective of one step.
+
+    Attributes:
+      kind: one of KINDS.
+      across: it joins devices of different slices.
+      count: how often a device takes part in a step; in a loop of unknown length, once.
+      bytes: of its results on one device, all together.
+    """
+
+    kind: str
+    across: bool
+    count: int
+    bytes: int
+
+
+def collectives(text: str, *, devices: int, slices: int = 1) -> list[Collective]:
+    """Returns the collectives of a program, summed by kind and fabric.
+
+    Args:
+      text: optimized HLO, as `Compiled.as_text` gives it.
+      devices: that the program was compiled for.
+      slices: into which these are divided, the first ones first.
+    """
+    bodies = _computations(text)
+    found: dict[tuple[str, bool], list[int]] = {}
+    for line, times in _executed(bodies, _entry(text), 1):
+        match = _INSTRUCTION.match(line)
+        if match is None:
+            continue
+        shape, operation = match.groups()
+        kind, across = operation.removesuffix("-start"), False
+        if between := _BETWEEN_SLICES.search(line) if operation == "send" else None:
+            kind, across = between[1].lower().replace("_", "-"), True
+        elif kind not in KINDS:
+            continue
+        elif slices > 1:
+            across = _crosses(line, devices, slices)
+        sums = found.setdefault((kind, across), [0, 0])
+        sums[0] += times
+        sums[1] += times * _bytes(shape, operation)
+    return [Collective(kind, across, *sums) for (kind, across), sums in sorted(found.items())]
+
+
+def _computations(text: str) -> dict[str, list[str]]:
+    bodies: dict[str, list[str]] = {}
+    current: list[str] = []
+    for line in text.splitlines():
+        if match := _COMPUTATION.match(line):
+            current = bodies.setdefault(match[1], [])
+        elif line.startswith(" "):
+            current.append(line)
+    return bodies
+
+
+def _entry(text: str) -> str:
+    match = re.search(r"^ENTRY %?([\w.-]+)", text, re.MULTILINE)
+    return match[1] if match else ""
+
+
+def _executed(bodies: dict[str, list[str]], name: str, times: int) -> Iterator[tuple[str, int]]:
+    """Yields (line, how often it runs), through loops, calls and asynchronous wrappers."""
+    for line in bodies.get(name, ()):
+        yield line, times
+        trips = _TRIPS.search(line)
+        inner = times * int(trips[1]) if trips else times
+        for called in _CALLED.findall(line):
+            for each in called.replace("%", "").split(","):
+                yield from _executed(bodies, each.strip(), inner)
+
+
+def _bytes(shape: str, operation: str) -> int:
+    """Returns the bytes of a result; a tuple that holds operands too has these first, and counters last."""
+    holds_operands = operation in ("all-gather-start", "collective-permute-start")
+    arrays = [(dtype, [int(n) for n in dims.split(",") if n]) for dtype, dims in _ARRAY.findall(shape)]
+    sizes = [
+        _itemsize(dtype) * math.prod(dims)
+        for dtype, dims in arrays
+        if dims or operation != "send" and not holds_operands
+    ]
+    return sum(sizes[len(sizes) // 2 :] if holds_operands else sizes)
+
+
+def _itemsize(dtype: str) -> int:
+    bits = re.search(r"\d+", dtype)
+    return 1 if dtype == "pred" or bits is None else max(1, int(bits[0]) // 8)
+
+
+def _crosses(line: str, devices: int, slices: int) -> bool:
+    """Whether some group of devices lies in more than one slice."""
+    groups = _groups(line, devices)
+    return any(len({int(device) * slices // devices for device in group}) > 1 for group in groups)
+
+
+def _groups(line: str, devices: int) -> list[np.ndarray]:
+    """Returns the groups that exchange data; all devices together where HLO does not say."""
+    if match := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]+\})\}", line):
+        return [np.array(group.split(","), int) for group in re.findall(r"\{([\d,]+)\}", match[1])]
+    if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
+        shape, dims = ([int(n) for n in match[i].split(",")] for i in (1, 2))
+        order = [int(n) for n in match[3].split(",")] if match[3] else list(range(len(dims)))
+        return list(np.arange(devices).reshape(dims).transpose(order).reshape(shape))
+    if match := re.search(r"replica_groups=mesh\[([^\]]+)\] \{([^}]*)\}", line):
+        axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match[1])}
+        inside = [list(axes).index(name) for name in re.findall(r"'(\w+)'", match[2])]
+        outside = [i for i in range(len(axes)) if i not in inside]
+        grid = np.arange(devices).reshape(list(axes.values())).transpose(outside + inside)
+        return list(grid.reshape(-1, math.prod(list(axes.values())[i] for i in inside)))
+    return [np.arange(devices)]

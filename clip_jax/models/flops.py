@@ -1,0 +1,60 @@
+"""Floating-point operations of the towers, counted from their sizes.
+
+Two for every multiply-add of a matrix product or a convolution, nothing for the rest. What the compiler reports counts
+recomputed work too, so utilisation is measured against these.
+"""
+
+from clip_jax.models.variants import ModelConfig, ResNetConfig, TextConfig, ViTConfig
+
+EXPANSION = 4
+
+
+def image_flops(config: ModelConfig, *, train: bool = False) -> int:
+    """Returns operations of the image tower's forward pass on one image.
+
+    Args:
+      config: the model.
+      train: without the patches that `patch_dropout` leaves out.
+    """
+    vision = config.vision
+    if isinstance(vision, ResNetConfig):
+        return _resnet(vision, config.embed_dim)
+    patches = vision.tokens - 1
+    kept = max(1, int(patches * (1 - config.patch_dropout))) if train else patches
+    embedding = 2 * patches * 3 * vision.patch**2 * vision.width
+    return embedding + _transformer(vision, kept + 1) + 2 * vision.width * config.embed_dim
+
+
+def text_flops(config: ModelConfig) -> int:
+    """Returns operations of the text tower's forward pass on one row of tokens."""
+    return _transformer(config.text, config.text.context) + 2 * config.text.width * config.embed_dim
+
+
+def loss_flops(embed_dim: int, batch: int, *, tiled: bool) -> int:
+    """Returns operations of the loss and its gradients, a pair: each logit once and twice again, or twice and so on."""
+    return (8 if tiled else 6) * batch * embed_dim
+
+
+def _transformer(config: ViTConfig | TextConfig, tokens: int) -> int:
+    """Per token and block: 12 width² in the dense layers, and width · tokens in each of attention's two products."""
+    width = config.width
+    return config.layers * tokens * 2 * (12 * width**2 + 2 * tokens * width)
+
+
+def _resnet(config: ResNetConfig, embed_dim: int) -> int:
+    side, width = config.image_size // 2, config.width
+    half = width // 2
+    total = 2 * side**2 * 9 * (3 * half + half * half + half * width)
+    side, inputs = side // 2, width
+    for stage, blocks in enumerate(config.layers):
+        inner = width * 2**stage
+        for block in range(blocks):
+            outer = EXPANSION * inner
+            after = side // 2 if stage and not block else side
+            total += 2 * side**2 * (inputs * inner + 9 * inner * inner) + 2 * after**2 * inner * outer
+            if not block:
+                total += 2 * after**2 * inputs * outer
+            side, inputs = after, outer
+    tokens = side**2 + 1
+    pool = inputs**2 * (1 + 2 * tokens) + 2 * tokens * inputs + inputs * embed_dim  # one query
+    return total + 2 * pool

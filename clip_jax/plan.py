@@ -1,0 +1,233 @@
+"""What a run will need, before it is paid for: the real training step compiled ahead of time for chips that need not be
+there, its memory on one of them, its collectives, and what follows by arithmetic.
+
+For TPUs the compiler comes with the `libtpu` package and needs no TPU. For GPUs the program is compiled for as many
+simulated CPU devices: what lies in memory between steps is exact, the temporaries are the CPU's account. No array is
+made.
+"""
+
+import importlib.util
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from clip_jax.chips import Topology
+from clip_jax.config import RunConfig
+from clip_jax.console import plain_table
+from clip_jax.errors import UserError, one_line
+from clip_jax.gradient_cache import check_micro_batch
+from clip_jax.hlo import Collective, collectives
+from clip_jax.models.clip import CLIP
+from clip_jax.models.flops import image_flops, loss_flops, text_flops
+from clip_jax.models.variants import ResNetConfig, variant_name
+from clip_jax.optim import make_optimizer
+from clip_jax.partition import check_batch, make_mesh, row_sharding
+from clip_jax.state import TrainState, abstract_state, count_parameters
+from clip_jax.step import make_train_step
+
+DAY = 86_400
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Figures of one run on one topology; memory is in bytes of one chip.
+
+    Attributes:
+      config: the run's.
+      topology: where.
+      parameters: of the model.
+      sample_flops: of the towers' forward pass on one image and on one text.
+      step_flops: of a step on all chips, by arithmetic: three forward passes' worth, and the loss, but nothing that is
+        recomputed.
+      memory: bytes by kind; `total` is what must fit. Only `total` where the compiler gave up for want of memory.
+      collectives: of one step.
+    """
+
+    config: RunConfig
+    topology: Topology
+    parameters: int
+    sample_flops: tuple[int, int]
+    step_flops: float
+    memory: dict[str, int]
+    collectives: tuple[Collective, ...]
+
+    def fits(self, memory: int) -> bool:
+        """Whether a chip of so many bytes can run it; 0 means any."""
+        return not memory or self.memory["total"] <= memory
+
+    def step_seconds(self, mfu: float) -> float:
+        """Time of a step at that share of the chips' peak; 0 where the peak is not known."""
+        peak = self.topology.chip.peak * self.topology.chips
+        return self.step_flops / (peak * mfu) if peak else 0.0
+
+
+def make_plan(config: RunConfig, topology: Topology) -> Plan:
+    """Compiles a run's training step for a topology.
+
+    Raises:
+      UserError: the compiler is not installed, or the topology does not exist.
+      ConfigError: mesh or batch do not fit the devices.
+    """
+    model = config.model
+    flops = image_flops(model, train=True), text_flops(model)
+    tiled = config.loss.form != "reference"
+    state, lowered = lower_step(config, _devices(topology))
+    compiled = _compile(lowered)
+    if isinstance(compiled, int):
+        memory, found = {"total": compiled}, []
+    else:
+        memory = _memory(compiled, state)
+        found = collectives(str(compiled.as_text()), devices=topology.chips, slices=topology.slices)
+    return Plan(
+        config=config,
+        topology=topology,
+        parameters=count_parameters(state.params),
+        sample_flops=flops,
+        step_flops=float(config.batch * (3 * sum(flops) + loss_flops(model.embed_dim, config.batch, tiled=tiled))),
+        memory=memory,
+        collectives=tuple(found),
+    )
+
+
+def lower_step(config: RunConfig, devices: Sequence[Any]) -> tuple[TrainState, jax.stages.Lowered]:
+    """Returns the shapes of a run's state, and its training step, ready to be compiled for those devices.
+
+    Raises:
+      ConfigError: mesh or batch do not fit the devices.
+    """
+    mesh = make_mesh(config.mesh, devices=devices)
+    check_batch("batch", config.batch, mesh)
+    check_micro_batch(config, mesh)
+    model, optimizer = CLIP(config.model), make_optimizer(config.optim, steps=config.steps)
+    state = abstract_state(model, optimizer, mesh=mesh, zero1=config.mesh.zero1, ema=config.optim.ema_decay > 0)
+    rows, size, context = row_sharding(mesh), config.model.vision.image_size, config.model.text.context
+    batch = {
+        "image": jax.ShapeDtypeStruct((config.batch, size, size, 3), jnp.uint8, sharding=rows),
+        "tokens": jax.ShapeDtypeStruct((config.batch, context), jnp.int32, sharding=rows),
+        "weight": jax.ShapeDtypeStruct((config.batch,), jnp.float32, sharding=rows),
+    }
+    step: Any = make_train_step(model, optimizer, config, mesh=mesh, state=state)
+    return state, step.lower(state, batch)
+
+
+def report(plan: Plan, *, mfu: float, memory: int, images_per_core: float) -> str:
+    """Returns a plan as text.
+
+    Args:
+      plan: what to say.
+      mfu: share of the chips' peak at which the towers run.
+      memory: bytes of a chip; 0 means unknown.
+      images_per_core: images a second that one core of a host decodes and augments.
+    """
+    config, topology = plan.config, plan.topology
+    title = f"{variant_name(config.model)}, batch {config.batch:,} on {topology.chips} chip(s), {topology.name}"
+    if topology.slices > 1:
+        title += f", {topology.slices} slices"
+    rows = [
+        ("parameters", f"{plan.parameters:,}"),
+        ("forward pass, an image and a text", " + ".join(f"{flops / 1e9:.2f} GFLOP" for flops in plan.sample_flops)),
+        ("training step", f"{plan.step_flops / 1e15:,.2f} PFLOP"),
+        *((f"memory of a chip: {kind}", f"{size / 2**30:,.2f} GiB") for kind, size in plan.memory.items()),
+    ]
+    if memory:
+        verdict = "fits" if plan.fits(memory) else f"does not fit; {lever(plan)}"
+        rows.append(("memory of a chip: there is", f"{memory / 2**30:,.2f} GiB: {verdict}"))
+    for each in plan.collectives:
+        fabric = "between slices" if each.across else "within a slice" if topology.slices > 1 else "a step"
+        rows.append((f"{each.kind}, {fabric}", f"{each.count:,} x, {each.bytes / 2**20:,.1f} MiB a chip"))
+    rows += _time_rows(plan, mfu=mfu, images_per_core=images_per_core)
+    return plain_table(title, ("what", "how much"), rows)
+
+
+def lever(plan: Plan) -> str:
+    """Returns the first thing to change where a run does not fit, as config keys."""
+    config, memory = plan.config, plan.memory
+    policies = ("none", "dots", "block", "full")
+    at = policies.index(config.model.remat)
+    lasting = sum(size for kind, size in memory.items() if kind in ("parameters", "optimizer state", "average"))
+    if lasting > memory["total"] / 2 and config.mesh.fsdp < plan.topology.chips:
+        return f"try mesh.fsdp={min(8, plan.topology.chips)} (more chips share parameters and optimizer state)"
+    if at < 2:
+        return f"try model.remat={policies[at + 1]} (keep less for the backward pass)"
+    chips, batch = plan.topology.chips, config.micro_batch or config.batch
+    resnet = isinstance(config.model.vision, ResNetConfig)
+    group = f" with model.bn_group={batch // 2 // chips}" if resnet and not config.model.bn_group else ""
+    if batch // 2 % chips == 0 and batch // 2 >= chips:
+        return f"try micro_batch={batch // 2}{group} (exact gradients in parts of the batch)"
+    return "try model.remat=full, or more chips"
+
+
+def _time_rows(plan: Plan, *, mfu: float, images_per_core: float) -> list[tuple[str, str]]:
+    seconds, chips = plan.step_seconds(mfu), plan.topology.chips
+    if not seconds:
+        return []
+    rate, hosts = plan.config.batch / seconds, -(-chips // plan.topology.chip.per_host)
+    days = seconds * plan.config.steps / DAY
+    each, cores = rate / hosts, rate / hosts / images_per_core
+    return [
+        (f"step at {mfu:.0%} of the peak", f"{seconds:,.3f} s, {rate:,.0f} pairs/s"),
+        (
+            f"each of {hosts} host(s)",
+            f"{each:,.0f} images/s, {cores:,.1f} cores at {images_per_core:,.0f}",
+        ),
+        (f"{plan.config.steps:,} steps", f"{days:,.1f} days, {days * 24 * chips:,.0f} chip-hours"),
+    ]
+
+
+def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled | int:
+    """Returns the step, or the bytes that it wants where these are more than the compiler can place."""
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        wanted = re.search(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm", str(error))
+        if wanted is None:
+            raise UserError(f"the compiler failed: {one_line(error)[:300]}") from error
+        return int(float(wanted[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[wanted[2]])
+
+
+def _memory(compiled: jax.stages.Compiled, state: TrainState) -> dict[str, int]:
+    """Returns bytes of one device by kind; `total` is the compiler's, donated arrays counted once."""
+    found: Any = compiled.memory_analysis()
+    parts = {"parameters": state.params, "optimizer state": state.opt_state, "average": state.ema}
+    kinds = {kind: _bytes(tree) for kind, tree in parts.items() if jax.tree.leaves(tree)}
+    kinds["batch and the rest"] = found.argument_size_in_bytes - sum(kinds.values())
+    kinds["temporaries"] = found.temp_size_in_bytes
+    kinds["program"] = found.generated_code_size_in_bytes
+    fresh = found.output_size_in_bytes - found.alias_size_in_bytes
+    return kinds | {"total": sum(kinds.values()) + fresh}
+
+
+def _bytes(tree: Any) -> int:
+    """Returns what one device holds of arrays that are laid out on a mesh."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        size = leaf.dtype.itemsize
+        for side in leaf.sharding.shard_shape(leaf.shape):
+            size *= side
+        total += size
+    return total
+
+
+def _devices(topology: Topology) -> Sequence[Any]:
+    if topology.chip.platform != "tpu":
+        devices = jax.devices("cpu")
+        if len(devices) < topology.chips:
+            raise UserError(
+                f"--topology={topology.name}: JAX has {len(devices)} simulated CPU device(s); set "
+                f"XLA_FLAGS=--xla_force_host_platform_device_count={topology.chips} before it starts"
+            )
+        return devices[: topology.chips]
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(f"--topology={topology.name} needs the TPU's compiler, which needs no TPU: pip install libtpu")
+    from jax.experimental import topologies
+
+    try:
+        return topologies.get_topology_desc(
+            platform="tpu", topology_name=topology.name, num_slices=topology.slices
+        ).devices
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(f"--topology={topology.name}: there is no such slice: {one_line(error)}") from None

@@ -1,0 +1,237 @@
+"""Plans: operations, collectives and bytes are those of the real step; what cannot be is one line."""
+
+import dataclasses
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+from tiny import TINY
+
+from clip_jax.chips import parse_topology
+from clip_jax.config import MeshConfig
+from clip_jax.data.pipeline import synthetic_batches
+from clip_jax.errors import UserError
+from clip_jax.hlo import Collective, collectives
+from clip_jax.models.clip import CLIP
+from clip_jax.models.flops import image_flops, loss_flops, text_flops
+from clip_jax.models.variants import model_config
+from clip_jax.optim import make_optimizer
+from clip_jax.partition import AXES, make_mesh, place_rows
+from clip_jax.plan import Plan, lever, make_plan, report
+from clip_jax.state import create_state
+from clip_jax.step import make_train_step
+
+ROOT = Path(__file__).parent.parent
+CPU = parse_topology("cpu:8")
+
+# GFLOP of a forward pass on an image and on a text.
+GFLOPS = {
+    "RN50": (11.59, 5.96),
+    "RN101": (19.01, 5.96),
+    "RN50x4": (41.16, 9.27),
+    "RN50x16": (145.74, 13.30),
+    "RN50x64": (520.25, 23.55),
+    "ViT-B/32": (8.82, 5.96),
+    "ViT-B/16": (35.13, 5.96),
+    "ViT-L/14": (162.03, 13.30),
+    "ViT-L/14@336": (381.92, 13.30),
+}
+
+
+@pytest.mark.parametrize("name", GFLOPS)
+def test_operations_of_the_nine_models(name):
+    config = model_config(name)
+    assert (round(image_flops(config) / 1e9, 2), round(text_flops(config) / 1e9, 2)) == GFLOPS[name]
+
+
+def test_dropped_patches_cost_nothing_in_training():
+    half = dataclasses.replace(model_config("ViT-B/16"), patch_dropout=0.5)
+    assert image_flops(half) == image_flops(model_config("ViT-B/16"))
+    assert 0.49 < image_flops(half, train=True) / image_flops(half) < 0.52
+    assert loss_flops(512, 1000, tiled=True) == 8 * 1000 * 512
+    assert loss_flops(512, 1000, tiled=False) == 6 * 1000 * 512
+
+
+def compiled_text(function, mesh, *shapes):
+    ins = (PartitionSpec(AXES),) * len(shapes)
+    mapped = jax.shard_map(function, mesh=mesh, in_specs=ins, out_specs=PartitionSpec(AXES), check_vma=False)
+    return jax.jit(mapped).lower(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)).compile().as_text()
+
+
+def test_collectives_are_counted_in_loops_and_told_apart_by_fabric():
+    """Eight devices in two slices: a ring of all, a sum within each slice, a gather across them."""
+    mesh = make_mesh(MeshConfig(2, 2, dcn_data=2))
+    ring = [(i, (i + 1) % 8) for i in range(8)]
+
+    def exchange(x):
+        x, _ = jax.lax.scan(lambda x, _: (jax.lax.ppermute(x, AXES, ring) * 2, None), x, length=5)
+        x = x + jax.lax.psum(x, ("data", "fsdp"))
+        return x + jax.lax.all_gather(x, "dcn_data").sum(axis=0)
+
+    text = compiled_text(exchange, mesh, (16, 128))
+    block = 2 * 128 * 4  # bytes on a device
+    assert collectives(text, devices=8, slices=2) == [
+        Collective("all-gather", across=True, count=1, bytes=2 * block),
+        Collective("all-reduce", across=False, count=1, bytes=block),
+        Collective("collective-permute", across=True, count=5, bytes=5 * block),
+    ]
+    assert not any(each.across for each in collectives(text, devices=8))
+
+
+HLO = """
+%add (a: f32[], b: f32[]) -> f32[] {
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %one = f32[8,4]{1,0:T(8,128)} all-reduce(%p), replica_groups=REPLICA, to_apply=%add
+  %two = (bf16[4]{0}, bf16[16]{0}, u32[]) all-gather-start(%p), replica_groups=REPLICA, dimensions={0}
+  %three = (f32[2,8]{1,0}, u32[], token[]) send(%p), frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("groups", "across"),
+    [
+        ("{{0,1,2,3},{4,5,6,7}}", False),
+        ("{{0,4},{1,5},{2,6},{3,7}}", True),
+        ("[2,4]<=[8]", False),
+        ("[4,2]<=[2,4]T(1,0)", True),
+        ("mesh['a'=2,'b'=4] {'b'}", False),
+        ("mesh['a'=2,'b'=4] {'a'}", True),
+        ("{}", True),
+    ],
+)
+def test_groups_in_every_spelling(groups, across):
+    found = collectives(HLO.replace("REPLICA", groups), devices=8, slices=2)
+    assert Collective("all-gather", across, 1, 32) in found
+    total = {each.across: each.bytes for each in found if each.kind == "all-reduce"}
+    assert total == ({True: 128 + 64} if across else {False: 128, True: 64})
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(fsdp=4), MeshConfig(zero1=True)], ids=str)
+def test_bytes_are_those_of_the_step_that_runs(mesh):
+    """What a plan says of eight CPU devices, against the step compiled from arrays as the trainer does it."""
+    run = dataclasses.replace(TINY, mesh=mesh, batch=256, samples=256 * 20)
+    plan = make_plan(run, CPU)
+    devices = make_mesh(mesh)
+    model, optimizer = CLIP(run.model), make_optimizer(run.optim, steps=run.steps)
+    state = create_state(model, optimizer, mesh=devices, seed=0, zero1=mesh.zero1)
+    text = run.model.text
+    stream = synthetic_batches(
+        batch=256, image_size=16, context=text.context, vocab_size=text.vocab_size, seed=run.seed
+    )
+    batch = {name: rows for name, rows in next(stream).items() if name != "index"}
+    step = make_train_step(model, optimizer, run, mesh=devices, state=state)
+    real = step.lower(state, place_rows(batch, devices)).compile().memory_analysis()
+    found = plan.memory["total"] - plan.memory["program"]
+    expected = real.argument_size_in_bytes + real.temp_size_in_bytes
+    expected += real.output_size_in_bytes - real.alias_size_in_bytes
+    print(f"{mesh}: plan {found:,} bytes, step {expected:,}")
+    assert abs(found / expected - 1) <= 0.05
+    first = [leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state.params)]
+    assert plan.memory["parameters"] == sum(first)
+
+
+def plan_of(**changes) -> Plan:
+    run = dataclasses.replace(TINY, samples=TINY.batch * 1000)
+    figures = {
+        "config": run,
+        "topology": parse_topology("v5p:2x2x1"),
+        "parameters": 1000,
+        "sample_flops": (10**9, 10**9),
+        "step_flops": 4 * 459e12 * 0.4 * 2,
+        "memory": {"parameters": 2**30, "temporaries": 9 * 2**30, "total": 10 * 2**30},
+        "collectives": (Collective("all-reduce", False, 3, 2**20),),
+    }
+    return Plan(**(figures | changes))
+
+
+def test_the_arithmetic_of_a_report():
+    """A step of 2 s, of 32 pairs, a thousand times, on one host of four chips."""
+    text = " ".join(report(plan_of(), mfu=0.4, memory=16 * 2**30, images_per_core=4.0).split())
+    for line in (
+        "16.00 GiB: fits",
+        "all-reduce, a step 3 x, 1.0 MiB a chip",
+        "step at 40% of the peak 2.000 s, 16 pairs/s",
+        "each of 1 host(s) 16 images/s, 4.0 cores at 4",
+        "1,000 steps 0.0 days, 2 chip-hours",
+    ):
+        assert line in text
+    assert "does not fit; try model.remat=dots" in report(plan_of(), mfu=0.4, memory=2**30, images_per_core=4.0)
+
+
+def test_the_first_lever_is_what_holds_most():
+    state = {"parameters": 3 * 2**30, "optimizer state": 6 * 2**30, "total": 10 * 2**30}
+    assert lever(plan_of(memory=state)).startswith("try mesh.fsdp=4 ")
+    run = plan_of().config
+    blocks = dataclasses.replace(run, model=dataclasses.replace(run.model, remat="block"))
+    assert lever(plan_of(config=blocks)).startswith("try micro_batch=16 ")
+    smallest = dataclasses.replace(blocks, micro_batch=4)
+    assert lever(plan_of(config=smallest)) == "try model.remat=full, or more chips"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("v5q:2x2", r"unknown chip 'v5q'; did you mean 'v5p'\? \(such as v5p:4x8x8"),
+        ("v5p:4x4", "v5p comes in 3 dimension"),
+        ("v5e", "v5e comes in 2 dimension"),
+        ("h100:8x8", "such as h100:8"),
+        ("cpu:0", "such as cpu:8"),
+    ],
+)
+def test_topologies_that_do_not_exist(text, message):
+    with pytest.raises(UserError, match=message):
+        parse_topology(text)
+
+
+def plan_command(*arguments):
+    command = [sys.executable, "-m", "clip_jax.cli", "plan", "--config=configs/demo.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_command():
+    """Exit 0 where it fits, 3 where not, 2 and one line where it cannot be."""
+    fits = plan_command("--topology=cpu:2", "--config.batch=16", "--config.samples=16000", "--memory=1")
+    assert fits.returncode == 0, fits.stderr
+    assert "batch 16 on 2 chip(s), cpu:2" in fits.stdout
+    assert "1.00 GiB: fits" in fits.stdout
+    tight = plan_command("--topology=cpu:2", "--memory=0.001")
+    assert tight.returncode == 3, tight.stderr
+    assert "does not fit; try " in tight.stdout
+    wrong = plan_command("--topology=cpu:2", "--config.batch=7", "--config.samples=7000")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert wrong.stderr == "error: config.batch is 7, not divisible by the mesh's 2 devices; use 6 or 8\n"
+
+
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+
+
+@needs_libtpu
+def test_a_plan_for_tpu_slices_that_are_not_there():
+    found = plan_command("--topology=v5e:2x2", "--slices=2")
+    assert found.returncode == 0, found.stderr
+    assert "16.00 GiB: fits" in found.stdout
+    assert "all-reduce, between slices" in found.stdout
+    assert "reduce-scatter, within a slice" in found.stdout
+    missing = plan_command("--topology=v5p:3x3x3")
+    assert missing.returncode == 2
+    assert "error: --topology=v5p:3x3x3: there is no such slice: " in missing.stderr
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_the_nine_models_fit_a_v5p_of_256_chips():
+    command = [sys.executable, "-m", "benchmarks.plans"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    print(found)
+    assert found.count("| yes |") == len(GFLOPS)
+    assert np.all([name in found for name in GFLOPS])
