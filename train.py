@@ -27,9 +27,12 @@ def main(argv: Sequence[str], *, overrides: Overrides) -> None:
         raise UserError("--workdir is missing; name a folder for this run, such as --workdir=runs/first")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax speaks at every save
-    from clip_jax.trainer import train  # after all that can be refused without waiting for JAX
+    from clip_jax.distributed import processes  # after all that can be refused without waiting for JAX
 
-    train(config, Path(_WORKDIR.value))
+    with processes(config.distributed):
+        from clip_jax.trainer import train
+
+        train(config, Path(_WORKDIR.value))
 
 
 if __name__ == "__main__":

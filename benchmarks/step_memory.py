@@ -1,15 +1,14 @@
 """What each memory lever does to the training step on one device: `python -m benchmarks.step_memory`.
 
-XLA's account of the compiled step on a CPU; no array is made. State is parameters and optimizer state.
+The account of XLA's compiler for TPUs, which needs none (libtpu), for one chip of four; no array is made. State is
+parameters and optimizer state. (XLA's CPU compiler merges what is recomputed with what it recomputes.)
 """
 
 import argparse
 from typing import Any
 
-import jax
-
-from clip_jax.command_line import load_config
-from clip_jax.plan import lower_step
+from clip_jax.chips import parse_topology
+from clip_jax.command_line import load_config, simulate_devices
 
 LEVERS = {
     "float32": {"model.dtype": "float32"},
@@ -20,7 +19,7 @@ LEVERS = {
     "scan": {"model.scan_layers": "true"},
     "scan, remat block": {"model.scan_layers": "true", "model.remat": "block"},
     "first moment bfloat16": {"optim.mu_dtype": "bfloat16"},
-    "micro-batches of a quarter": {"micro_batch": "64", "model.bn_group": "16"},
+    "micro-batches of a quarter": {"micro_batch": "256", "model.bn_group": "16"},
 }
 
 
@@ -28,11 +27,19 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--config", default="configs/vit_b32.py")
     parser.add_argument("--levers", nargs="*", default=list(LEVERS), choices=list(LEVERS))
+    parser.add_argument("--topology", default="v5p:2x2x1")
+    parser.add_argument("--batch", default="1024")
     arguments = parser.parse_args()
-    print(f"{arguments.config}, 256 pairs on one device; MiB")
+    simulate_devices(1)
+    import jax
+
+    from clip_jax.plan import devices_of, lower_step
+
+    topology = parse_topology(arguments.topology)
+    print(f"{arguments.config}, {arguments.batch} pairs on {topology.name}; MiB of a chip")
     for name in arguments.levers:
-        overrides = [("batch", "256"), *LEVERS[name].items()]
-        state, lowered = lower_step(load_config(arguments.config, overrides, without_data=True), jax.devices()[:1])
+        overrides = [("batch", arguments.batch), *LEVERS[name].items()]
+        state, lowered = lower_step(load_config(arguments.config, overrides, without_data=True), devices_of(topology))
         found: Any = lowered.compile().memory_analysis()
         lasting = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((state.params, state.opt_state)))
         sizes = found.temp_size_in_bytes / 2**20, lasting / 2**20

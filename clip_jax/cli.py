@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,12 +12,13 @@ from clip_jax.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs one subcommand; a user's mistake is one line on stderr and exit code 2; a plan that does not fit is 3."""
+    """Runs one subcommand; a user's mistake is one line on stderr and exit code 2; a plan that does not fit is 3,
+    and a machine that something is wrong with is 1."""
     with one_line_errors():
         rest, overrides = take_overrides(sys.argv[1:] if argv is None else argv)
         arguments = _parser().parse_args(rest)
-        if overrides and arguments.run is not _plan:
-            raise UserError(f"--config.{overrides[0][0]} has no meaning here; only plan takes a config")
+        if overrides and not getattr(arguments, "config", None):
+            raise UserError(f"--config.{overrides[0][0]} has no meaning without --config=file")
         arguments.overrides = overrides
         arguments.run(arguments)
 
@@ -56,6 +58,10 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--memory", type=float, help="GiB of a chip, instead of what such chips have")
     plan.add_argument("--images-per-core", type=float, default=150, help="that a core of a host decodes in a second")
     plan.set_defaults(run=_plan)
+
+    doctor = commands.add_parser("doctor", help="say what a run would find on this machine, and what is wrong with it")
+    doctor.add_argument("--config", help="config file of the run; without one, only the machine is examined")
+    doctor.set_defaults(run=_doctor)
 
     config_diff = commands.add_parser("config-diff", help="show what differs between two runs' configs")
     config_diff.add_argument("old", type=Path, help="a workdir or its config.json")
@@ -124,6 +130,18 @@ def _plan(arguments: argparse.Namespace) -> None:
     print(report(plan, mfu=arguments.mfu, memory=memory, images_per_core=arguments.images_per_core))
     if not plan.fits(memory):
         sys.exit(3)
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    from clip_jax.command_line import load_config
+    from clip_jax.console import print_table
+    from clip_jax.doctor import examine
+
+    config = load_config(arguments.config, arguments.overrides) if arguments.config else None
+    findings = examine(config, os.environ)
+    print_table("This machine", ["", "what", "found"], findings)
+    if any(finding.verdict == "wrong" for finding in findings):
+        sys.exit(1)
 
 
 def _config_diff(arguments: argparse.Namespace) -> None:

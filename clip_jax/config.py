@@ -148,6 +148,28 @@ class MeshConfig:
 
 
 @dataclass(frozen=True)
+class DistributedConfig:
+    """Several processes as one run; see docs/launch.md.
+
+    Attributes:
+      mode: `auto`, as many as SLURM, a Cloud TPU, Open MPI, a Kubernetes job or JAX_COORDINATOR_ADDRESS say;
+        `explicit`, as the next three keys say; `off`, this process alone.
+      coordinator: host:port of process 0, the same in every process.
+      processes: their number.
+      process_id: this one's, from 0.
+      bind: address:port on which process 0 listens; empty means all addresses of its host.
+      timeout: seconds to wait for the others at the start.
+    """
+
+    mode: Literal["auto", "explicit", "off"] = "auto"
+    coordinator: str = ""
+    processes: int = 0
+    process_id: int = -1
+    bind: str = ""
+    timeout: int = 300
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     """Checkpoints in `workdir/checkpoints`.
 
@@ -220,6 +242,7 @@ class RunConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
@@ -330,6 +353,7 @@ def _contradictions(config: RunConfig) -> Iterator[tuple[bool, str]]:
     yield from _must_be_positive(config)
     yield from _model_contradictions(config.model)
     yield from _data_contradictions(config.data, config.eval)
+    yield from _distributed_contradictions(config.distributed)
     optim, mesh = config.optim, config.mesh
     yield (
         config.model.bn_group > 0 and config.batch % config.model.bn_group != 0,
@@ -382,7 +406,8 @@ def _contradictions(config: RunConfig) -> Iterator[tuple[bool, str]]:
 def _must_be_positive(config: RunConfig) -> Iterator[tuple[bool, str]]:
     values = flatten(dataclasses.asdict(config))
     names = "batch samples loss.tile optim.lr optim.eps optim.max_scale mesh.fsdp mesh.dcn_data checkpoint.every"
-    names += " checkpoint.keep eval.batch log.every data.threads data.prefetch model.embed_dim model.temperature"
+    names += " distributed.timeout checkpoint.keep eval.batch log.every data.threads data.prefetch model.embed_dim"
+    names += " model.temperature"
     sizes = [key for key in values if key.startswith(("model.vision.", "model.text.")) and type(values[key]) is int]
     for key in [*names.split(), *sizes]:
         yield values[key] <= 0, f"config.{key} is {values[key]}; it must be positive"
@@ -455,6 +480,26 @@ def _model_contradictions(model: ModelConfig) -> Iterator[tuple[bool, str]]:
     yield (
         text.context < 3,
         f"config.model.text.context is {text.context}; it must hold SOT, EOT and at least one token (3)",
+    )
+
+
+def _distributed_contradictions(distributed: DistributedConfig) -> Iterator[tuple[bool, str]]:
+    explicit = distributed.mode == "explicit"
+    host, _, port = distributed.coordinator.rpartition(":")
+    yield (
+        explicit and not (host and port.isdecimal() and 0 < int(port) < 65_536),
+        f"config.distributed.coordinator is {distributed.coordinator!r}; with config.distributed.mode=explicit it must "
+        "be host:port of process 0",
+    )
+    yield (
+        explicit and not 0 <= distributed.process_id < distributed.processes,
+        f"config.distributed.process_id is {distributed.process_id} of config.distributed.processes="
+        f"{distributed.processes}; with mode=explicit it must be from 0 to one less than their number",
+    )
+    yield (
+        not explicit and bool(distributed.coordinator or distributed.processes or distributed.process_id != -1),
+        f"config.distributed.mode is {distributed.mode!r}, and only explicit uses coordinator, processes, process_id; "
+        "set config.distributed.mode=explicit",
     )
 
 

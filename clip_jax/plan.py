@@ -75,7 +75,7 @@ def make_plan(config: RunConfig, topology: Topology) -> Plan:
     model = config.model
     flops = image_flops(model, train=True), text_flops(model)
     tiled = config.loss.form != "reference"
-    state, lowered = lower_step(config, _devices(topology))
+    state, lowered = lower_step(config, devices_of(topology))
     compiled = _compile(lowered)
     if isinstance(compiled, int):
         memory, found = {"total": compiled}, []
@@ -112,6 +112,32 @@ def lower_step(config: RunConfig, devices: Sequence[Any]) -> tuple[TrainState, j
     }
     step: Any = make_train_step(model, optimizer, config, mesh=mesh, state=state)
     return state, step.lower(state, batch)
+
+
+def devices_of(topology: Topology) -> Sequence[Any]:
+    """Returns devices to compile for: a TPU's need not be there, others are simulated by CPU devices.
+
+    Raises:
+      UserError: the compiler is not installed, the topology does not exist, or JAX has too few CPU devices.
+    """
+    if topology.chip.platform != "tpu":
+        devices = jax.devices("cpu")
+        if len(devices) < topology.chips:
+            raise UserError(
+                f"--topology={topology.name}: JAX has {len(devices)} simulated CPU device(s); set "
+                f"XLA_FLAGS=--xla_force_host_platform_device_count={topology.chips} before it starts"
+            )
+        return devices[: topology.chips]
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(f"--topology={topology.name} needs the TPU's compiler, which needs no TPU: pip install libtpu")
+    from jax.experimental import topologies
+
+    try:
+        return topologies.get_topology_desc(
+            platform="tpu", topology_name=topology.name, num_slices=topology.slices
+        ).devices
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(f"--topology={topology.name}: there is no such slice: {one_line(error)}") from None
 
 
 def report(plan: Plan, *, mfu: float, memory: int, images_per_core: float) -> str:
@@ -210,24 +236,3 @@ def _bytes(tree: Any) -> int:
             size *= side
         total += size
     return total
-
-
-def _devices(topology: Topology) -> Sequence[Any]:
-    if topology.chip.platform != "tpu":
-        devices = jax.devices("cpu")
-        if len(devices) < topology.chips:
-            raise UserError(
-                f"--topology={topology.name}: JAX has {len(devices)} simulated CPU device(s); set "
-                f"XLA_FLAGS=--xla_force_host_platform_device_count={topology.chips} before it starts"
-            )
-        return devices[: topology.chips]
-    if importlib.util.find_spec("libtpu") is None:
-        raise UserError(f"--topology={topology.name} needs the TPU's compiler, which needs no TPU: pip install libtpu")
-    from jax.experimental import topologies
-
-    try:
-        return topologies.get_topology_desc(
-            platform="tpu", topology_name=topology.name, num_slices=topology.slices
-        ).devices
-    except jax.errors.JaxRuntimeError as error:
-        raise UserError(f"--topology={topology.name}: there is no such slice: {one_line(error)}") from None

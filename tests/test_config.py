@@ -120,6 +120,12 @@ def test_overrides_that_are_refused(key, text, message):
         ({"optim": {"freeze": ("(",)}}, r"config.optim.freeze holds '\(', which is not a regular expression"),
         ({"optim": {"lr_multipliers": ("^image/",)}}, r"lr_multipliers holds '\^image/'; it must be regex=factor"),
         ({"optim": {"lr_multipliers": ("^image/=x",)}}, r"lr_multipliers holds '\^image/=x'; it must be regex=factor"),
+        ({"distributed": {"mode": "explicit"}}, "config.distributed.coordinator is ''; with .* it must be host:port"),
+        (
+            {"distributed": {"mode": "explicit", "coordinator": "a:1", "processes": 2, "process_id": 2}},
+            "config.distributed.process_id is 2 of config.distributed.processes=2",
+        ),
+        ({"distributed": {"processes": 2}}, "config.distributed.mode is 'auto', and only explicit uses"),
         ({"samples": 5}, "config.samples is 5, less than one config.batch"),
         ({"samples": 32_768 * 10}, "config.optim.warmup_steps is 2000; .* less than the run's 10 steps"),
         ({"mesh": {"data": 0}}, "config.mesh.data is 0; it must be positive, or -1"),

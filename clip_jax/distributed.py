@@ -1,0 +1,134 @@
+"""Several processes as one run, through JAX's own runtime (`jax.distributed`).
+
+JAX itself finds its peers under SLURM, on Cloud TPUs, under Open MPI and in Kubernetes jobs; what is here decides
+whether to ask it, checks what it would die of without a word (a port in use: SIGSEGV; a coordinator that is not there:
+SIGABRT), and ends a process whose peers are gone, which an ordinary exit would leave hanging.
+"""
+
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import jax
+
+from clip_jax.config import DistributedConfig
+from clip_jax.errors import UserError
+
+LOST_PEERS = 75
+"""Exit code of a process that stopped because a run of several processes failed; a scheduler may start it again."""
+
+SLURM = ("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NODELIST")
+_KUBERNETES = ("KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX")
+
+
+@contextmanager
+def processes(config: DistributedConfig) -> Iterator[None]:
+    """Joins this process to its peers, if it has any, before JAX is used; leaves them at the end.
+
+    Where something fails inside, all processes of the run end: this one at once, with the exit code of a user's mistake
+    or LOST_PEERS, and the others when they miss it.
+
+    Raises:
+      UserError: the coordinator's port is taken, or nobody answers there.
+    """
+    cluster = detect(config, os.environ)
+    if cluster is None:
+        yield
+        return
+    _initialize(config)
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, UserError):
+            print("error:", " ".join(str(error).split()), file=sys.stderr)
+        else:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(2 if isinstance(error, UserError) else LOST_PEERS)  # an exit in order would wait for the others
+    jax.distributed.shutdown()
+
+
+def detect(config: DistributedConfig, environment: Mapping[str, str]) -> str | None:
+    """Returns what brings several processes together, or None where this one is alone.
+
+    Args:
+      config: with `mode` off the answer is None, with explicit it is `the config`.
+      environment: variables, as `os.environ`.
+    """
+    if config.mode == "off":
+        return None
+    if config.mode == "explicit":
+        return "the config"
+    if "JAX_COORDINATOR_ADDRESS" in environment:
+        return "JAX_COORDINATOR_ADDRESS"
+    if not half_set(environment) and int(environment.get("SLURM_NTASKS", "1")) > 1:
+        return "SLURM"
+    if int(environment.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
+        return "Open MPI"
+    if "MEGASCALE_COORDINATOR_ADDRESS" in environment or "," in environment.get("TPU_WORKER_HOSTNAMES", ""):
+        return "Cloud TPU"
+    return "Kubernetes" if all(name in environment for name in _KUBERNETES) else None
+
+
+def half_set(environment: Mapping[str, str]) -> list[str]:
+    """Returns the variables that SLURM has not set although it has set others, as in a shell of `salloc`."""
+    missing = [name for name in SLURM if name not in environment]
+    return missing if len(missing) < len(SLURM) else []
+
+
+def free_port() -> int:
+    """Returns a port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+def _initialize(config: DistributedConfig) -> None:
+    if config.mode == "auto":
+        jax.distributed.initialize(initialization_timeout=config.timeout)
+        return
+    host, _, port = config.coordinator.rpartition(":")
+    if config.process_id == 0:
+        _check_free(int(port))
+    else:
+        _wait_for(host, int(port), config.timeout)
+    jax.distributed.initialize(
+        config.coordinator,
+        config.processes,
+        config.process_id,
+        initialization_timeout=config.timeout,
+        coordinator_bind_address=config.bind or None,
+    )
+
+
+def _check_free(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise UserError(
+                f"config.distributed.coordinator: port {port} cannot be listened on ({error.strerror}); use another "
+                f"one in every process, such as {free_port()}"
+            ) from None
+
+
+def _wait_for(host: str, port: int, timeout: float) -> None:
+    """Returns as soon as the coordinator's port answers."""
+    end = time.monotonic() + timeout
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > end:
+                raise UserError(
+                    f"config.distributed.coordinator: nobody answers at {host}:{port} within {timeout:.0f} s "
+                    f"({error}); process 0 must run there, with its port open to this host"
+                ) from None
+        time.sleep(0.2)

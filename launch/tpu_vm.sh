@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# A Cloud TPU slice: installs on every host of it and starts the run there. JAX finds its peers by itself.
+#   launch/tpu_vm.sh my-tpu us-east5-a configs/vit_l14.py gs://bucket/l14 --config.data.dataset=my_pairs
+set -euo pipefail
+
+name=${1:?TPU name} zone=${2:?zone} config=${3:?config file} workdir=${4:?workdir}
+shift 4
+archive=$(mktemp -d)/clip_jax.tar.gz
+git archive --format=tar.gz --output="$archive" HEAD
+
+everywhere() { gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --command="$1"; }
+
+gcloud compute tpus tpu-vm scp "$archive" "$name":clip_jax.tar.gz --zone="$zone" --worker=all
+everywhere 'mkdir -p clip_jax && tar -C clip_jax -xf clip_jax.tar.gz && cd clip_jax &&
+  python3 -m venv .venv && .venv/bin/pip install --quiet -r requirements.txt "jax[tpu]"'
+everywhere "cd clip_jax && .venv/bin/python -m clip_jax.cli doctor"
+everywhere "cd clip_jax && .venv/bin/python train.py --config=$config --workdir=$workdir $(printf '%q ' "$@")"

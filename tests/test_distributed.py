@@ -1,0 +1,161 @@
+"""Several processes as one run: real ones on this machine, and what is refused before they could hang or crash."""
+
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from clip_jax.config import DistributedConfig
+from clip_jax.distributed import SLURM, detect, free_port, half_set
+
+ROOT = Path(__file__).parent.parent
+SMALL = (
+    "--config=configs/demo.py",
+    "--config.model.vision.layers=1",
+    "--config.model.text.layers=1",
+    "--config.batch=48",
+    "--config.samples=288",
+    "--config.optim.warmup_steps=2",
+    "--config.checkpoint.every=4",
+    "--config.log.every=1",
+)
+
+
+def start(*arguments: str, devices: int) -> subprocess.Popen:
+    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    return subprocess.Popen(
+        [sys.executable, "train.py", *SMALL, *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def peers(*arguments: str, count: int = 2, devices: int = 4) -> list[subprocess.Popen]:
+    address = f"127.0.0.1:{free_port()}"
+    keys = {"mode": "explicit", "coordinator": address, "bind": address, "processes": count, "timeout": 120}
+    shared = [f"--config.distributed.{key}={value}" for key, value in keys.items()]
+    return [start(*arguments, *shared, f"--config.distributed.process_id={i}", devices=devices) for i in range(count)]
+
+
+def lines(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_two_processes_are_one_run(digits_dir, tmp_path):
+    """Two processes of four devices and one of eight: the same losses, checkpoints and report, written once."""
+    data = f"--config.data.data_dir={digits_dir}"
+    alone = start(data, f"--workdir={tmp_path / 'one'}", devices=8)
+    _, errors = alone.communicate(timeout=400)
+    assert alone.returncode == 0, errors
+    both = peers(data, f"--workdir={tmp_path / 'two'}")
+    out = [process.communicate(timeout=400) for process in both]
+    assert [process.returncode for process in both] == [0, 0], out
+    said = out[1][0].replace("\r", "")
+    assert all(line.startswith("[Gloo]") for line in said.splitlines()), said  # that is all process 1 says
+    assert "nine" in out[0][0]
+
+    one, two = lines(tmp_path / "one"), lines(tmp_path / "two")
+    pairs = [(a["loss"], b["loss"]) for a, b in zip(one, two, strict=True) if "loss" in a]
+    difference = max(abs(a / b - 1) for a, b in pairs)
+    print(f"largest relative difference of {len(pairs)} losses, one process against two: {difference:.1e}")
+    assert len(pairs) == 6
+    assert difference <= 1e-6
+    reports = [json.loads((tmp_path / name / "zero_shot.json").read_text()) for name in ("one", "two")]
+    assert [row["acc1"] for row in reports[0]] == [row["acc1"] for row in reports[1]]
+
+    resumed = start(data, f"--workdir={tmp_path / 'two'}", "--config.samples=336", devices=8)  # in one process
+    text, errors = resumed.communicate(timeout=400)
+    assert resumed.returncode == 0, errors
+    assert "resuming at step 6" in text
+    assert lines(tmp_path / "two")[-2]["step"] >= 6
+
+
+def test_a_peer_that_dies_ends_the_others(tmp_path):
+    """A process that cannot go on leaves with its own error, and no other is left hanging."""
+    synthetic = ("--config.data.source=synthetic", "--config.eval.dataset=", "--config.samples=480000")
+    both = peers(*synthetic, f"--workdir={tmp_path / 'w'}", devices=1)
+    deadline = time.monotonic() + 200
+    while not (tmp_path / "w" / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.5)
+    both[1].kill()
+    for process in both:
+        process.communicate(timeout=150)
+    assert both[0].returncode != 0
+
+
+def test_a_port_in_use_is_one_line(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        process = start(
+            f"--workdir={tmp_path}",
+            "--config.distributed.mode=explicit",
+            f"--config.distributed.coordinator=127.0.0.1:{port}",
+            "--config.distributed.processes=2",
+            "--config.distributed.process_id=0",
+            devices=1,
+        )
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert (
+        f"coordinator: port {port} cannot be listened on (Address already in use); use another one in every" in errors
+    )
+    assert errors.count("\n") == 1
+
+
+def test_a_coordinator_that_is_not_there_is_one_line(tmp_path):
+    address = f"127.0.0.1:{free_port()}"
+    process = start(
+        f"--workdir={tmp_path}",
+        "--config.distributed.mode=explicit",
+        f"--config.distributed.coordinator={address}",
+        "--config.distributed.processes=2",
+        "--config.distributed.process_id=1",
+        "--config.distributed.timeout=1",
+        devices=1,
+    )
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert f"error: config.distributed.coordinator: nobody answers at {address} within 1 s" in errors
+    assert errors.count("\n") == 1
+
+
+STEP = dict.fromkeys(SLURM, "0") | {"SLURM_NTASKS": "4"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, None),
+        (STEP, "SLURM"),
+        (STEP | {"SLURM_NTASKS": "1"}, None),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"}, None),  # a shell of salloc
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "Open MPI"),
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, None),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, "Cloud TPU"),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+        ({"MEGASCALE_COORDINATOR_ADDRESS": "a"}, "Cloud TPU"),
+        ({"KUBERNETES_SERVICE_HOST": "a", "JOB_COMPLETION_INDEX": "0"}, "Kubernetes"),
+        ({"KUBERNETES_SERVICE_HOST": "a"}, None),
+        ({"JAX_COORDINATOR_ADDRESS": "a:1"}, "JAX_COORDINATOR_ADDRESS"),
+    ],
+)
+def test_what_brings_processes_together(environment, expected):
+    assert detect(DistributedConfig(), environment) == expected
+    assert detect(DistributedConfig(mode="off"), environment) is None
+    assert detect(dataclasses.replace(DistributedConfig(), mode="explicit"), environment) == "the config"
+
+
+def test_half_set_schedulers_are_named():
+    assert half_set({}) == half_set(STEP) == []
+    assert half_set({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"}) == [*SLURM[2:]]

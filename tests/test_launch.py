@@ -1,0 +1,98 @@
+"""The launch files as far as they can be checked without a cluster, and the doctor."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny import TINY
+
+from clip_jax.config import override, to_config_dict
+from clip_jax.doctor import examine
+
+LAUNCH = Path(__file__).parent.parent / "launch"
+DOCS = LAUNCH.parent / "docs" / "launch.md"
+
+
+@pytest.mark.parametrize("name", ["slurm.sbatch", "tpu_vm.sh"])
+def test_scripts_parse_and_refuse_to_run_without_arguments(name):
+    subprocess.run(["bash", "-n", LAUNCH / name], check=True)
+    found = subprocess.run(["bash", LAUNCH / name], capture_output=True, text=True)
+    assert found.returncode != 0
+    assert re.search(r"(config file|TPU name)$", found.stderr.strip())
+
+
+def test_the_jobset_has_what_its_schema_requires():
+    jobset = yaml.safe_load((LAUNCH / "jobset.yaml").read_text())
+    assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    (replicated,) = jobset["spec"]["replicatedJobs"]
+    assert set(replicated) >= {"name", "replicas", "template"}
+    job = replicated["template"]["spec"]
+    assert job["completionMode"] == "Indexed"
+    assert job["parallelism"] == job["completions"]
+    pod = job["template"]["spec"]
+    (container,) = pod["containers"]
+    assert set(container) >= {"name", "image", "args"}
+    assert f"--config.mesh.dcn_data={job['completions']}" in container["args"]
+    volumes = {volume["name"] for volume in pod["volumes"]}
+    assert {mount["name"] for mount in container["volumeMounts"]} == volumes
+
+
+@pytest.mark.parametrize("path", [*sorted(LAUNCH.iterdir()), DOCS], ids=lambda path: path.name)
+def test_config_keys_and_files_that_are_named_exist(path):
+    text = path.read_text()
+    for key, value in re.findall(r"--config\.([\w.]+)=(\S+)", text):
+        value = {"$i": "0"}.get(value, value)
+        if not value.startswith('"$'):
+            override(to_config_dict(TINY), key, value)
+    for key in re.findall(r"config\.([a-z_]+\.[a-z_0-9]+)`", text):
+        section, name = key.split(".")
+        assert name in to_config_dict(TINY)[section]
+    for file in re.findall(r"\b(?:configs|launch)/[\w.]+\w", text):
+        assert (LAUNCH.parent / file).exists(), file
+
+
+def verdicts(findings):
+    return {finding.what: (finding.verdict, finding.found) for finding in findings}
+
+
+def test_the_doctor_finds_nothing_wrong_with_a_run_that_works():
+    found = verdicts(examine(TINY, {}))
+    assert {verdict for verdict, _ in found.values()} == {"ok"}
+    assert found["processes"] == ("ok", "one, alone")
+    assert found["devices here"] == ("ok", "8 x cpu")
+    assert found["data"] == ("ok", "synthetic pairs")
+    assert int(found["free port"][1]) > 0
+
+
+def test_the_doctor_names_half_set_schedulers():
+    found = verdicts(examine(None, {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "2"}))
+    verdict, text = found["SLURM"]
+    assert verdict == "note"
+    assert "but not SLURM_PROCID, SLURM_LOCALID, SLURM_STEP_NODELIST" in text
+    assert found["processes"] == ("ok", "one, alone")
+
+
+def test_the_doctor_says_what_peers_need():
+    found = verdicts(examine(TINY, {"KUBERNETES_SERVICE_HOST": "a", "JOB_COMPLETION_INDEX": "0"}))
+    assert found["processes"] == ("ok", "joined by Kubernetes")
+    assert found["kubernetes"] == ("wrong", "JAX needs this package to find its peers: pip install kubernetes")
+    assert "mesh here" not in found  # it is over more devices than this host's
+
+
+def test_the_doctors_exit_code():
+    command = [sys.executable, "-m", "clip_jax.cli", "doctor"]
+    fine = subprocess.run(command, capture_output=True, text=True, cwd=LAUNCH.parent)
+    assert (fine.returncode, fine.stderr) == (0, "")
+    assert "one, alone" in fine.stdout
+    command += [
+        "--config=configs/demo.py",
+        "--config.data.source=synthetic",
+        "--config.batch=7",
+        "--config.samples=7000",
+    ]
+    wrong = subprocess.run(command, capture_output=True, text=True, cwd=LAUNCH.parent)
+    assert wrong.returncode == 1
+    assert "config.batch is 7, not divisible by the mesh's 8 devices; use 8" in wrong.stdout
