@@ -44,7 +44,6 @@ def make_train_step(
       A function of (state, batch), where a batch holds the global arrays `image` (uint8 [b, s, s, 3]), `tokens`
       (int32 [b, l]) and `weight` (float32 [b]), to the next state and scalar metrics.
     """
-
     optim, parts = config.optim, config.batch // (config.micro_batch or config.batch)
     random_patches = config.model.patch_dropout > 0
 

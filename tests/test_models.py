@@ -295,6 +295,26 @@ def test_each_policy_keeps_less_for_the_backward_pass(scan):
     assert kept["none"] > kept["dots"] > kept["block"] > kept["full"]
 
 
+def test_dots_recomputes_no_product_and_no_convolution():
+    """But attention's two in every block."""
+    vision = ResNetConfig(32, 8, 4, (1, 1, 1, 1))
+    images = jnp.ones((4, 32, 32, 3))
+    counts = {}
+    for remat in ("none", "dots", "block"):
+        model = CLIP(dataclasses.replace(SMALL, vision=vision, remat=remat))
+        variables = jax.eval_shape(lambda model=model: init_variables(model, jax.random.key(0)))
+
+        def loss(params, stats, model=model):
+            output, _ = forward_train(model, {"params": params, "batch_stats": stats}, images, tokens_of(1, 2, 3, 4))
+            return (output.image * output.text).sum()
+
+        text = str(jax.make_jaxpr(jax.grad(loss))(variables["params"], variables["batch_stats"]))
+        counts[remat] = text.count("conv_general_dilated["), text.count("dot_general[")
+    assert counts["dots"] == (counts["none"][0], counts["none"][1] + 2 * SMALL.text.layers)
+    assert counts["block"][0] == counts["none"][0] + len(vision.layers)
+    assert counts["block"][1] > counts["dots"][1]
+
+
 def test_patch_dropout_keeps_a_subset_of_every_image():
     patches = jnp.arange(2 * 10 * 3, dtype=jnp.float32).reshape(2, 10, 3)
     keys = jax.random.split(jax.random.key(0), 2)
@@ -321,6 +341,8 @@ def test_patch_dropout_is_for_training():
     np.testing.assert_array_equal(forward(dropping, variables, images, tokens).image, whole)
     assert (forward_train(dropping, variables, images, tokens, keys=keys)[0].image != whole).any()
     np.testing.assert_array_equal(forward_train(plain, variables, images, tokens, keys=keys)[0].image, whole)
+    frozen, _ = forward_train(dropping, variables, images, tokens, keys=keys, train_image=False)
+    np.testing.assert_array_equal(frozen.image, whole)
 
 
 def test_layer_norm_is_exact_where_the_mean_is_large():

@@ -12,6 +12,7 @@ from tiny import TINY
 
 from clip_jax.config import LossConfig, MeshConfig, OptimConfig
 from clip_jax.data.pipeline import synthetic_batches
+from clip_jax.hlo import collectives
 from clip_jax.models.clip import CLIP
 from clip_jax.models.variants import ResNetConfig
 from clip_jax.optim import make_optimizer
@@ -201,6 +202,10 @@ def test_the_step_holds_no_rows_of_the_similarity_matrix(form):
     run = dataclasses.replace(TINY, batch=2048, samples=2048 * 10, loss=loss)
     text = compiled_text(run)
     assert f"f32[64,{2048 if form == 'chunked' else 256}]" in text  # a tile of logits
+    kinds = {each.kind for each in collectives(text, devices=8)}
+    assert kinds == (
+        {"all-gather", "reduce-scatter", "all-reduce"} if form == "chunked" else {"collective-permute", "all-reduce"}
+    )
     largest = max(np.prod([int(n) for n in shape.split(",")]) for shape in re.findall(r"\w+\[([\d,]+)\]", text))
     assert largest < 256 * 2048
     reference = compiled_text(dataclasses.replace(run, loss=LossConfig(form="reference")))
