@@ -81,7 +81,7 @@ def make_plan(config: RunConfig, topology: Topology) -> Plan:
         memory, found = {"total": compiled}, []
     else:
         memory = _memory(compiled, state)
-        found = collectives(str(compiled.as_text()), devices=topology.chips, slices=topology.slices)
+        found = collectives(_text(compiled), devices=topology.chips, slices=topology.slices)
     return Plan(
         config=config,
         topology=topology,
@@ -129,7 +129,9 @@ def devices_of(topology: Topology) -> Sequence[Any]:
             )
         return devices[: topology.chips]
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError(f"--topology={topology.name} needs the TPU's compiler, which needs no TPU: pip install libtpu")
+        raise UserError(
+            f'--topology={topology.name} needs the TPU\'s compiler, which needs no TPU: pip install "jax[tpu]"'
+        )
     from jax.experimental import topologies
 
     try:
@@ -213,6 +215,17 @@ def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled | int:
         if wanted is None:
             raise UserError(f"the compiler failed: {one_line(error)[:300]}") from error
         return int(float(wanted[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[wanted[2]])
+
+
+def _text(compiled: jax.stages.Compiled) -> str:
+    """Returns the optimized HLO; a compiler that is newer than jaxlib may write what jaxlib cannot read."""
+    try:
+        return str(compiled.as_text())
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(
+            f"jaxlib {jax.lib.__version__} cannot read what this libtpu compiled; install the one that belongs to it: "
+            f'pip install "jax[tpu]=={jax.__version__}" ({one_line(error)[:100]})'
+        ) from error
 
 
 def _memory(compiled: jax.stages.Compiled, state: TrainState) -> dict[str, int]:

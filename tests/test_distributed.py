@@ -79,6 +79,7 @@ def test_two_processes_are_one_run(digits_dir, tmp_path):
     assert lines(tmp_path / "two")[-2]["step"] >= 6
 
 
+@pytest.mark.slow
 def test_a_peer_that_dies_ends_the_others(tmp_path):
     """A process that cannot go on leaves with its own error, and no other is left hanging."""
     synthetic = ("--config.data.source=synthetic", "--config.eval.dataset=", "--config.samples=480000")

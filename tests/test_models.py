@@ -238,7 +238,9 @@ def test_attention_takes_its_softmax_in_f32_where_products_are_bf16():
     ("vision", "wrapped"),
     [
         (SMALL.vision, {"dots": 4, "block": 4, "full": 2 + 2 * 4}),  # in the replay of the whole, and backward
-        (ResNetConfig(32, 8, 4, (1, 2, 1, 1)), {"dots": 7, "block": 7, "full": 5 + 2 * 7}),
+        pytest.param(
+            ResNetConfig(32, 8, 4, (1, 2, 1, 1)), {"dots": 7, "block": 7, "full": 5 + 2 * 7}, marks=pytest.mark.slow
+        ),
     ],
     ids=["vit", "resnet"],
 )

@@ -116,7 +116,14 @@ def test_groups_in_every_spelling(groups, across):
     assert total == ({True: 128 + 64} if across else {False: 128, True: 64})
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(fsdp=4), MeshConfig(zero1=True)], ids=str)
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        MeshConfig(fsdp=4),
+        *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in (MeshConfig(), MeshConfig(zero1=True))),
+    ],
+    ids=str,
+)
 def test_bytes_are_those_of_the_step_that_runs(mesh):
     """What a plan says of eight CPU devices, against the step compiled from arrays as the trainer does it."""
     run = dataclasses.replace(TINY, mesh=mesh, batch=256, samples=256 * 20)
