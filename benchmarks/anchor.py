@@ -39,9 +39,9 @@ from clip_jax.config import RunConfig, from_config_dict
 from clip_jax.console import print_table
 from clip_jax.data.digits.captions import CLASSES, UNSEEN_TEMPLATES
 from clip_jax.data.images import normalize, preprocess_of
-from clip_jax.data.loader import open_source, source_data
+from clip_jax.data.loader import open_part, open_source, parts_data
 from clip_jax.data.pipeline import EvalTransform
-from clip_jax.data.sources import TfdsSource
+from clip_jax.data.tfds_source import TfdsSource
 from clip_jax.data.tokenizer import Tokenizer
 from clip_jax.evals import figures
 from clip_jax.evals.zero_shot import class_weights, classify
@@ -139,9 +139,9 @@ def run(framework: str, config: RunConfig, batches: Sequence[Batch], held: HeldO
 
 def make_batches(config: RunConfig, *, permuted: bool) -> list[Batch]:
     """Returns all training batches of a run, as the trainer gets them."""
-    source = open_source(config)
+    source = open_source(config, config.data)
     read = PermutedCaptions(source, seed=config.seed) if permuted else source
-    with contextlib.closing(source_data(config, read, fingerprint={}).batches(0)) as batches:
+    with contextlib.closing(parts_data(config, [open_part(config, config.data, read)]).batches(0)) as batches:
         return list(itertools.islice(batches, config.steps))
 
 
@@ -258,7 +258,7 @@ def held_out(config: RunConfig) -> HeldOut:
     transform, records = EvalTransform(preprocess_of(config.model)), [source[i] for i in range(len(source))]
     return HeldOut(
         np.stack([transform(record)["image"] for record in records]),
-        Tokenizer()([record.caption for record in records], context=config.model.text.context),
+        Tokenizer()([record.captions[0] for record in records], context=config.model.text.context),
         np.array([record.label for record in records]),
     )
 

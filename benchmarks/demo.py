@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from clip_jax.config import RunConfig, from_config_dict
-from clip_jax.data.loader import open_source, source_data
-from clip_jax.data.sources import Record, TfdsSource
+from clip_jax.data.loader import open_part, open_source, parts_data
+from clip_jax.data.records import Record, Source
 from clip_jax.trainer import train
 
 DEMO = Path(__file__).parent.parent / "configs" / "demo.py"
@@ -27,7 +27,7 @@ DEMO = Path(__file__).parent.parent / "configs" / "demo.py"
 class PermutedCaptions:
     """A source whose captions are permuted over its images."""
 
-    def __init__(self, source: TfdsSource, *, seed: int) -> None:
+    def __init__(self, source: Source, *, seed: int) -> None:
         self._source = source
         self._caption_of = np.random.default_rng(seed).permutation(len(source))
 
@@ -36,7 +36,7 @@ class PermutedCaptions:
 
     def __getitem__(self, index: int) -> Record:
         """Returns the image of one record with the caption of another."""
-        return self._source[index]._replace(caption=self._source[int(self._caption_of[index])].caption)
+        return self._source[index]._replace(captions=self._source[int(self._caption_of[index])].captions)
 
     def __str__(self) -> str:
         return f"{self._source} with permuted captions"
@@ -44,12 +44,9 @@ class PermutedCaptions:
 
 def run(config: RunConfig, *, permuted: bool) -> dict[str, float]:
     """Trains once; returns the seconds it took and top-1 by template set."""
-    source = open_source(config)
-    data = source_data(
-        config,
-        PermutedCaptions(source, seed=config.seed) if permuted else source,
-        fingerprint=source.fingerprint | {"permuted_captions": permuted},
-    )
+    source = open_source(config, config.data)
+    read = PermutedCaptions(source, seed=config.seed) if permuted else source
+    data = parts_data(config, [open_part(config, config.data, read)])
     with tempfile.TemporaryDirectory() as workdir:
         began = time.perf_counter()
         train(config, Path(workdir), data=data)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
-from clip_jax.errors import ConfigError, UserError
+from clip_jax.errors import ConfigError, UserError, did_you_mean
 from clip_jax.models.variants import ModelConfig, ViTConfig, model_config
 from clip_jax.typed import convert, flatten, leaf_types, parse, resolve_key, split_outside_brackets
 
@@ -36,36 +36,137 @@ Values = Mapping[str, Any] | ConfigDict
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where pairs come from.
+    """Where pairs come from, in which order, and what is made of them; see docs/data.md.
 
     Attributes:
-      source: `tfds`, a TFDS dataset in ArrayRecord files, or `synthetic`, random pairs for benchmarks.
+      source: `tfds`, a TFDS dataset in ArrayRecord files; `tars`, tar shards in the layout of img2dataset and
+        webdataset; `table`, a CSV, TSV or Parquet file that names images and captions; `synthetic`, random pairs for
+        benchmarks.
       dataset: TFDS name, such as `digits` or `my_pairs:1.0.0`.
       split: TFDS split, such as `train` or `train[:1%]`.
       data_dir: folder of the prepared TFDS datasets; empty means TFDS's own default.
-      image_key: feature that holds the image.
-      caption_key: feature that holds the caption.
+      shards: tar shards: paths or URLs with `{00000..01242}`, `*` and `?`; several are joined by `::`.
+      counts: JSON file {shard: samples}; empty means to look beside the shards, see docs/data.md.
+      index_dir: folder for where samples lie within shards; may be remote; empty means ~/.cache/clip_jax/index.
+      table: file of images and captions.
+      image_root: folder to which the table's paths are relative; empty means the table's own.
+      image_key: feature or column that holds the image, or its path.
+      caption_key: feature or column that holds the caption, or several of them.
+      captions: of tar shards, which texts are captions: `txt`, `json.key`, each with `=share` behind it for how often
+        it is drawn; empty means `txt`, or where there is none, `json.caption`.
+      filters: of tar shards, conditions on the `.json`, such as `("similarity>=0.3", "punsafe<0.5")`.
+      uids: of tar shards, a list of the uids that are used, a DataComp `.npy` or text; empty means all.
+      weight: how often this source is read, relative to the others of `mixture`.
+      mixture: several sources instead of one; each is `key=value,...` of the keys above, and has what it does not say
+        from this section: `("shards=/a/{00..99}.tar,weight=3", "source=tfds,dataset=coco_captions,weight=1")`.
       build: make the dataset with this package's own builder when it is not there.
+      order: `full`, every record shuffled with every other; `window`, blocks of records shuffled, and records within
+        windows of blocks, for object stores; `auto`, `window` for remote shards.
+      streams: for `window`, parts in which an epoch is read; a multiple of the number of processes that a run may ever
+        have, and a divisor of the batch.
+      block: for `window`, records that are read at once.
+      window: for `window`, blocks of a stream that are shuffled together.
       crop: `square`, the paper's random square crop of the resized image, or `resized`, open_clip's random
         resized crop.
       crop_scale: area of the crop over area of the image, smallest and largest; for `crop=resized`.
+      resize: `fast`, within a grey level of PIL's bicubic on average, or `exact`, PIL's.
+      color_jitter: how far brightness, contrast, saturation and hue may change; open_clip's `color_jitter`.
+      color_jitter_prob: share of the images whose colours change.
+      grayscale: share of the images that lose their colours.
+      on_bad: what becomes of a pair that cannot be used: `drop`, it keeps its place in the batch with weight 0 and is
+        counted by reason; `fail`, the run stops.
+      max_bad_share: the run stops when more of its pairs than this could not be used; looked at from 1,000 pairs on.
+      retry_s: seconds for which a remote read is tried again after errors.
+      connections: for `window`, blocks that each process fetches at the same time.
       workers: processes that read and decode; 0 means threads of the training process.
       threads: threads in each of these processes.
-      prefetch: batches kept ready in each of these processes.
+      prefetch: batches kept ready.
     """
 
-    source: Literal["tfds", "synthetic"] = "tfds"
+    source: Literal["tfds", "tars", "table", "synthetic"] = "tfds"
     dataset: str = ""
     split: str = "train"
     data_dir: str = ""
+    shards: str = ""
+    counts: str = ""
+    index_dir: str = ""
+    table: str = ""
+    image_root: str = ""
     image_key: str = "image"
     caption_key: str = "caption"
+    captions: tuple[str, ...] = ()
+    filters: tuple[str, ...] = ()
+    uids: str = ""
+    weight: float = 1.0
+    mixture: tuple[str, ...] = ()
     build: bool = False
+    order: Literal["auto", "full", "window"] = "auto"
+    streams: int = 16
+    block: int = 256
+    window: int = 16
     crop: Literal["square", "resized"] = "square"
     crop_scale: tuple[float, float] = (0.9, 1.0)
+    resize: Literal["fast", "exact"] = "fast"
+    color_jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    color_jitter_prob: float = 0.0
+    grayscale: float = 0.0
+    on_bad: Literal["drop", "fail"] = "drop"
+    max_bad_share: float = 0.1
+    retry_s: float = 300.0
+    connections: int = 8
     workers: int = 0
     threads: int = 4
     prefetch: int = 4
+
+
+SOURCE_KEYS = (
+    "source",
+    "dataset",
+    "split",
+    "data_dir",
+    "shards",
+    "counts",
+    "table",
+    "image_root",
+    "image_key",
+    "caption_key",
+    "captions",
+    "filters",
+    "uids",
+    "weight",
+    "order",
+)
+"""Keys of config.data that a source of config.data.mixture may have of its own."""
+
+
+def data_sources(data: DataConfig) -> tuple[DataConfig, ...]:
+    """Returns the sources of a mixture, each as a section of its own; or the section itself.
+
+    Raises:
+      ConfigError: an unknown key or a wrong value.
+    """
+    if not data.mixture:
+        return (data,)
+    base = dataclasses.replace(data, mixture=())
+    return tuple(_mixed_source(base, text, f"data.mixture[{number}]") for number, text in enumerate(data.mixture))
+
+
+def _mixed_source(base: DataConfig, text: str, where: str) -> DataConfig:
+    types = leaf_types(dataclasses.asdict(base), DataConfig)
+    values: dict[str, Any] = {}
+    for part in split_outside_brackets(text):
+        key, equals, value = part.partition("=")
+        if not equals or key not in SOURCE_KEYS:
+            raise ConfigError(
+                f"config.{where} holds {part!r}; it must be key=value with a key of a source"
+                f"{did_you_mean(key, SOURCE_KEYS)} ({', '.join(SOURCE_KEYS)})"
+            )
+        values[key] = parse(value, types[key], f"{where}.{key}")
+    source = dataclasses.replace(base, **values)
+    for wrong, message in _source_contradictions(source):
+        if wrong:
+            raise ConfigError(f"config.{where}: {message}")
+    return source
 
 
 @dataclass(frozen=True)
@@ -406,6 +507,7 @@ def _contradictions(config: RunConfig) -> Iterator[tuple[bool, str]]:
 def _must_be_positive(config: RunConfig) -> Iterator[tuple[bool, str]]:
     values = flatten(dataclasses.asdict(config))
     names = "batch samples loss.tile optim.lr optim.eps optim.max_scale mesh.fsdp mesh.dcn_data checkpoint.every"
+    names += " data.streams data.block data.window data.connections data.retry_s"
     names += " distributed.timeout checkpoint.keep eval.batch log.every data.threads data.prefetch model.embed_dim"
     names += " model.temperature"
     sizes = [key for key in values if key.startswith(("model.vision.", "model.text.")) and type(values[key]) is int]
@@ -504,17 +606,45 @@ def _distributed_contradictions(distributed: DistributedConfig) -> Iterator[tupl
 
 
 def _data_contradictions(data: DataConfig, evaluation: EvalConfig) -> Iterator[tuple[bool, str]]:
-    yield (
-        data.source == "tfds" and not data.dataset,
-        "config.data.dataset is empty; config.data.source='tfds' needs the name of a TFDS dataset "
-        "(or set config.data.source=synthetic)",
-    )
+    if data.mixture:
+        data_sources(data)
+    else:
+        yield from _source_contradictions(data)
     smallest, largest = data.crop_scale
     yield (
         not 0 < smallest <= largest <= 1,
         f"config.data.crop_scale is {data.crop_scale}; it must be (smallest, largest), both over 0 and at most 1",
     )
     yield (
+        min(data.color_jitter) < 0 or data.color_jitter[3] > 0.5,
+        f"config.data.color_jitter is {data.color_jitter}; its parts must not be negative, and the last, in turns of "
+        "the hue, at most 0.5",
+    )
+    for name in ("color_jitter_prob", "grayscale", "max_bad_share"):
+        value = getattr(data, name)
+        yield not 0 <= value <= 1, f"config.data.{name} is {value}; it must be from 0 to 1"
+    yield (
         bool(evaluation.dataset) and not evaluation.prompts,
         f"config.eval.prompts is empty, and config.eval.dataset={evaluation.dataset!r} needs at least one template set",
+    )
+
+
+def _source_contradictions(data: DataConfig) -> Iterator[tuple[bool, str]]:
+    yield (
+        data.source == "tfds" and not data.dataset,
+        "config.data.dataset is empty; config.data.source='tfds' needs the name of a TFDS dataset "
+        "(or set config.data.source=synthetic)",
+    )
+    for source, key, example in (("tars", "shards", "/data/{00000..00999}.tar"), ("table", "table", "/data/pairs.csv")):
+        yield (
+            data.source == source and not getattr(data, key),
+            f"config.data.{key} is empty; config.data.source={source!r} needs it, such as {example}",
+        )
+    yield (
+        data.order == "window" and data.source != "tars",
+        f"config.data.order is 'window', and config.data.source={data.source!r} is read record by record; use 'full'",
+    )
+    yield (
+        not data.weight > 0,
+        f"config.data.weight is {data.weight}; it must be positive",
     )

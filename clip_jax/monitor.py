@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from clip_jax.bad_records import BadRecords
 from clip_jax.config import LogConfig, RunConfig, as_json
 from clip_jax.console import Progress
 from clip_jax.metrics import MetricWriter
@@ -25,11 +26,15 @@ class Monitor:
       workdir: where metrics go.
       start_step: updates done before this process.
       chance_loss: the loss of a model that knows nothing.
+      bad_records: counts the pairs that could not be used, and ends the run where there are too many.
     """
 
-    def __init__(self, config: RunConfig, workdir: Path, *, start_step: int, chance_loss: float) -> None:
+    def __init__(
+        self, config: RunConfig, workdir: Path, *, start_step: int, chance_loss: float, bad_records: BadRecords
+    ) -> None:
         self._config, self._workdir = config, workdir
         self._start_step, self._chance_loss = start_step, chance_loss
+        self._bad_records = bad_records
         self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
         self._progress: Progress | None = None
         self._writer: MetricWriter | None = None
@@ -104,6 +109,7 @@ class Monitor:
 
     def _read(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        values = self._bad_records.count(values, self._config.batch)
         self._window_steps += 1
         values |= self._speed()
         if self._progress is not None:

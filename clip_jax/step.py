@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from clip_jax.config import LossConfig, RunConfig
 from clip_jax.data.images import normalize, preprocess_of
+from clip_jax.data.records import REASONS
 from clip_jax.gradient_cache import Forward, Loss, cached_gradients
 from clip_jax.losses import LossOutput, sigmoid_loss, softmax_loss
 from clip_jax.models.clip import CLIP, CLIPOutput, forward_train
@@ -42,7 +43,8 @@ def make_train_step(
 
     Returns:
       A function of (state, batch), where a batch holds the global arrays `image` (uint8 [b, s, s, 3]), `tokens`
-      (int32 [b, l]) and `weight` (float32 [b]), to the next state and scalar metrics.
+      (int32 [b, l]), `weight` (float32 [b]) and perhaps `bad` (int32 [b], see `train_batches`), to the next state and
+      scalar metrics.
     """
     optim, parts = config.optim, config.batch // (config.micro_batch or config.batch)
     random_patches = config.model.patch_dropout > 0
@@ -69,6 +71,8 @@ def make_train_step(
             "gradient_norm": global_norm(grads),
             "pairs": batch["weight"].sum(),
         }
+        if "bad" in batch:
+            metrics |= {f"bad/{reason}": (batch["bad"] == code).sum() for code, reason in enumerate(REASONS, start=1)}
         return TrainState(state.step + 1, params, batch_stats, opt_state, ema), metrics
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)

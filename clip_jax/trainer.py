@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from clip_jax.bad_records import BadRecords
 from clip_jax.checkpoint import Checkpoints, check_same_state
 from clip_jax.config import RunConfig, as_json, describe_diff, diff
 from clip_jax.data.images import preprocess_of
@@ -92,24 +93,26 @@ def train(config: RunConfig, workdir: Path, *, data: TrainingData | None = None)
 def _train_from(run: Run, state: TrainState, position: int, notes: list[str]) -> TrainState:
     """Trains a fresh or restored state to the end, evaluates it and reports."""
     chance = chance_loss(run.config.loss.kind, run.config.batch)
+    bad = BadRecords(run.workdir, run.data.where, max_share=run.config.data.max_bad_share)
     with (
         closing(run.checkpoints),
-        Monitor(run.config, run.workdir, start_step=int(state.step), chance_loss=chance) as monitor,
+        Monitor(run.config, run.workdir, start_step=int(state.step), chance_loss=chance, bad_records=bad) as monitor,
     ):
         for line in [_describe(run), *notes]:
             monitor.print(line)
-        state = _loop(run, state, position, monitor)
+        state = _loop(run, state, position, monitor, bad)
         evaluated = _evaluate(run, state, monitor)
     _report(run, state, evaluated)
     return state
 
 
-def _loop(run: Run, state: TrainState, position: int, monitor: Monitor) -> TrainState:
+def _loop(run: Run, state: TrainState, position: int, monitor: Monitor, bad: BadRecords) -> TrainState:
     config, last = run.config, run.config.steps
     with closing(run.data.batches(position)) as batches:
         for step in range(int(state.step) + 1, last + 1):
             with monitor.waiting_for_data():
                 batch = next(batches)
+            bad.note(step, batch)
             state, metrics = run.train_step(state, place_rows(_for_step(batch), run.mesh))
             position += config.batch
             monitor.finished(step, metrics)
@@ -124,7 +127,7 @@ def _loop(run: Run, state: TrainState, position: int, monitor: Monitor) -> Train
 
 def _for_step(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The part of a batch that the device needs; the record index stays on the host."""
-    return {name: batch[name] for name in ("image", "tokens", "weight")}
+    return {name: batch[name] for name in ("image", "tokens", "weight", "bad")}
 
 
 def _evaluate(run: Run, state: TrainState, monitor: Monitor) -> Evaluated | None:

@@ -97,7 +97,7 @@ def split_outside_brackets(text: str) -> list[str]:
     """Splits at the commas that are not inside a tuple; empty parts are dropped."""
     parts, depth = [""], 0
     for letter in text:
-        depth += (letter in "([") - (letter in ")]")
+        depth += (letter in "([{") - (letter in ")]}")
         if letter == "," and depth == 0:
             parts.append("")
         else:

@@ -15,23 +15,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from clip_jax.data.augment import Augment
 from clip_jax.data.images import ImageError, Preprocess, decode, eval_image
-from clip_jax.data.pipeline import (
-    EvalTransform,
-    RecordError,
-    TrainTransform,
-    eval_batches,
-    shuffled_index,
-    synthetic_batches,
-    train_batches,
-)
-from clip_jax.data.sources import OWN_DATASETS, Record, SyntheticSource, TfdsSource, find_dataset, prepare_command
+from clip_jax.data.order import FullShuffle, shuffled_index
+from clip_jax.data.pipeline import EvalTransform, TrainTransform, eval_batches, train_batches
+from clip_jax.data.reading import Part
+from clip_jax.data.records import Record, RecordError
+from clip_jax.data.synthetic import SyntheticSource, synthetic_batches
+from clip_jax.data.tfds_source import OWN_DATASETS, TfdsSource, find_dataset, prepare_command
 from clip_jax.data.tokenizer import Tokenizer
 from clip_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 SOURCE = SyntheticSource(size=23, image_size=12, seed=0)
-TRANSFORM = TrainTransform(Preprocess(size=8), Tokenizer(), context=16, crop="resized", crop_scale=(0.3, 1.0))
+TRANSFORM = TrainTransform(
+    Preprocess(size=8), Tokenizer(), context=16, augment=Augment(crop="resized", scale=(0.3, 1.0))
+)
 
 
 class Numbers:
@@ -44,27 +43,39 @@ class Numbers:
         return self.size
 
     def __getitem__(self, index):
-        return Record(np.full((1, 1, 3), index, np.uint8), str(index), index % 10)
+        return Record(np.full((1, 1, 3), index, np.uint8), (str(index),), label=index % 10)
 
 
 class Broken(Numbers):
     """A source in which record 3 is no image."""
 
     def __getitem__(self, index):
-        return Record(b"\xff\xd8\xff", "") if index == 3 else super().__getitem__(index)
+        return Record(b"\xff\xd8\xff", ("broken",)) if index == 3 else super().__getitem__(index)
 
     def __str__(self):
         return "the broken source"
 
 
-def number_transform(record, rng):
+class NumberTransform:
     """Keeps the number and one random draw, and no pixels."""
-    return {"image": record.image, "tokens": np.asarray([len(record.caption)], np.int32), "draw": rng.random()}
+
+    def __call__(self, record, rng):
+        (caption,) = record.captions
+        return {"image": record.image, "tokens": np.asarray([len(caption)], np.int32), "draw": rng.random()}
+
+    def blank(self):
+        return {"image": np.zeros((1, 1, 3), np.uint8), "tokens": np.zeros(1, np.int32), "draw": 0.0}
+
+
+def shuffled(source, seed):
+    """A source, shuffled record by record."""
+    return [Part(source, FullShuffle(len(source), seed=seed))]
 
 
 def first(count, **options):
     """The first batches of SOURCE, as a list."""
-    batches = train_batches(SOURCE, **{"transform": TRANSFORM, "batch": 8, "seed": 3} | options)
+    seed = options.pop("seed", 3)
+    batches = train_batches(shuffled(SOURCE, seed), **{"transform": TRANSFORM, "batch": 8, "seed": seed} | options)
     return take(batches, count)
 
 
@@ -111,6 +122,7 @@ def test_a_batch_has_the_promised_arrays(straight):
         "tokens": ((8, 16), "int32"),
         "weight": ((8,), "float32"),
         "index": ((8,), "int64"),
+        "bad": ((8,), "int32"),
     }
     assert all((batch["weight"] == 1).all() for batch in straight)
 
@@ -118,7 +130,7 @@ def test_a_batch_has_the_promised_arrays(straight):
 def test_rows_belong_together(straight):
     """Image, caption and index of a row are of one record."""
     for batch in straight:
-        captions = [SOURCE[int(index)].caption for index in batch["index"]]
+        captions = [SOURCE[int(index)].captions[0] for index in batch["index"]]
         np.testing.assert_array_equal(batch["tokens"], Tokenizer()(captions, context=16))
     square = TrainTransform(Preprocess(size=12), Tokenizer(), context=16)
     for batch in first(2, transform=square):
@@ -145,7 +157,8 @@ def test_an_epoch_is_a_permutation(size, epoch, seed):
 @pytest.mark.parametrize(("size", "batch"), [(1, 1), (1, 3), (7, 7), (7, 3), (7, 8), (7, 20), (50, 1), (64, 48)])
 def test_epochs_follow_each_other_for_any_size_and_batch(size, batch):
     count = -(-3 * size // batch)
-    order = indices(take(train_batches(Numbers(size), transform=number_transform, batch=batch, seed=1), count))
+    batches = train_batches(shuffled(Numbers(size), 1), transform=NumberTransform(), batch=batch, seed=1)
+    order = indices(take(batches, count))
     for epoch in range(3):
         assert sorted(order[epoch * size : (epoch + 1) * size]) == list(range(size))
 
@@ -219,14 +232,16 @@ def test_a_batch_that_does_not_divide_is_refused():
 
 def test_no_records_are_refused():
     with pytest.raises(UserError, match="no records"):
-        train_batches(Numbers(0), transform=number_transform, batch=1, seed=0)
+        train_batches(shuffled(Numbers(0), 0), transform=NumberTransform(), batch=1, seed=0)
     with pytest.raises(UserError, match="no records"):
         eval_batches(Numbers(0), transform=EvalTransform(Preprocess(size=8)), batch=1)
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_bad_record_is_named(workers):
-    batches = train_batches(Broken(5), transform=TRANSFORM, batch=5, seed=0, workers=workers)
+    batches = train_batches(
+        shuffled(Broken(5), 0), transform=TRANSFORM, batch=5, seed=0, workers=workers, on_bad="fail"
+    )
     with pytest.raises(RecordError, match="record 3 of the broken source: the JPEG cannot be decoded"):
         next(batches)
     with pytest.raises(RecordError, match="record 3 of the broken source"):
@@ -308,12 +323,12 @@ def test_synthetic_batches_may_be_larger_than_their_pairs():
 
 def test_synthetic_source_is_a_function_of_seed_and_index():
     assert len(SOURCE) == 23
-    image, caption, label = SOURCE[13]
+    image, captions, _, label = SOURCE[13]
     np.testing.assert_array_equal(image, SyntheticSource(99, 12, 0)[13].image)
     assert (image != SyntheticSource(99, 12, 1)[13].image).any()
     assert (image != SOURCE[14].image).any()
-    assert (caption, label) == ("random pixels, picture 13 of class 3", 3)
-    assert SOURCE.classes[label] in caption
+    assert (captions, label) == (("random pixels, picture 13 of class 3",), 3)
+    assert SOURCE.classes[label] in captions[0]
     with pytest.raises(IndexError):
         SOURCE[23]
 
@@ -325,9 +340,9 @@ def test_tfds_source_reads_what_its_keys_say(digits_dir):
     assert isinstance(both[5].image, bytes)
     assert decode(both[5].image).shape == (8, 8, 3)
     assert pairs[5] == both[5]._replace(label=-1)
-    assert labelled[5] == both[5]._replace(caption="")
+    assert labelled[5] == both[5]._replace(captions=())
     word = both.classes[both[5].label]
-    assert word in both[5].caption or str(both[5].label) in both[5].caption
+    assert word in both[5].captions[0] or str(both[5].label) in both[5].captions[0]
     assert pairs.classes == ()
     assert both.fingerprint == {"name": "digits", "version": "1.0.0", "split": "train", "records": 8982}
     assert json.loads(json.dumps(both.fingerprint)) == both.fingerprint
@@ -437,7 +452,7 @@ def test_wrong_features_are_listed(digits_dir, keys, message):
 
 def test_transforms_pass_the_reason_of_a_bad_image_on():
     with pytest.raises(ImageError, match="empty"):
-        EvalTransform(Preprocess())(Record(b"", "", 0))
+        EvalTransform(Preprocess())(Record(b"", label=0))
 
 
 # What is imported
@@ -467,12 +482,15 @@ def run_without(hidden, script, *arguments):
 def test_training_reads_without_tensorflow(digits_dir):
     script = """
 from clip_jax.data.images import Preprocess
+from clip_jax.data.order import FullShuffle
 from clip_jax.data.pipeline import TrainTransform, train_batches
-from clip_jax.data.sources import TfdsSource
+from clip_jax.data.reading import Part
+from clip_jax.data.tfds_source import TfdsSource
 from clip_jax.data.tokenizer import Tokenizer
 
 source = TfdsSource("digits", "train", data_dir=sys.argv[1])
-batches = train_batches(source, transform=TrainTransform(Preprocess(size=8), Tokenizer()), batch=4, seed=0)
+parts = [Part(source, FullShuffle(len(source), seed=0))]
+batches = train_batches(parts, transform=TrainTransform(Preprocess(size=8), Tokenizer()), batch=4, seed=0)
 print(next(batches)["tokens"].shape, "tensorflow" in sys.modules, "torch" in sys.modules)
 batches.close()
 """
@@ -484,7 +502,7 @@ batches.close()
 def test_synthetic_batches_need_numpy_only():
     data = {"tensorflow", "tensorflow_datasets", "array_record", "grain", "absl", "tokenizers", "ftfy"}
     script = """
-from clip_jax.data.pipeline import synthetic_batches
+from clip_jax.data.synthetic import synthetic_batches
 print(next(synthetic_batches(batch=4, image_size=8, context=8, vocab_size=16, seed=0))["image"].shape)
 """
     assert run_without(data | {"PIL", "simplejpeg", "jax", "torch"}, script) == "(4, 8, 8, 3)\n"
@@ -492,7 +510,7 @@ print(next(synthetic_batches(batch=4, image_size=8, context=8, vocab_size=16, se
 
 def test_a_missing_tensorflow_datasets_is_named(digits_dir):
     script = """
-from clip_jax.data.sources import TfdsSource
+from clip_jax.data.tfds_source import TfdsSource
 from clip_jax.errors import UserError
 try:
     TfdsSource("digits", "train", data_dir=sys.argv[1])
@@ -514,13 +532,16 @@ def test_workers_ignore_sigterm_and_die_with_their_parent(tmp_path):
         """
 import multiprocessing, os, signal, sys, time
 from clip_jax.data.images import Preprocess
+from clip_jax.data.order import FullShuffle
 from clip_jax.data.pipeline import TrainTransform, train_batches
-from clip_jax.data.sources import SyntheticSource
+from clip_jax.data.reading import Part
+from clip_jax.data.synthetic import SyntheticSource
 from clip_jax.data.tokenizer import Tokenizer
 
 if __name__ == "__main__":
     transform = TrainTransform(Preprocess(size=8), Tokenizer())
-    batches = train_batches(SyntheticSource(50, 8, 0), transform=transform, batch=4, seed=0, workers=2)
+    parts = [Part(SyntheticSource(50, 8, 0), FullShuffle(50, seed=0))]
+    batches = train_batches(parts, transform=transform, batch=4, seed=0, workers=2)
     next(batches), next(batches)
     workers = [child.pid for child in multiprocessing.active_children()]
     for worker in workers:

@@ -13,7 +13,7 @@ from clip_jax.data import build
 from clip_jax.data.build import build_dataset, ensure_dataset
 from clip_jax.data.digits.captions import CLASSES, TRAIN_TEMPLATES, UNSEEN_TEMPLATES, caption
 from clip_jax.data.images import decode
-from clip_jax.data.sources import TfdsSource, find_dataset
+from clip_jax.data.tfds_source import TfdsSource, find_dataset
 from clip_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -106,7 +106,7 @@ def test_captions_name_the_class_in_a_wording_of_their_split(splits):
             for label in range(10)
             for word in (True, False)
         }
-        found = Counter(known[record.label, record.caption] for record in splits[split])
+        found = Counter(known[record.label, record.captions[0]] for record in splits[split])
         assert {template for template, _ in found} == set(templates)
         assert 0.4 < sum(count for (_, word), count in found.items() if word) / found.total() < 0.6
 
@@ -114,7 +114,7 @@ def test_captions_name_the_class_in_a_wording_of_their_split(splits):
 def test_the_captions_of_a_scan_are_all_different(splits):
     by_scan = {}
     for record in splits["train"]:
-        by_scan.setdefault(record.image, []).append(record.caption)
+        by_scan.setdefault(record.image, []).append(record.captions)
     assert all(len(set(captions)) == 6 for captions in by_scan.values())
 
 

@@ -11,7 +11,7 @@ from tiny import TINY
 
 from benchmarks.gradient_cache import compiled_step
 from clip_jax.config import LossConfig, MeshConfig
-from clip_jax.data.pipeline import synthetic_batches
+from clip_jax.data.synthetic import synthetic_batches
 from clip_jax.errors import ConfigError
 from clip_jax.gradient_cache import check_micro_batch
 from clip_jax.models.clip import CLIP

@@ -23,8 +23,6 @@ from clip_jax.data.images import (
     decode,
     eval_image,
     normalize,
-    resized_crop,
-    square_crop,
 )
 
 SMALL = Preprocess(size=12)
@@ -197,67 +195,6 @@ def test_eval_image_normalized_is_open_clips_tensor(open_clip_steps):
     expected = functools.reduce(lambda value, step: step(value), open_clip_steps(224), image)
     found = normalize(eval_image(np.asarray(image), Preprocess()), Preprocess())
     np.testing.assert_allclose(found.transpose(2, 0, 1), expected.numpy(), rtol=0, atol=2e-6)
-
-
-@given(SIDES, SIDES, st.integers(0, 2**32))
-def test_crops_are_squares_of_the_asked_size(height, width, seed):
-    pixels = noise(height, width)
-    for crop in (square_crop, resized_crop):
-        image = crop(pixels, SMALL, np.random.default_rng(seed))
-        assert image.shape == (12, 12, 3)
-        assert image.dtype == np.uint8
-        np.testing.assert_array_equal(image, crop(pixels, SMALL, np.random.default_rng(seed)))
-
-
-@given(SIDES)
-def test_square_crop_of_a_square_is_the_eval_image(side):
-    pixels = noise(side, side)
-    for seed in range(3):
-        np.testing.assert_array_equal(
-            square_crop(pixels, SMALL, np.random.default_rng(seed)), eval_image(pixels, SMALL)
-        )
-
-
-@pytest.mark.parametrize(("height", "width", "axis"), [(12, 30, 1), (30, 12, 0)])
-def test_square_crop_moves_along_the_longer_side_over_every_place(height, width, axis):
-    ramp = np.arange(30, dtype=np.uint8).reshape([-1, 1, 1] if axis == 0 else [1, -1, 1])
-    pixels = np.ascontiguousarray(np.broadcast_to(ramp, (height, width, 3)))  # already resized: the shorter side is 12
-    places = {int(square_crop(pixels, SMALL, np.random.default_rng(seed))[0, 0, 0]) for seed in range(300)}
-    assert places == set(range(30 - 12 + 1))
-
-
-@given(st.integers(100, 250), st.integers(100, 250), st.integers(0, 2**32))
-def test_resized_crop_keeps_to_its_scale_and_ratio(height, width, seed):
-    """Column and row numbers as pixels show which rectangle was taken."""
-    low, high = 0.5, 0.8
-    numbers = np.zeros((height, width, 3), np.uint8)
-    numbers[..., 0], numbers[..., 1] = np.arange(width), np.arange(height)[:, None]
-    cut = resized_crop(numbers, Preprocess(size=16), np.random.default_rng(seed), scale=(low, high)).astype(float)
-    # Between rows or columns 4 and 12 of 16 lies half of the rectangle, and no border disturbs the filter.
-    w, h = 2 * (cut[8, 12, 0] - cut[8, 4, 0]), 2 * (cut[12, 8, 1] - cut[4, 8, 1])
-    if height * 3 / 4 <= width <= height * 4 / 3:  # else the fall-back may come
-        assert low * 0.93 < w * h / (width * height) < high * 1.07
-    assert 3 / 4 * 0.95 < w / h < 4 / 3 * 1.05
-
-
-def test_resized_crop_of_everything_is_the_resized_image():
-    pixels = noise(30, 30)
-    whole = resized_crop(pixels, SMALL, np.random.default_rng(0), scale=(1.0, 1.0), ratio=(1.0, 1.0))
-    np.testing.assert_array_equal(whole, np.asarray(Image.fromarray(pixels).resize((12, 12), Image.Resampling.BICUBIC)))
-
-
-@pytest.mark.parametrize(("height", "width", "box"), [(10, 100, (43, 0, 56, 10)), (100, 10, (0, 43, 10, 56))])
-def test_resized_crop_of_a_strip_falls_back_to_its_centre(height, width, box):
-    pixels = noise(height, width)
-    expected = Image.fromarray(pixels).crop(box).resize((12, 12), Image.Resampling.BICUBIC)
-    np.testing.assert_array_equal(resized_crop(pixels, SMALL, np.random.default_rng(0)), np.asarray(expected))
-
-
-@pytest.mark.parametrize("crop", [eval_image, square_crop])
-def test_a_strip_that_would_grow_beyond_the_cap_is_refused(crop):
-    arguments = [] if crop is eval_image else [np.random.default_rng(0)]
-    with pytest.raises(ImageError, match="strip of 4000 x 1"):
-        crop(np.zeros((1, 4_000, 3), np.uint8), Preprocess(size=224), *arguments)
 
 
 # Normalisation and the record of it

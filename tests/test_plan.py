@@ -15,7 +15,7 @@ from tiny import TINY
 
 from clip_jax.chips import parse_topology
 from clip_jax.config import MeshConfig
-from clip_jax.data.pipeline import synthetic_batches
+from clip_jax.data.synthetic import synthetic_batches
 from clip_jax.errors import UserError
 from clip_jax.hlo import Collective, collectives
 from clip_jax.models.clip import CLIP

@@ -11,7 +11,7 @@ import pytest
 from tiny import TINY
 
 from clip_jax.config import LossConfig, MeshConfig, OptimConfig
-from clip_jax.data.pipeline import synthetic_batches
+from clip_jax.data.synthetic import synthetic_batches
 from clip_jax.hlo import collectives
 from clip_jax.models.clip import CLIP
 from clip_jax.models.variants import ResNetConfig

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from clip_jax.data import digits
-from clip_jax.data.sources import FILE_FORMAT, OWN_DATASETS, datasets_root, find_dataset
+from clip_jax.data.tfds_source import FILE_FORMAT, OWN_DATASETS, datasets_root, find_dataset
 from clip_jax.errors import UserError, did_you_mean
 
 _BUILDERS = {"digits": ("clip_jax.data.digits.builder", "Digits", digits.VERSION)}

@@ -2,14 +2,14 @@
 
 The host decodes and crops to uint8 [s, s, 3]; `normalize` runs on the device, inside jit, so that a quarter of the
 float32 bytes cross to it. Training and evaluation resize with PIL's antialiased bicubic filter, as CLIP was trained
-and is measured (paper §2.4-2.5; openai/CLIP `clip/clip.py`; open_clip `transform.py`).
+and is measured (paper §2.4-2.5; openai/CLIP `clip/clip.py`; open_clip `transform.py`). What training draws at random is
+in `clip_jax.data.augment`.
 
 EXIF orientation is not applied and transparency is dropped, not blended: CLIP's preprocessing sees the pixels as they
 are stored. Imports neither JAX nor TensorFlow, for worker processes start with it.
 """
 
 import io
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,11 +35,14 @@ MAX_PIXELS = 1 << 26
 """Images of more pixels are refused before a pixel is decoded: as RGB they would take over 192 MiB."""
 
 _JPEG = b"\xff\xd8\xff"
-_RESIZED_CROP_TRIES = 10
 
 
 class ImageError(UserError, ValueError):
     """An image that cannot be decoded; the message is one line with the reason."""
+
+
+class ImageTooLargeError(ImageError):
+    """An image of more than MAX_PIXELS pixels."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ def decode(encoded: bytes) -> np.ndarray:
       ImageError: not an image, damaged, of more than MAX_PIXELS pixels, or of a pixel format without an agreed range.
     """
     if encoded.startswith(_JPEG):
-        return _decode_jpeg(encoded)
+        return decode_jpeg(encoded)
     return _with_pil(encoded, _to_rgb)
 
 
@@ -118,7 +121,7 @@ def open_image(encoded: bytes) -> PILImage:
 
     if not encoded.startswith(_JPEG):
         return _with_pil(encoded, lambda image: image.copy())
-    pixels = _decode_jpeg(encoded)  # equal to PIL's, but strict
+    pixels = decode_jpeg(encoded)  # equal to PIL's, but strict
     return _with_pil(encoded, lambda image: image.copy() if image.mode == "CMYK" else Image.fromarray(pixels))
 
 
@@ -144,58 +147,9 @@ def eval_image(image: ImageLike, preprocess: Preprocess) -> np.ndarray:
     elif isinstance(image, np.ndarray):
         image = Image.fromarray(image)
     size = preprocess.size
-    resized = _resize_shorter_side(image, size)
+    resized = resize(image, *resized_size(*image.size, size))
     left, top = (round((side - size) / 2) for side in resized.size)
     return np.array(_drop_to_rgb(resized.crop((left, top, left + size, top + size))))
-
-
-def square_crop(image: np.ndarray, preprocess: Preprocess, rng: np.random.Generator) -> np.ndarray:
-    """Returns uint8 [s, s, 3]: a random square of the image resized as in `eval_image`.
-
-    The only augmentation of the paper (§2.4). The square spans the shorter side, so it moves along the longer one.
-
-    Args:
-      image: uint8 [h, w, 3].
-      preprocess: s is its size.
-      rng: one draw is taken for each axis, whatever the image's shape.
-
-    Raises:
-      ImageError: as `eval_image`.
-    """
-    from PIL import Image
-
-    size = preprocess.size
-    resized = _resize_shorter_side(Image.fromarray(image), size)
-    left, top = (int(rng.integers(0, side - size, endpoint=True)) for side in resized.size)
-    return np.array(resized.crop((left, top, left + size, top + size)))
-
-
-def resized_crop(
-    image: np.ndarray,
-    preprocess: Preprocess,
-    rng: np.random.Generator,
-    *,
-    scale: tuple[float, float] = (0.9, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
-) -> np.ndarray:
-    """Returns uint8 [s, s, 3]: a random rectangle of the image, resized to the square (bicubic).
-
-    open_clip's augmentation, torchvision's `RandomResizedCrop`: area uniform, aspect log-uniform; if no rectangle
-    fits in ten tries, the largest one in the centre whose aspect is allowed.
-
-    Args:
-      image: uint8 [h, w, 3].
-      preprocess: s is its size.
-      rng: source of area, aspect and place.
-      scale: least and greatest area, as a share of the image's.
-      ratio: least and greatest width / height.
-    """
-    from PIL import Image
-
-    left, top, width, height = _random_box(image.shape[1], image.shape[0], rng, scale, ratio)
-    # Cut before resizing: with `resize(box=)` PIL's filter would read pixels outside the rectangle.
-    cut = Image.fromarray(image[top : top + height, left : left + width])
-    return np.array(_resize(cut, preprocess.size, preprocess.size))
 
 
 def normalize(images: Any, preprocess: Preprocess, dtype: Any = "float32") -> Any:
@@ -214,15 +168,41 @@ def normalize(images: Any, preprocess: Preprocess, dtype: Any = "float32") -> An
     return ((images.astype(wide) / wide.type(255) - mean) / std).astype(dtype)
 
 
-def _decode_jpeg(encoded: bytes) -> np.ndarray:
+def jpeg_size(encoded: bytes) -> tuple[int, int] | None:
+    """Returns (width, height) of a JPEG; None for another format.
+
+    Raises:
+      ImageError: damaged, or of more than MAX_PIXELS pixels.
+    """
+    if not encoded.startswith(_JPEG):
+        return None
     import simplejpeg
 
     try:
         height, width, *_ = simplejpeg.decode_jpeg_header(encoded)
-        _check_size(int(width), int(height))
-        return simplejpeg.decode_jpeg(encoded)
-    except ImageError:
-        raise
+    except ValueError as error:
+        raise ImageError(f"the JPEG cannot be decoded: {one_line(error)}") from None
+    _check_size(int(width), int(height))
+    return int(width), int(height)
+
+
+def decode_jpeg(encoded: bytes, *, width: int = 0, height: int = 0) -> np.ndarray:
+    """Returns a JPEG as uint8 [h, w, 3]; with the decoder's own scaling, if it then still has these sizes at least.
+
+    Args:
+      encoded: the file.
+      width: 0 for no scaling.
+      height: 0 for no scaling.
+
+    Raises:
+      ImageError: as `decode`.
+    """
+    import simplejpeg
+
+    jpeg_size(encoded)
+    least = 2 if width and height else 1
+    try:
+        return simplejpeg.decode_jpeg(encoded, min_width=width, min_height=height, min_factor=least)
     except ValueError as error:
         raise ImageError(f"the JPEG cannot be decoded: {one_line(error)}") from None
 
@@ -242,7 +222,7 @@ def _with_pil(encoded: bytes, use: Callable[[PILImage], T]) -> T:
     except ImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise ImageError(f"the image has more than {MAX_PIXELS:,} pixels") from None
+        raise ImageTooLargeError(f"the image has more than {MAX_PIXELS:,} pixels") from None
     except Image.UnidentifiedImageError:
         raise ImageError(f"not an image that PIL can read; it begins with {encoded[:16]!r}") from None
     except Exception as error:
@@ -277,19 +257,26 @@ def _scale_16_bits(grey: np.ndarray, mode: str) -> np.ndarray:
 
 def _check_size(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
-        raise ImageError(f"the image has {width} x {height} pixels, more than {MAX_PIXELS:,}")
+        raise ImageTooLargeError(f"the image has {width} x {height} pixels, more than {MAX_PIXELS:,}")
 
 
-def _resize_shorter_side(image: PILImage, size: int) -> PILImage:
-    width, height = image.size
+def resized_size(width: int, height: int, size: int) -> tuple[int, int]:
+    """Returns (width, height) of an image whose shorter side is resized to `size`, rounded down as torchvision does.
+
+    Raises:
+      ImageError: so long a strip that it would have more than MAX_PIXELS pixels.
+    """
     shorter = min(width, height)
     new_width, new_height = width * size // shorter, height * size // shorter
     if new_width * new_height > MAX_PIXELS:
-        raise ImageError(f"the image is a strip of {width} x {height} pixels; enlarged to {size}, it is too large")
-    return _resize(image, new_width, new_height)
+        raise ImageTooLargeError(
+            f"the image is a strip of {width} x {height} pixels; enlarged to {size}, it is too large"
+        )
+    return new_width, new_height
 
 
-def _resize(image: PILImage, width: int, height: int) -> PILImage:
+def resize(image: PILImage, width: int, height: int) -> PILImage:
+    """Returns the image resized with PIL's antialiased bicubic filter."""
     from PIL import Image
 
     return image.resize((width, height), Image.Resampling.BICUBIC)
@@ -317,23 +304,3 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise ImageError(f"{path} cannot be read: {error.strerror}") from None
-
-
-def _random_box(
-    width: int, height: int, rng: np.random.Generator, scale: tuple[float, float], ratio: tuple[float, float]
-) -> tuple[int, int, int, int]:
-    """Returns (left, top, width, height) of a rectangle within the image."""
-    for _ in range(_RESIZED_CROP_TRIES):
-        area = width * height * rng.uniform(*scale)
-        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
-        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 0 < w <= width and 0 < h <= height:
-            left, top = rng.integers(0, (width - w, height - h), endpoint=True)
-            return int(left), int(top), w, h
-    return _central_box(width, height, ratio)
-
-
-def _central_box(width: int, height: int, ratio: tuple[float, float]) -> tuple[int, int, int, int]:
-    w = min(width, max(1, round(height * ratio[1])))
-    h = min(height, max(1, round(width / ratio[0])))
-    return (width - w) // 2, (height - h) // 2, w, h

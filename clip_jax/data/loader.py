@@ -1,17 +1,29 @@
 """From a run's config to its training batches."""
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from clip_jax.config import RunConfig
+from clip_jax.config import DataConfig, RunConfig, data_sources
+from clip_jax.data.augment import Augment
+from clip_jax.data.filters import Filter
 from clip_jax.data.images import preprocess_of
-from clip_jax.data.pipeline import TrainTransform, synthetic_batches, train_batches
-from clip_jax.data.sources import Source, TfdsSource
+from clip_jax.data.order import FullShuffle, Mixture, WindowShuffle
+from clip_jax.data.pipeline import TrainTransform, train_batches
+from clip_jax.data.reading import Part, where
+from clip_jax.data.records import Source
+from clip_jax.data.storage import is_remote
+from clip_jax.data.synthetic import SyntheticSource, synthetic_batches
+from clip_jax.data.table_source import TableSource
+from clip_jax.data.tar_source import TarSource
+from clip_jax.data.tfds_source import TfdsSource
 
 Batches = Generator[dict[str, np.ndarray], None, None]
+
+_SYNTHETIC_RECORDS = 1_000
 
 
 class TrainingData(NamedTuple):
@@ -22,28 +34,55 @@ class TrainingData(NamedTuple):
         `close()` of what it returns ends the threads and workers behind it.
       fingerprint: what identifies the data.
       description: a few words for the log.
+      where: record number, as batches have it in `index`, to what to call it in messages.
     """
 
     batches: Callable[[int], Batches]
     fingerprint: dict[str, Any]
     description: str
+    where: Callable[[int], str] = "record {}".format
 
 
 def open_training_data(config: RunConfig) -> TrainingData:
     """Opens what `config.data` names.
 
     Raises:
-      UserError: the dataset is not there or not image + text.
+      UserError: the data are not there or not image + text.
     """
-    if config.data.source == "synthetic":
+    if config.data.source == "synthetic" and not config.data.mixture:
         return synthetic_data(config)
-    source = open_source(config)
-    return source_data(config, source, fingerprint=source.fingerprint)
+    return parts_data(config, [open_part(config, data) for data in data_sources(config.data)])
 
 
-def open_source(config: RunConfig) -> TfdsSource:
-    """Opens the TFDS dataset of `config.data`, building it first if the config says so."""
-    data = config.data
+def open_part(config: RunConfig, data: DataConfig, source: Source | None = None) -> Part:
+    """Returns a source in its order.
+
+    Args:
+      config: the run's.
+      data: the source's section, see `data_sources`.
+      source: instead of the one that the section names.
+    """
+    source = open_source(config, data) if source is None else source
+    windows = data.order == "window" or (data.order == "auto" and data.source == "tars" and is_remote(data.shards))
+    if windows and isinstance(source, TarSource):
+        order = WindowShuffle(
+            source.counts, seed=config.seed, streams=data.streams, block=data.block, window=data.window
+        )
+    else:
+        order = FullShuffle(len(source), seed=config.seed)
+    return Part(source, order, data.weight)
+
+
+def open_source(config: RunConfig, data: DataConfig) -> Source:
+    """Opens one source; a TFDS dataset of ours is built first if the config says so."""
+    if data.source == "synthetic":
+        return SyntheticSource(_SYNTHETIC_RECORDS, config.model.vision.image_size, config.seed)
+    if data.source == "tars":
+        return open_tars(data)
+    if data.source == "table":
+        return TableSource(
+            Path(data.table), image_key=data.image_key, caption_key=data.caption_key, image_root=data.image_root
+        )
     if data.build:
         from clip_jax.data.build import ensure_dataset
 
@@ -53,8 +92,22 @@ def open_source(config: RunConfig) -> TfdsSource:
     )
 
 
-def source_data(config: RunConfig, source: Source, *, fingerprint: dict[str, Any]) -> TrainingData:
-    """Returns the training data of a run that reads `source`: augmented, tokenised, shuffled by the run's seed."""
+def open_tars(data: DataConfig) -> TarSource:
+    """Opens tar shards."""
+    keep = Filter(data.filters, data.uids)
+    return TarSource(
+        data.shards,
+        index_dir=data.index_dir or str(Path("~/.cache/clip_jax/index").expanduser()),
+        counts=data.counts,
+        captions=data.captions,
+        keep=keep,
+        retry_s=data.retry_s,
+        threads=data.connections,
+    )
+
+
+def parts_data(config: RunConfig, parts: Sequence[Part]) -> TrainingData:
+    """Returns the training data of a run that reads `parts`: augmented, tokenised, shuffled by the run's seed."""
     from clip_jax.data.tokenizer import Tokenizer  # synthetic data needs no tokenizer installed
 
     data = config.data
@@ -62,13 +115,12 @@ def source_data(config: RunConfig, source: Source, *, fingerprint: dict[str, Any
         preprocess_of(config.model),
         Tokenizer(),
         context=config.model.text.context,
-        crop=data.crop,
-        crop_scale=data.crop_scale,
+        augment=augment_of(data),
     )
 
     def batches(position: int) -> Batches:
         yield from train_batches(
-            source,
+            parts,
             transform=transform,
             batch=config.batch,
             seed=config.seed,
@@ -78,9 +130,29 @@ def source_data(config: RunConfig, source: Source, *, fingerprint: dict[str, Any
             workers=data.workers,
             threads=data.threads,
             prefetch=data.prefetch,
+            connections=data.connections,
+            on_bad=data.on_bad,
         )
 
-    return TrainingData(batches, fingerprint, f"{len(source):,} pairs of {source}")
+    shares = Mixture(tuple(part.weight for part in parts)).shares
+    return TrainingData(
+        batches,
+        _fingerprint(parts, shares),
+        "; ".join(_describe(part, share) for part, share in zip(parts, shares, strict=True)),
+        lambda index: where(parts, index),
+    )
+
+
+def augment_of(data: DataConfig) -> Augment:
+    """Returns what is drawn at random for each image."""
+    return Augment(
+        crop=data.crop,
+        scale=data.crop_scale,
+        resize=data.resize,
+        color_jitter=data.color_jitter,
+        color_jitter_prob=data.color_jitter_prob,
+        grayscale=data.grayscale,
+    )
 
 
 def synthetic_data(config: RunConfig) -> TrainingData:
@@ -100,3 +172,15 @@ def synthetic_data(config: RunConfig) -> TrainingData:
         )
 
     return TrainingData(batches, {"source": "synthetic"}, "synthetic pairs")
+
+
+def _fingerprint(parts: Sequence[Part], shares: Sequence[float]) -> dict[str, Any]:
+    prints = [getattr(part.source, "fingerprint", {"name": str(part.source)}) for part in parts]
+    if len(prints) == 1:
+        return prints[0]
+    return {"mixture": [each | {"share": share} for each, share in zip(prints, shares, strict=True)]}
+
+
+def _describe(part: Part, share: float) -> str:
+    of_all = "" if share == 1 else f", {share:.1%} of the batches"
+    return f"{len(part.source):,} pairs of {part.source}{of_all}"

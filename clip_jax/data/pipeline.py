@@ -3,35 +3,36 @@
 Position = global samples consumed since the run began. The sample at a position, its augmentation and its row in the
 batch follow from (seed, position) alone, so a run resumes at any position in constant time, that integer is all the
 state a checkpoint holds, and neither processes nor worker processes nor threads change a bit. Grain supplies the
-threads, the worker processes and the prefetching; the order is ours. An element that Grain handles is a whole batch.
+threads, the worker processes and the prefetching; the order is ours. An element that Grain handles is some rows of a
+batch, always made by the same worker.
 
-Grain is imported when batches are made from records, not before: `synthetic_batches` needs NumPy only.
+A record that cannot be used keeps its row, with weight 0 and the reason. Grain is imported when batches are made.
 """
 
+import functools
 import itertools
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
-from clip_jax.data.images import Preprocess, decode, eval_image, resized_crop, square_crop
-from clip_jax.data.sources import Record, Source
+from clip_jax.data.augment import Augment, random_crop
+from clip_jax.data.images import ImageError, ImageTooLargeError, Preprocess, eval_image
+from clip_jax.data.order import Mixture, position_of_row, rows_of_process
+from clip_jax.data.reading import MixedReader, Part, where
+from clip_jax.data.records import REASONS, Record, RecordError, Source
 from clip_jax.errors import UserError
 
 Example = dict[str, np.ndarray]
 Batch = dict[str, np.ndarray]
 
-_SHUFFLE_ROUNDS = 4
-_SYNTHETIC_PAIRS = 256
-
-
-class RecordError(UserError):
-    """A record that cannot be used; the message names its index, its source and the reason."""
+_MOST_ROWS = 256
+_OPENING = threading.Lock()
 
 
 @runtime_checkable
@@ -39,6 +40,17 @@ class Tokenize(Protocol):
     """Captions to int32 [b, context]."""
 
     def __call__(self, texts: list[str], *, context: int) -> np.ndarray: ...
+
+
+@runtime_checkable
+class Transform(Protocol):
+    """A record and a random generator to the arrays of a row."""
+
+    def __call__(self, record: Record, rng: np.random.Generator) -> Example: ...
+
+    def blank(self) -> Example:
+        """Returns the row of a record that cannot be used."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -52,29 +64,30 @@ class TrainTransform:
       preprocess: its size is the side of the crops.
       tokenizer: captions to rows of ids.
       context: length of a row.
-      crop: `square`, the paper's random square crop, or `resized`, open_clip's random resized crop.
-      crop_scale: least and greatest area of a `resized` crop, as a share of the image's.
+      augment: what is drawn at random.
     """
 
     preprocess: Preprocess
     tokenizer: Tokenize
     _: KW_ONLY
     context: int = 77
-    crop: Literal["square", "resized"] = "square"
-    crop_scale: tuple[float, float] = (0.9, 1.0)
+    augment: Augment = Augment()
 
     def __call__(self, record: Record, rng: np.random.Generator) -> Example:
         """Returns `image`, uint8 [s, s, 3], and `tokens`, int32 [l].
 
         Raises:
-          UserError: the image cannot be decoded, or the caption cannot be encoded.
+          ImageError: the image cannot be decoded.
+          RecordError: there is no caption.
         """
-        image = _pixels(record)
-        if self.crop == "square":
-            cropped = square_crop(image, self.preprocess, rng)
-        else:
-            cropped = resized_crop(image, self.preprocess, rng, scale=self.crop_scale)
-        return {"image": cropped, "tokens": self.tokenizer([record.caption], context=self.context)[0]}
+        caption = record.draw_caption(rng)
+        image = random_crop(record.image, self.preprocess, rng, self.augment)
+        return {"image": image, "tokens": self.tokenizer([caption], context=self.context)[0]}
+
+    def blank(self) -> Example:
+        """Returns a row of zeros."""
+        size = self.preprocess.size
+        return {"image": np.zeros((size, size, 3), np.uint8), "tokens": np.zeros(self.context, np.int32)}
 
 
 @dataclass(frozen=True)
@@ -97,9 +110,9 @@ class EvalTransform:
 
 
 def train_batches(
-    source: Source,
+    parts: Sequence[Part],
     *,
-    transform: Callable[[Record, np.random.Generator], Example],
+    transform: Transform,
     batch: int,
     seed: int,
     position: int = 0,
@@ -108,37 +121,51 @@ def train_batches(
     workers: int = 0,
     threads: int = 4,
     prefetch: int = 8,
+    connections: int = 8,
+    on_bad: Literal["drop", "fail"] = "drop",
 ) -> Iterator[Batch]:
     """Yields this process's rows of every global batch from `position` on, without end.
 
-    Every epoch is a new shuffle of all records, each exactly once; a batch may span two epochs, and none is dropped.
-    Rows of the processes, one after the other, are the batch that a single process would see.
+    Every epoch of a source is a new shuffle of all its records, each exactly once; a batch may span two epochs, and
+    none is dropped. Rows of the processes, one after the other, are the batch that a single process would see.
 
     Args:
-      source: the records.
+      parts: the sources, their orders and weights; orders of several streams agree on their number.
       transform: record and random generator to arrays, such as a `TrainTransform`; the generator is a function of
         (seed, epoch, record).
-      batch: rows over all processes; a multiple of `process_count`.
-      seed: of order and augmentation.
+      batch: rows over all processes; a multiple of `process_count` and of the orders' streams.
+      seed: of the augmentation.
       position: global samples consumed before.
       process_index: of this process.
-      process_count: number of processes.
-      workers: processes that read and decode, spawned with a pickle of `source` and `transform`; 0 means threads here.
-      threads: batches made at the same time, in each of these processes.
-      prefetch: batches kept ready in each of these processes.
+      process_count: number of processes; divides the orders' streams, if these are several.
+      workers: processes that read and decode, spawned with a pickle of `parts` and `transform`; 0 means threads here.
+      threads: parts of batches made at the same time, in each of these processes.
+      prefetch: batches kept ready.
+      connections: blocks that each of these processes fetches at the same time.
+      on_bad: what becomes of a record that cannot be used: a row of weight 0, or an exception.
 
     Returns:
       An iterator of dicts with the transform's arrays stacked (`image` uint8 [b/P, s, s, 3] and `tokens` int32
-      [b/P, l]), `weight` float32 [b/P] of ones and `index` int64 [b/P], the records' numbers. Its `close()` ends the
-      threads and worker processes, and so does an exception.
+      [b/P, l]), `weight` float32 [b/P], `bad` int32 [b/P], 0 or 1 plus the place of the reason in REASONS, and `index`
+      int64 [b/P], the records' numbers through all sources. Its `close()` ends the threads and worker processes, and so
+      does an exception.
 
     Raises:
       UserError: `batch` does not divide, or there are no records; at `next`, a `RecordError`.
     """
-    _check_source(source)
-    rows = _rows_of_process(batch, process_index, process_count)
-    batches = _TrainBatches(source, transform, seed, position, batch, rows)
-    return _iterate(batches, workers=workers, threads=threads, prefetch=prefetch)
+    for part in parts:
+        _check_source(part.source)
+    rows = rows_of_process(batch, process_index, process_count)
+    streams = max(part.order.streams for part in parts)
+    _check_streams(streams, batch=batch, position=position, processes=process_count, workers=workers)
+    own = streams // process_count if streams > 1 else len(rows)
+    workers = min(workers, own)
+    tasks = _split_rows(rows, unit=len(rows) // own, workers=max(workers, 1))
+    made = _TrainBatches(
+        tuple(parts), transform, seed, position, batch, tuple(tasks), streams, connections, on_bad == "fail"
+    )
+    elements = _iterate(made, workers=workers, threads=threads, prefetch=prefetch * len(tasks) // max(workers, 1))
+    return _joined(elements, tasks)
 
 
 def eval_batches(
@@ -171,92 +198,71 @@ def eval_batches(
       UserError: `batch` does not divide, or there are no records; at `next`, a `RecordError`.
     """
     _check_source(source)
-    rows = _rows_of_process(batch, process_index, process_count)
+    rows = rows_of_process(batch, process_index, process_count)
     return _iterate(_EvalBatches(source, transform, batch, rows), workers=0, threads=threads, prefetch=prefetch)
-
-
-def synthetic_batches(
-    *,
-    batch: int,
-    image_size: int,
-    context: int,
-    vocab_size: int,
-    seed: int,
-    position: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> Iterator[Batch]:
-    """Yields batches of random pairs without end, as `train_batches` does, at no cost: for benchmarks and trials.
-
-    256 pairs are made once; the pair at a position is `position % 256`, and a batch is a read-only view of them, so
-    larger batches hold repeats. The last two ids of the vocabulary are start and end of a caption.
-
-    Args:
-      batch: rows over all processes; a multiple of `process_count`.
-      image_size: side of the images.
-      context: length of the rows of tokens, at least 3.
-      vocab_size: ids are below this.
-      seed: of the pairs.
-      position: global samples consumed before.
-      process_index: of this process.
-      process_count: number of processes.
-
-    Raises:
-      UserError: `batch` does not divide.
-    """
-    rows = _rows_of_process(batch, process_index, process_count)
-    # Long enough that a batch which starts at any pair is one slice.
-    order = np.arange(_SYNTHETIC_PAIRS + len(rows)) % _SYNTHETIC_PAIRS
-    rng = np.random.default_rng(seed)
-    pairs = {
-        "image": rng.integers(0, 256, (_SYNTHETIC_PAIRS, image_size, image_size, 3), dtype=np.uint8)[order],
-        "tokens": _synthetic_tokens(rng, context, vocab_size)[order],
-        "weight": np.ones(len(order), np.float32),
-        "index": order,
-    }
-    for array in pairs.values():
-        array.flags.writeable = False
-
-    def batch_from(start: int) -> Batch:
-        first = (start + rows.start) % _SYNTHETIC_PAIRS
-        return {name: array[first : first + len(rows)] for name, array in pairs.items()}
-
-    return map(batch_from, itertools.count(position, batch))
-
-
-def shuffled_index(place: int, epoch: int, *, size: int, seed: int) -> int:
-    """Returns the record at `place` of an epoch: for each (seed, epoch) a permutation of range(size), in O(1)."""
-    from grain.experimental import index_shuffle
-
-    key = int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
-    return index_shuffle(place, max_index=size - 1, seed=key, rounds=_SHUFFLE_ROUNDS)
 
 
 @dataclass(frozen=True)
 class _TrainBatches:
-    """Batch number -> this process's rows of it; what Grain's threads and workers index."""
+    """Element number -> some rows of a batch; what Grain's threads and workers index. Elements take turns in
+    `tasks`."""
 
-    source: Source
-    transform: Callable[[Record, np.random.Generator], Example]
+    parts: tuple[Part, ...]
+    transform: Transform
     seed: int
     position: int
     batch: int
-    rows: range
+    tasks: tuple[range, ...]
+    streams: int
+    connections: int
+    fail: bool
 
     def __len__(self) -> int:
-        return (2**62 - self.position) // self.batch  # without end
+        return (2**62 - self.position) // self.batch * len(self.tasks)  # without end
 
     def __getitem__(self, index: int) -> Batch:
-        start = self.position + index * self.batch
-        places = [divmod(start + row, len(self.source)) for row in self.rows]
-        seed, size = self.seed, len(self.source)
-        records = [shuffled_index(place, epoch, size=size, seed=seed) for epoch, place in places]
-        examples = [
-            _example(self.source, record, self.transform, np.random.default_rng((seed, epoch, record)))
-            for record, (epoch, _) in zip(records, places, strict=True)
-        ]
-        weight = np.ones(len(self.rows), np.float32)
-        return _stack(examples) | {"weight": weight, "index": np.asarray(records, np.int64)}
+        number, task = divmod(index, len(self.tasks))
+        start = self.position + number * self.batch
+        place = functools.partial(position_of_row, start=start, batch=self.batch, streams=self.streams)
+        rows = [self._row(place(row)) for row in self.tasks[task]]
+        examples, indices, bad = zip(*rows, strict=True)
+        bad = np.asarray(bad, np.int32)
+        return _stack(examples) | {
+            "weight": (bad == 0).astype(np.float32),
+            "index": np.asarray(indices, np.int64),
+            "bad": bad,
+        }
+
+    def close(self) -> None:
+        """Ends what reads."""
+        reader = self.__dict__.pop("_reader", None)
+        if reader is not None:
+            reader.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_reader"}
+
+    def _row(self, position: int) -> tuple[Example, int, int]:
+        """Returns arrays, record and reason of a row."""
+        (epoch, index), record = self._open().read(position)
+        try:
+            if isinstance(record, RecordError):
+                raise record
+            rng = np.random.default_rng((self.seed, epoch, index))
+            return self.transform(record, rng), index, 0
+        except (ImageError, RecordError) as error:
+            if self.fail:
+                raise RecordError(_reason(error), f"{where(self.parts, index)}: {error}") from None
+            return self.transform.blank(), index, REASONS.index(_reason(error)) + 1
+
+    def _open(self) -> MixedReader:
+        """Returns the reader of this process, opened when the first row is made."""
+        with _OPENING:
+            if "_reader" not in self.__dict__:
+                mixture = Mixture(tuple(part.weight for part in self.parts), streams=self.streams)
+                reader = MixedReader(self.parts, mixture, start=self.position, connections=self.connections)
+                self.__dict__["_reader"] = reader
+            return self.__dict__["_reader"]
 
 
 @dataclass(frozen=True)
@@ -274,18 +280,28 @@ class _EvalBatches:
     def __getitem__(self, index: int) -> Batch:
         records = index * self.batch + np.asarray(self.rows, np.int64)
         is_record = records < len(self.source)
-        examples = [_example(self.source, int(record), self.transform) for record in records[is_record]]
+        examples = [self._example(int(record)) for record in records[is_record]]
         if padding := int(np.sum(~is_record)):
             # Its shapes are a record's: the last batch of a process may hold nothing but padding.
-            examples += [_zeros(examples[0] if examples else _example(self.source, 0, self.transform))] * padding
+            examples += [_zeros(examples[0] if examples else self._example(0))] * padding
         return _stack(examples) | {"weight": is_record.astype(np.float32), "index": np.where(is_record, records, -1)}
 
+    def close(self) -> None:
+        """Nothing is open."""
 
-def _iterate(batches: _TrainBatches | _EvalBatches, *, workers: int, threads: int, prefetch: int) -> Iterator[Batch]:
+    def _example(self, index: int) -> Example:
+        try:
+            return self.transform(self.source[index])
+        except UserError as error:
+            raise RecordError(_reason(error), f"record {index} of {self.source}: {error}") from None
+
+
+def _iterate(
+    batches: _TrainBatches | _EvalBatches, *, workers: int, threads: int, prefetch: int
+) -> Generator[Batch, None, None]:
     """Yields `batches` in order, made ahead by Grain; closing it ends the threads and the worker processes.
 
-    Batches are whole elements before Grain slices them over worker processes, so its buffers count batches, and the
-    order does not depend on the number of workers.
+    Element i is made by worker i modulo their number, so the order does not depend on that number.
     """
     import grain
 
@@ -298,7 +314,35 @@ def _iterate(batches: _TrainBatches | _EvalBatches, *, workers: int, threads: in
     try:
         yield from iterator
     finally:
+        batches.close()
         iterator.close()
+
+
+def _split_rows(rows: range, *, unit: int, workers: int) -> list[range]:
+    """Returns the rows of each element of a batch, so that elements in turn are of workers in turn.
+
+    A worker's rows are consecutive, and in whole units; its elements have at most _MOST_ROWS rows.
+    """
+    units = len(rows) // unit
+    bounds = [units * worker // workers * unit for worker in range(workers + 1)]
+    parts = list(itertools.pairwise(bounds))
+    rounds = -(-max(high - low for low, high in parts) // _MOST_ROWS)
+    return [
+        rows[low + (high - low) * i // rounds : low + (high - low) * (i + 1) // rounds]
+        for i in range(rounds)
+        for low, high in parts
+    ]
+
+
+def _joined(elements: Generator[Batch, None, None], tasks: Sequence[range]) -> Iterator[Batch]:
+    """Yields batches from their elements, rows in order."""
+    by_row = sorted(range(len(tasks)), key=lambda task: tasks[task].start)
+    try:
+        while True:
+            made = [next(elements) for _ in tasks]
+            yield {name: np.concatenate([made[task][name] for task in by_row]) for name in made[0]}
+    finally:
+        elements.close()
 
 
 def _mark_flags_parsed() -> None:
@@ -323,15 +367,10 @@ def _exit_with_parent() -> None:
         os._exit(1)
 
 
-def _example(source: Source, index: int, transform: Callable[..., Example], *arguments: Any) -> Example:
-    try:
-        return transform(source[index], *arguments)
-    except UserError as error:
-        raise RecordError(f"record {index} of {source}: {error}") from None
-
-
-def _pixels(record: Record) -> np.ndarray:
-    return decode(record.image) if isinstance(record.image, bytes) else record.image
+def _reason(error: UserError) -> str:
+    if isinstance(error, RecordError):
+        return error.reason
+    return "image_too_large" if isinstance(error, ImageTooLargeError) else "image_damaged"
 
 
 def _stack(examples: Sequence[Example]) -> Batch:
@@ -342,25 +381,21 @@ def _zeros(example: Example) -> Example:
     return {name: np.zeros_like(value) for name, value in example.items()}
 
 
-def _rows_of_process(batch: int, process_index: int, process_count: int) -> range:
-    """Returns the rows of a global batch that a process makes: consecutive ones."""
-    if batch % process_count:
-        raise UserError(f"a batch of {batch} rows cannot be split evenly over {process_count} processes")
-    rows = batch // process_count
-    return range(process_index * rows, (process_index + 1) * rows)
+def _check_streams(streams: int, *, batch: int, position: int, processes: int, workers: int) -> None:
+    if streams == 1:
+        return
+    if streams % processes or batch % streams or position % streams:
+        raise UserError(
+            f"config.data.streams is {streams}; it must be a multiple of the number of processes ({processes}) and "
+            f"divide config.batch ({batch}) and the samples consumed so far ({position})"
+        )
+    if workers > streams // processes:
+        raise UserError(
+            f"config.data.workers is {workers}, over the {streams // processes} streams of each process; set "
+            "config.data.streams higher before a run begins, or use threads"
+        )
 
 
 def _check_source(source: Source) -> None:
     if not len(source):
         raise UserError(f"{source} has no records")
-
-
-def _synthetic_tokens(rng: np.random.Generator, context: int, vocab_size: int) -> np.ndarray:
-    """Returns int32 [256, l]: start, a caption of random length, end, zeros."""
-    start, end = vocab_size - 2, vocab_size - 1
-    tokens = rng.integers(1, start, (_SYNTHETIC_PAIRS, context), dtype=np.int32)
-    ends = rng.integers(2, context, (_SYNTHETIC_PAIRS, 1))
-    columns = np.arange(context)
-    tokens = np.where(columns < ends, tokens, np.where(columns == ends, end, 0)).astype(np.int32)
-    tokens[:, 0] = start
-    return tokens

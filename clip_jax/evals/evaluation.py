@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from clip_jax.config import RunConfig
 from clip_jax.data.images import preprocess_of
 from clip_jax.data.pipeline import EvalTransform, eval_batches
-from clip_jax.data.sources import TfdsSource
+from clip_jax.data.tfds_source import TfdsSource
 from clip_jax.evals.embedding import Embedder, ImageFeatures
 from clip_jax.evals.prompts import templates
 from clip_jax.evals.retrieval import find_images

@@ -1,4 +1,4 @@
-"""Records by number: the random-access sources that the pipeline shuffles and slices.
+"""TFDS datasets, record by record.
 
 A TFDS dataset prepared as ArrayRecord is read through TFDS's NumPy path: TensorFlow writes such datasets, but nothing
 here imports it. Images stay encoded, so that decoding happens in the pipeline's threads and worker processes.
@@ -11,10 +11,9 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any
 
-import numpy as np
-
+from clip_jax.data.records import Record, RecordError, decode_caption
 from clip_jax.errors import UserError
 
 OWN_DATASETS = ("digits",)
@@ -24,30 +23,6 @@ _NAME = re.compile(r"(?P<name>\w+)(/(?P<config>[^/:]+))?(:(?P<version>\d+\.\d+\.
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 FILE_FORMAT = "array_record"
 """The TFDS file format that is read and written: the one with cheap random access."""
-_SYNTHETIC_CLASSES = 10
-
-
-class Record(NamedTuple):
-    """One image with its caption, its label, or both.
-
-    Attributes:
-      image: the encoded file, or uint8 [h, w, 3].
-      caption: empty where the dataset has none.
-      label: the class; -1 where the dataset has none.
-    """
-
-    image: bytes | np.ndarray
-    caption: str = ""
-    label: int = -1
-
-
-@runtime_checkable
-class Source(Protocol):
-    """What the pipeline reads from; `str(source)` names it in errors. Worker processes receive a pickle of it."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Record: ...
 
 
 class TfdsSource:
@@ -78,7 +53,8 @@ class TfdsSource:
           split: as TFDS slices splits: `train`, `train[:50%]`, `train[10:]+test`.
           data_dir: folder of prepared datasets; empty means TFDS's default.
           image_key: feature of images.
-          caption_key: feature of texts; may be empty if `label_key` is given.
+          caption_key: feature of a text or a sequence of texts, nested ones as `captions/text`; may be empty if
+            `label_key` is given.
           label_key: feature of class labels; empty for none.
 
         Raises:
@@ -105,14 +81,22 @@ class TfdsSource:
         return self.fingerprint["records"]
 
     def __getitem__(self, index: int) -> Record:
-        """Returns record `index`, which must be in [0, len(self))."""
+        """Returns record `index`, which must be in [0, len(self)).
+
+        Raises:
+          RecordError: it cannot be used.
+        """
         if self._records is None:
             self._records = self._open(_open_builder(self._directory))
         image_key, caption_key, label_key = self._keys.values()
         values = _parse_example(self._records[index])
+        image = values[image_key].bytes_list.value
+        if not image:
+            raise RecordError("image_missing", "there is no image")
+        captions = values[caption_key].bytes_list.value if caption_key else ()
         return Record(
-            image=values[image_key].bytes_list.value[0],
-            caption=values[caption_key].bytes_list.value[0].decode("utf-8", errors="replace") if caption_key else "",
+            image=image[0],
+            captions=tuple(map(decode_caption, captions)),
             label=values[label_key].int64_list.value[0] if label_key else -1,
         )
 
@@ -142,7 +126,7 @@ class TfdsSource:
             raise UserError("caption_key and label_key are both empty; a record needs a caption or a label")
         kinds = {"image": tfds.features.Image, "caption": tfds.features.Text, "label": tfds.features.ClassLabel}
         for role, key in self._keys.items():
-            if key and not (key in features and isinstance(features[key], kinds[role])):
+            if key and not isinstance(_feature(features, key, texts=role == "caption"), kinds[role]):
                 raise UserError(self._wrong_feature(role, kinds[role].__name__, features))
 
     def _wrong_feature(self, role: str, kind: str, features: Any) -> str:
@@ -159,42 +143,18 @@ class TfdsSource:
         )
 
 
-class SyntheticSource:
-    """Random images with captions, for tests and trials without data; a record is a function of (seed, index).
+def _feature(features: Any, key: str, *, texts: bool) -> Any:
+    """Returns the feature of a key, of a sequence of texts what it is a sequence of; None where there is none."""
+    import tensorflow_datasets as tfds
 
-    Attributes:
-      classes: names of the labels, which are index modulo their number.
-      fingerprint: the arguments, as JSON holds them.
-    """
-
-    classes = tuple(f"class {label}" for label in range(_SYNTHETIC_CLASSES))
-
-    def __init__(self, size: int, image_size: int, seed: int):
-        """Args:
-        size: number of records.
-        image_size: side of the images.
-        seed: of everything in them.
-        """
-        self.fingerprint: dict[str, Any] = {
-            "name": "synthetic",
-            "records": size,
-            "image_size": image_size,
-            "seed": seed,
-        }
-
-    def __len__(self) -> int:
-        return self.fingerprint["records"]
-
-    def __getitem__(self, index: int) -> Record:
-        if not 0 <= index < len(self):
-            raise IndexError(f"record {index} of {len(self)}")
-        side, seed = self.fingerprint["image_size"], self.fingerprint["seed"]
-        image = np.random.default_rng((seed, index)).integers(0, 256, (side, side, 3), dtype=np.uint8)
-        label = index % _SYNTHETIC_CLASSES
-        return Record(image, f"random pixels, picture {index} of class {label}", label)
-
-    def __str__(self) -> str:
-        return f"{len(self)} synthetic records"
+    found: Any = features
+    for name in key.split("/"):
+        if isinstance(found, tfds.features.Sequence) and texts:
+            found = found.feature
+        if not isinstance(found, tfds.features.FeaturesDict) or name not in found:
+            return None
+        found = found[name]
+    return found.feature if texts and isinstance(found, tfds.features.Sequence) else found
 
 
 def find_dataset(dataset: str, data_dir: str = "") -> Path:

@@ -1,0 +1,72 @@
+"""Pairs that could not be used: named in the workdir, counted by reason, and too many of them end the run."""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from clip_jax.data.records import REASONS
+from clip_jax.errors import UserError
+
+_PREFIX = "bad/"
+_JUDGED_FROM = 1_000
+_MOST_LINES = 10_000
+
+
+class BadRecords:
+    """What a run knows of its bad pairs, since this process began.
+
+    Args:
+      workdir: gets `bad_records-<process>.jsonl`, a line for each bad pair of the process, 10,000 at most.
+      where: record number to what to call it.
+      max_share: a larger share of the pairs ends the run.
+    """
+
+    def __init__(self, workdir: Path, where: Callable[[int], str], *, max_share: float) -> None:
+        self._file = workdir / f"bad_records-{jax.process_index()}.jsonl"
+        self._where, self._max_share = where, max_share
+        self._lines, self._pairs = 0, 0
+        self._totals: Counter[str] = Counter()
+
+    def note(self, step: int, batch: Mapping[str, np.ndarray]) -> None:
+        """Names the bad pairs among this process's rows of a batch."""
+        rows = np.flatnonzero(batch["bad"])[: _MOST_LINES - self._lines]
+        if not len(rows):
+            return
+        self._lines += len(rows)
+        with self._file.open("a", encoding="utf-8") as file:
+            for row in rows:
+                index = int(batch["index"][row])
+                reason = REASONS[int(batch["bad"][row]) - 1]
+                line = {"step": step, "index": index, "reason": reason, "record": self._where(index)}
+                file.write(json.dumps(line) + "\n")
+
+    def count(self, metrics: dict[str, float], batch: int) -> dict[str, float]:
+        """Adds up a step's metrics; returns them with the reasons that occurred so far, counted over all steps.
+
+        All processes see the same metrics, so they agree on whether there are too many.
+
+        Args:
+          metrics: of a step, with `bad/<reason>` for pairs of that step.
+          batch: pairs of a step.
+
+        Raises:
+          UserError: there are too many.
+        """
+        self._pairs += batch
+        self._totals.update({name: round(count) for name, count in metrics.items() if name.startswith(_PREFIX)})
+        bad = self._totals.total()
+        if self._pairs >= _JUDGED_FROM and bad > self._max_share * self._pairs:
+            raise UserError(
+                f"{bad:,} of {self._pairs:,} pairs could not be used ({self._by_reason()}), more than "
+                f"config.data.max_bad_share={self._max_share}; see {self._file}"
+            )
+        kept = {name: value for name, value in metrics.items() if not name.startswith(_PREFIX)}
+        return kept | {name: float(count) for name, count in self._totals.items() if count}
+
+    def _by_reason(self) -> str:
+        counts = self._totals.most_common()
+        return ", ".join(f"{name.removeprefix(_PREFIX)} {count:,}" for name, count in counts if count)

@@ -1,0 +1,113 @@
+"""Which samples of a dataset are used: conditions on their metadata, and lists of their uids.
+
+img2dataset keeps a sample's metadata in its `.json` member: `similarity`, `punsafe`, `original_width` and so on.
+DataComp names its subsets by lists of uids (Gadre et al., 2023).
+"""
+
+import hashlib
+import operator
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clip_jax.errors import ConfigError, UserError
+
+_CONDITION = re.compile(r"\s*([\w.]+)\s*(<=|>=|==|!=|<|>)\s*(.+?)\s*")
+_OPERATORS = {
+    "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "==": operator.eq, "!=": operator.ne
+}  # fmt: skip
+_UID = np.dtype("u8,u8")
+
+
+class Filter:
+    """Decides by a sample's metadata.
+
+    Attributes:
+      digest: changes with the conditions and the uids.
+    """
+
+    def __init__(self, conditions: tuple[str, ...], uids: str = "") -> None:
+        """Args:
+        conditions: all of which must hold, such as `similarity>=0.3`; a sample without the key does not pass.
+        uids: file of the uids that are used: a `.npy` of DataComp's, or text with a uid of 32 hexadecimal digits a
+          line; empty means all.
+
+        Raises:
+          ConfigError: not a condition.
+          UserError: the file cannot be read.
+        """
+        self._conditions = [_parse(condition) for condition in conditions]
+        self._uids = _read_uids(Path(uids)) if uids else None
+        about = repr(self._conditions).encode() + (b"" if self._uids is None else self._uids.tobytes())
+        self.digest = hashlib.sha256(about).hexdigest()[:16]
+
+    def __bool__(self) -> bool:
+        return bool(self._conditions) or self._uids is not None
+
+    def __call__(self, metadata: Mapping[str, Any]) -> bool:
+        """Returns whether a sample is used."""
+        return all(_holds(metadata, *condition) for condition in self._conditions) and self._is_listed(metadata)
+
+    def _is_listed(self, metadata: Mapping[str, Any]) -> bool:
+        if self._uids is None:
+            return True
+        uid = _parse_uid(str(metadata.get("uid", "")))
+        if uid is None:
+            return False
+        place = int(np.searchsorted(self._uids, uid))
+        return place < len(self._uids) and bool(self._uids[place] == uid)
+
+
+def check_condition(condition: str) -> None:
+    """Raises ConfigError for what is not a condition."""
+    _parse(condition)
+
+
+def _parse(condition: str) -> tuple[str, str, float | str]:
+    parts = _CONDITION.fullmatch(condition)
+    if parts is None:
+        raise ConfigError(
+            f"config.data.filters holds {condition!r}; it must be key, one of {' '.join(_OPERATORS)}, and a value, "
+            "such as similarity>=0.3"
+        )
+    key, sign, value = parts.groups()
+    try:
+        return key, sign, float(value)
+    except ValueError:
+        return key, sign, value.strip("'\"")
+
+
+def _holds(metadata: Mapping[str, Any], key: str, sign: str, value: float | str) -> bool:
+    found = metadata.get(key)
+    try:
+        return found is not None and _OPERATORS[sign](type(value)(found), value)
+    except (TypeError, ValueError):
+        return False
+
+
+def _read_uids(path: Path) -> np.ndarray:
+    """Returns the sorted uids, u8,u8 [n]."""
+    try:
+        if path.suffix == ".npy":
+            uids = np.load(path, allow_pickle=False).astype(_UID)
+        else:
+            lines = filter(None, map(str.strip, path.read_text(encoding="utf-8").splitlines()))
+            uids = np.asarray([_parse_uid(line, path) for line in lines], _UID)
+    except (OSError, ValueError) as error:
+        raise UserError(f"config.data.uids={path}: {error}") from None
+    return np.sort(uids)
+
+
+def _parse_uid(text: str, path: Path | None = None) -> Any:
+    """Returns a uid as DataComp keeps it: two halves; None where it is none and no file is to blame."""
+    try:
+        if len(text) != 32:
+            raise ValueError("not 32 digits")
+        return np.array((int(text[:16], 16), int(text[16:], 16)), _UID)
+    except ValueError:
+        if path is not None:
+            raise ValueError(f"{text[:40]!r} is not a uid of 32 hexadecimal digits") from None
+        return None

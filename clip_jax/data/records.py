@@ -1,0 +1,98 @@
+"""What every source of training data gives: records by number, or the reason why one cannot be used."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+
+from clip_jax.errors import UserError
+
+REASONS = (
+    "image_missing",
+    "image_damaged",
+    "image_too_large",
+    "caption_missing",
+    "caption_unreadable",
+    "shard_missing",
+    "shard_changed",
+)
+"""Why a record cannot be used. A batch names a reason by its place here plus 1; 0 means that the record is good."""
+
+MAX_CAPTION_BYTES = 1 << 16
+"""Longer captions are refused: no model reads so far, and cleaning them takes seconds."""
+
+
+class RecordError(UserError):
+    """A record that cannot be used.
+
+    Args:
+      reason: one of REASONS.
+      message: one line that names what is wrong.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.reason, str(self))
+
+
+class Record(NamedTuple):
+    """One image with its captions, its label, or both.
+
+    Attributes:
+      image: the encoded file, or uint8 [h, w, 3].
+      captions: one of them is drawn whenever the record is read; empty where the dataset has none.
+      shares: how often each caption is drawn, relative to the others; empty means equally often.
+      label: the class; -1 where the dataset has none.
+    """
+
+    image: bytes | np.ndarray
+    captions: tuple[str, ...] = ()
+    shares: tuple[float, ...] = ()
+    label: int = -1
+
+    def draw_caption(self, rng: np.random.Generator) -> str:
+        """Returns one of the captions; where there is but one, nothing is drawn from `rng`.
+
+        Raises:
+          RecordError: there is none, or it is blank.
+        """
+        caption = self.captions[_draw(len(self.captions), self.shares, rng)] if self.captions else ""
+        if not caption.strip():
+            raise RecordError("caption_missing", "the caption is empty")
+        return caption
+
+
+@runtime_checkable
+class Source(Protocol):
+    """What the pipeline reads from; `str(source)` names it in errors. Worker processes receive a pickle of it."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Record: ...
+
+
+def decode_caption(raw: bytes) -> str:
+    """Returns a caption's text.
+
+    Raises:
+      RecordError: it is not UTF-8, or longer than MAX_CAPTION_BYTES.
+    """
+    if len(raw) > MAX_CAPTION_BYTES:
+        raise RecordError("caption_unreadable", f"the caption has {len(raw):,} bytes, over {MAX_CAPTION_BYTES:,}")
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RecordError("caption_unreadable", f"the caption is not UTF-8: {error.reason}") from None
+
+
+def _draw(count: int, shares: Sequence[float], rng: np.random.Generator) -> int:
+    if count == 1:
+        return 0
+    if not shares:
+        return int(rng.integers(count))
+    point = rng.random() * math.fsum(shares)
+    return min(int(np.searchsorted(np.cumsum(shares), point, side="right")), count - 1)

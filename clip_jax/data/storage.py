@@ -1,0 +1,230 @@
+"""Bytes of files, local or remote, by range; remote reads are tried again until a deadline.
+
+Local paths are read with `pread`. Everything else (`gs://`, `s3://`, `http://`, …) goes through fsspec.
+"""
+
+import functools
+import glob
+import itertools
+import logging
+import os
+import random
+import re
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from clip_jax.errors import UserError, did_you_mean, one_line
+
+T = TypeVar("T")
+
+_LOG = logging.getLogger(__name__)
+_FIRST_DELAY, _LONGEST_DELAY = 0.1, 10.0
+_SILENCE_S = 30
+_NEVER_RETRIED = (FileNotFoundError, PermissionError, IsADirectoryError, ImportError)
+_URL = re.compile(r"[a-z0-9+]+://")
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+
+
+class StorageError(Exception):
+    """A file that cannot be read; the message names it and says why."""
+
+
+class Stat(NamedTuple):
+    """What a file was when it was looked at.
+
+    Attributes:
+      size: in bytes.
+      tag: changes when the content does: the store's ETag, else the time of the last change.
+    """
+
+    size: int
+    tag: str
+
+
+class Storage:
+    """Reads files by range.
+
+    Threads may share one.
+
+    Args:
+      retry_s: seconds for which a remote read is tried again after errors.
+    """
+
+    def __init__(self, retry_s: float = 300.0) -> None:
+        self._retry_s = retry_s
+        self._stopped = threading.Event()
+
+    def read(self, path: str, start: int, length: int) -> bytes:
+        """Returns `length` bytes from `start`; fewer where the file ends before.
+
+        Raises:
+          StorageError: it is not there or cannot be read; remotely, after `retry_s`.
+        """
+        if not is_remote(path):
+            return _local(path, lambda: _read_range(path, start, length))
+        if not length:
+            return b""
+        system, name = self._system(path)
+        return self._retried(path, lambda: _exactly(system.cat_file(name, start=start, end=start + length), length))
+
+    def stat(self, path: str) -> Stat:
+        """Returns size and tag.
+
+        Raises:
+          StorageError: as `read`.
+        """
+        if not is_remote(path):
+            found = _local(path, lambda: os.stat(path))
+            return Stat(found.st_size, str(found.st_mtime_ns))
+        system, name = self._system(path)
+        info = self._retried(path, lambda: system.info(name))
+        tags = (info.get(key) for key in ("ETag", "etag", "md5Hash", "mtime", "updated", "LastModified", "created"))
+        return Stat(int(info.get("size") or 0), str(next((tag for tag in tags if tag), "")))
+
+    def read_whole(self, path: str) -> bytes:
+        """Returns a file.
+
+        Raises:
+          StorageError: as `read`.
+        """
+        if not is_remote(path):
+            return _local(path, lambda: Path(path).read_bytes())
+        system, name = self._system(path)
+        return self._retried(path, lambda: system.cat_file(name))
+
+    def write_whole(self, path: str, content: bytes) -> None:
+        """Writes a file: whole, or not at all.
+
+        Raises:
+          StorageError: it cannot be written.
+        """
+        if is_remote(path):
+            system, name = self._system(path)
+            self._retried(path, lambda: system.pipe_file(name, content))  # stores put objects whole
+            return
+        temporary = f"{path}.{os.getpid()}.{threading.get_ident()}.tmp"
+        _local(path, lambda: os.makedirs(os.path.dirname(path) or ".", exist_ok=True))
+        _local(path, lambda: Path(temporary).write_bytes(content))
+        _local(path, lambda: os.replace(temporary, path))
+
+    def close(self) -> None:
+        """Ends waiting for another try in all threads."""
+        self._stopped.set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"retry_s": self._retry_s}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)
+
+    def _system(self, path: str) -> tuple[Any, str]:
+        try:
+            return _file_system(path.partition("://")[0]), path
+        except ImportError as error:
+            raise StorageError(f"{path}: {one_line(error)}") from None
+        except ValueError:
+            import fsspec
+
+            raise UserError(
+                f"{path}: unknown protocol{did_you_mean(path.partition('://')[0], fsspec.available_protocols())}"
+            ) from None
+
+    def _retried(self, path: str, call: Callable[[], T]) -> T:
+        deadline = time.monotonic() + self._retry_s
+        for attempt in itertools.count():
+            try:
+                return call()
+            except _NEVER_RETRIED as error:
+                raise StorageError(f"{path}: {one_line(error)}") from None
+            except Exception as error:
+                # Full jitter (Brooker, 2015): readers that failed together must not come back together.
+                delay = random.uniform(0, min(_LONGEST_DELAY, _FIRST_DELAY * 2**attempt))
+                if not _may_pass(error) or time.monotonic() + delay > deadline or self._stopped.wait(delay):
+                    raise StorageError(f"{path}: {one_line(error)} (after {attempt + 1} tries)") from None
+                _LOG.debug("%s: %s; trying again", path, one_line(error))
+        raise AssertionError("unreachable")
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path is a URL."""
+    return _URL.match(path) is not None
+
+
+def expand(patterns: str) -> list[str]:
+    """Returns the files that patterns name, in order: `{000..999}`, `{a,b}`, `*` and `?`; several are joined by `::`.
+
+    Raises:
+      UserError: nothing is found.
+    """
+    paths = []
+    for pattern in patterns.split("::"):
+        for path in _expand_braces(pattern):
+            found = _glob(path) if any(letter in path for letter in "*?[") else [path]
+            if not found:
+                raise UserError(f"no file is called {path}")
+            paths += found
+    return paths
+
+
+def _glob(pattern: str) -> list[str]:
+    if not is_remote(pattern):
+        return sorted(glob.glob(os.path.expanduser(pattern)))
+    protocol = pattern.partition("://")[0]
+    system = _file_system(protocol)
+    return [path if is_remote(path) else f"{protocol}://{path}" for path in sorted(system.glob(pattern))]
+
+
+def _expand_braces(pattern: str) -> list[str]:
+    braces = _BRACES.search(pattern)
+    if braces is None:
+        return [os.path.expanduser(pattern)]
+    if numbers := _RANGE.fullmatch(braces[1]):
+        first, last = numbers.groups()
+        inner = [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
+    else:
+        inner = braces[1].split(",")
+    if not inner:
+        raise UserError(f"{pattern}: the range {{{braces[1]}}} is empty; write the smaller number first")
+    before, after = pattern[: braces.start()], pattern[braces.end() :]
+    return [path for middle in inner for path in _expand_braces(before + middle + after)]
+
+
+@functools.cache
+def _file_system(protocol: str) -> Any:
+    import fsspec
+
+    options: dict[str, Any] = {}
+    if protocol in ("http", "https"):
+        import aiohttp
+
+        options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=_SILENCE_S)}
+    return fsspec.filesystem(protocol, **options)
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether another try may succeed: not where the server says that the request itself is wrong."""
+    status = getattr(error, "status", None) or getattr(error, "code", None)
+    return not (isinstance(status, int) and 400 <= status < 500 and status not in (408, 425, 429))
+
+
+def _exactly(content: bytes, length: int) -> bytes:
+    return content[:length]  # a server that knows no ranges sends everything
+
+
+def _read_range(path: str, start: int, length: int) -> bytes:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.pread(descriptor, length, start)
+    finally:
+        os.close(descriptor)
+
+
+def _local(path: str, call: Callable[[], T]) -> T:
+    try:
+        return call()
+    except OSError as error:
+        raise StorageError(f"{path}: {error.strerror}") from None

@@ -1,0 +1,120 @@
+"""Images and captions that a table names: CSV, TSV or Parquet, beside a folder of images."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from clip_jax.data.records import Record, RecordError, decode_caption
+from clip_jax.errors import UserError, did_you_mean, one_line
+
+MAX_FILE_BYTES = 1 << 26
+"""Larger image files are not read."""
+
+
+class TableSource:
+    """Rows of a table, each with the path of an image, or the image itself, and a caption or a list of captions.
+
+    The table is kept in memory in Arrow's columns, and read again in every process that receives the source.
+
+    Attributes:
+      fingerprint: file, number of rows and columns, as JSON holds them.
+    """
+
+    def __init__(
+        self, table: Path, *, image_key: str = "image", caption_key: str = "caption", image_root: str = ""
+    ) -> None:
+        """Reads the table.
+
+        Args:
+          table: `.csv`, `.tsv` or `.parquet`.
+          image_key: column of paths, or of encoded images.
+          caption_key: column of captions, or of lists of captions.
+          image_root: folder to which paths are relative; empty means the table's.
+
+        Raises:
+          UserError: it cannot be read, or has no such columns.
+        """
+        self._path, self._keys = table.expanduser(), (image_key, caption_key)
+        self._root = Path(image_root).expanduser() if image_root else self._path.parent
+        self._columns = self._read()
+        self.fingerprint: dict[str, Any] = {
+            "name": "table",
+            "table": str(self._path),
+            "records": len(self._columns[0]),
+            "columns": list(self._keys),
+        }
+
+    def __len__(self) -> int:
+        return self.fingerprint["records"]
+
+    def __str__(self) -> str:
+        return str(self._path)
+
+    def __getitem__(self, index: int) -> Record:
+        """Returns a row.
+
+        Raises:
+          RecordError: it cannot be used.
+        """
+        if self._columns is None:
+            self._columns = self._read()
+        image, captions = (column[index].as_py() for column in self._columns)
+        if not image:
+            raise RecordError("image_missing", "the row names no image")
+        if self._path.suffix.lower() != ".parquet":
+            image = os.fsdecode(image)  # read as bytes, so that one caption which is not UTF-8 does not cost the table
+        texts = captions if isinstance(captions, list) else [captions]
+        return Record(
+            image if isinstance(image, bytes) else _read_file(self._root / str(image)),
+            tuple(decode_caption(_encoded(text)) for text in texts if text is not None),
+        )
+
+    def where(self, index: int) -> str:
+        """Returns what to call a row in messages."""
+        return f"row {index} of {self._path}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_columns": None}
+
+    def _read(self) -> Any:
+        import pyarrow
+        from pyarrow import csv, parquet
+
+        suffix = self._path.suffix.lower()
+        try:
+            if suffix == ".parquet":
+                names = parquet.read_schema(self._path).names
+                self._check_columns(names)
+                table = parquet.read_table(self._path, columns=list(self._keys), memory_map=True)
+            elif suffix in (".csv", ".tsv"):
+                parse = csv.ParseOptions(delimiter="," if suffix == ".csv" else "\t", newlines_in_values=True)
+                as_text = csv.ConvertOptions(column_types=dict.fromkeys(self._keys, pyarrow.binary()))
+                table = csv.read_csv(self._path, parse_options=parse, convert_options=as_text)
+                self._check_columns(table.column_names)
+            else:
+                raise UserError(f"config.data.table={self._path}: it must be .csv, .tsv or .parquet")
+        except (OSError, pyarrow.ArrowException) as error:
+            raise UserError(f"config.data.table={self._path}: {one_line(error)}") from None
+        return tuple(table.column(key) for key in self._keys)
+
+    def _check_columns(self, names: list[str]) -> None:
+        for key, config_key in zip(self._keys, ("image_key", "caption_key"), strict=True):
+            if key not in names:
+                raise UserError(
+                    f"{self._path} has no column {key!r}{did_you_mean(key, names)} (it has {', '.join(names)}); set "
+                    f"config.data.{config_key}"
+                )
+
+
+def _encoded(text: Any) -> bytes:
+    return text if isinstance(text, bytes) else str(text).encode("utf-8", "replace")
+
+
+def _read_file(path: Path) -> bytes:
+    try:
+        size = path.stat().st_size
+        if size > MAX_FILE_BYTES:
+            raise RecordError("image_too_large", f"{path} has {size:,} bytes, over {MAX_FILE_BYTES:,}")
+        return path.read_bytes()
+    except (OSError, ValueError) as error:
+        raise RecordError("image_missing", f"{path} cannot be read: {one_line(error)}") from None

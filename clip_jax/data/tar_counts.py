@@ -1,0 +1,111 @@
+"""How many samples each shard has: all that must be known of shards when a run begins."""
+
+import hashlib
+import json
+import posixpath
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+
+import numpy as np
+
+from clip_jax.data.storage import Storage, StorageError, is_remote
+from clip_jax.errors import UserError
+
+_MOST_REMOTE_TO_INDEX = 256
+
+
+def find_counts(
+    paths: Sequence[str],
+    storage: Storage,
+    *,
+    file: str,
+    remembered: str,
+    all_used: bool,
+    count: Callable[[str], int],
+    pool: Executor,
+) -> np.ndarray:
+    """Returns the samples of each shard; int64 [shards].
+
+    They come from, in this order: `file`; what an earlier call remembered; `sizes.json` beside the shards, as
+    webdataset and open_clip have it; img2dataset's `_stats.json` beside each; a look into each shard, which is then
+    remembered.
+
+    Args:
+      paths: of the shards.
+      storage: reads them.
+      file: JSON {path or last part of it: samples}; empty for none.
+      remembered: where the result of looking into shards is kept.
+      all_used: no filter leaves samples out; otherwise only what was remembered, and looks into shards, will do.
+      count: looks into one shard.
+      pool: for what is done shard by shard.
+
+    Raises:
+      UserError: the file is none, or many remote shards would have to be read whole.
+    """
+    known: dict[str, int] = {}
+    if all_used and file:
+        known = _by_path(_counts_in(storage, file), paths)
+    if len(known) < len(paths):
+        known |= _by_path(_counts_in(storage, remembered, optional=True), paths)
+    if all_used and len(known) < len(paths):
+        sizes = posixpath.join(posixpath.dirname(paths[0]), "sizes.json")
+        known = _by_path(_counts_in(storage, sizes, optional=True), paths) | known
+    unknown = [path for path in paths if path not in known]
+    if all_used and unknown:
+        stats = pool.map(lambda path: _count_in_stats(storage, path), unknown)
+        known |= {path: found for path, found in zip(unknown, stats, strict=True) if found is not None}
+        unknown = [path for path in unknown if path not in known]
+    if sum(map(is_remote, unknown)) > _MOST_REMOTE_TO_INDEX:
+        raise UserError(
+            f"it is not known how many samples {len(unknown):,} shards have (such as {unknown[0]}), and every process "
+            "would read them whole to find out; run clip-jax data index --config=… once, with config.data.index_dir "
+            "where all processes see it, or name a JSON file {shard: samples} as config.data.counts"
+        )
+    if unknown:
+        known |= dict(zip(unknown, pool.map(count, unknown), strict=True))
+        remember(storage, remembered, known)
+    return np.asarray([known[path] for path in paths], np.int64)
+
+
+def remembered_in(folder: str, paths: Sequence[str], digest: str) -> str:
+    """Returns the file in which the counts of these shards under this filter are kept."""
+    named = hashlib.sha256("\n".join([digest, *paths]).encode()).hexdigest()[:32]
+    return f"{folder.rstrip('/')}/{named}.counts.json"
+
+
+def remember(storage: Storage, file: str, counts: dict[str, int]) -> None:
+    """Keeps counts.
+
+    Raises:
+      UserError: the folder cannot be written.
+    """
+    try:
+        storage.write_whole(file, json.dumps(counts).encode())
+    except StorageError as error:
+        raise UserError(f"config.data.index_dir cannot be written: {error}") from None
+
+
+def _counts_in(storage: Storage, file: str, *, optional: bool = False) -> dict[str, int]:
+    try:
+        counts = json.loads(storage.read_whole(file))
+        if not isinstance(counts, dict) or not all(type(count) is int and count >= 0 for count in counts.values()):
+            raise ValueError("not a mapping of shards to numbers of samples")
+    except (StorageError, ValueError) as error:
+        if optional:
+            return {}
+        raise UserError(f"config.data.counts={file}: {error}") from None
+    return counts
+
+
+def _by_path(counts: dict[str, int], paths: Sequence[str]) -> dict[str, int]:
+    """Returns the counts of these paths, whether the file names them in full or by their last part."""
+    found = {path: counts.get(path, counts.get(posixpath.basename(path))) for path in paths} if counts else {}
+    return {path: count for path, count in found.items() if count is not None}
+
+
+def _count_in_stats(storage: Storage, path: str) -> int | None:
+    try:
+        stats = json.loads(storage.read_whole(f"{posixpath.splitext(path)[0]}_stats.json"))
+        return int(stats["successes"])
+    except (StorageError, ValueError, KeyError, TypeError):
+        return None

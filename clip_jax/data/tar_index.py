@@ -1,0 +1,245 @@
+"""Where the samples of a tar shard lie, found by its headers alone.
+
+A sample is consecutive members that share a key: the name up to the first dot of its last part, as in webdataset. Only
+regular files count; links and devices are passed over, and nothing is ever unpacked, so that names are only names.
+Headers: POSIX.1-2017 `pax`, "ustar" and GNU's extensions for long names and sizes.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from clip_jax.data.storage import Stat, Storage, StorageError, is_remote
+
+BLOCK = 512
+IMAGES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"})
+_FORMAT = 1
+_CHUNK = 8 << 20
+_LONGEST_EXTENSION = 1 << 20
+
+PARTS = ("image", "text", "json")
+SAMPLE = np.dtype([("start", "<u8")] + [(name, "<u4") for part in PARTS for name in (part, f"{part}_size")])
+"""A sample: where its first header begins, and where its parts' data begin after that (0: there is none), and sizes."""
+
+
+class ReadAt(NamedTuple):
+    """A file that headers are read from.
+
+    Attributes:
+      read: (offset, length) to bytes.
+      size: of the file.
+    """
+
+    read: Callable[[int, int], bytes]
+    size: int
+
+
+class Member(NamedTuple):
+    """A regular file in a tar.
+
+    Attributes:
+      name: with its folders.
+      header: where its first header begins.
+      data: where its content begins.
+      size: of the content.
+    """
+
+    name: str
+    header: int
+    data: int
+    size: int
+
+
+class ShardIndex(NamedTuple):
+    """The samples of a shard.
+
+    Attributes:
+      samples: SAMPLE [n].
+      stat: of the shard when it was indexed.
+    """
+
+    samples: np.ndarray
+    stat: Stat
+
+    def to_bytes(self) -> bytes:
+        """Returns the sidecar file."""
+        about = json.dumps({"format": _FORMAT, "size": self.stat.size, "tag": self.stat.tag})
+        buffer = io.BytesIO()
+        np.savez(buffer, samples=self.samples, about=np.frombuffer(about.encode(), np.uint8))
+        return buffer.getvalue()
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> "ShardIndex":
+        """Reads a sidecar.
+
+        Raises:
+          ValueError: it is none, or of another format.
+        """
+        try:
+            arrays = np.load(io.BytesIO(content), allow_pickle=False)
+            about = json.loads(arrays["about"].tobytes())
+            samples = arrays["samples"]
+        except Exception as error:
+            raise ValueError(str(error)) from None
+        if about.get("format") != _FORMAT or samples.dtype != SAMPLE:
+            raise ValueError("another format")
+        return cls(samples, Stat(about["size"], about["tag"]))
+
+
+class Sidecars:
+    """Indexes of shards, kept in a folder; what is missing or out of date is made.
+
+    Args:
+      storage: reads shards and sidecars.
+      folder: of the sidecars; may be remote, so that all processes share them.
+    """
+
+    def __init__(self, storage: Storage, folder: str) -> None:
+        self._storage, self._folder = storage, folder
+
+    def get(self, path: str) -> ShardIndex:
+        """Returns a shard's index as of now.
+
+        Raises:
+          StorageError: the shard cannot be read.
+        """
+        stat = self._storage.stat(path)
+        kept = self._kept(path)
+        return kept if kept is not None and kept.stat == stat else self._make(path, stat)
+
+    def _make(self, path: str, stat: Stat) -> ShardIndex:
+        index = ShardIndex(index_samples(members(read_at(self._storage, path, stat.size))), stat)
+        try:
+            self._storage.write_whole(self.path(path), index.to_bytes())
+        except StorageError as error:
+            raise StorageError(f"the index of {path} cannot be kept ({error}); set config.data.index_dir") from None
+        return index
+
+    def path(self, shard: str) -> str:
+        """Returns where the sidecar of a shard is kept."""
+        return f"{self._folder.rstrip('/')}/{hashlib.sha256(shard.encode()).hexdigest()[:32]}.npz"
+
+    def _kept(self, path: str) -> ShardIndex | None:
+        try:
+            return ShardIndex.from_bytes(self._storage.read_whole(self.path(path)))
+        except (StorageError, ValueError):
+            return None
+
+
+def read_at(storage: Storage, path: str, size: int) -> ReadAt:
+    """Returns a shard as `members` reads it: locally from header to header, remotely in large pieces, one after
+    another."""
+    if not is_remote(path):
+        return ReadAt(lambda offset, length: storage.read(path, offset, length), size)
+    chunk: dict[str, Any] = {"start": 0, "bytes": b""}
+
+    def read(offset: int, length: int) -> bytes:
+        if not chunk["start"] <= offset <= offset + length <= chunk["start"] + len(chunk["bytes"]):
+            wanted = min(max(length, _CHUNK), size - offset)
+            chunk.update(start=offset, bytes=storage.read(path, offset, max(wanted, 0)))
+        begin = offset - chunk["start"]
+        return chunk["bytes"][begin : begin + length]
+
+    return ReadAt(read, size)
+
+
+def members(file: ReadAt) -> Iterator[Member]:
+    """Yields the regular files of a tar in order; after a damaged header, it goes on at the next one that is whole.
+
+    Raises:
+      StorageError: the file cannot be read.
+    """
+    offset, first, pax = 0, None, {}
+    while offset + BLOCK <= file.size:
+        header = file.read(offset, BLOCK)
+        if len(header) < BLOCK or not header.strip(b"\0"):
+            return
+        size = header_size(header)
+        if size is None:
+            offset, first, pax = offset + BLOCK, None, {}
+            continue
+        begin, data, kind = offset if first is None else first, offset + BLOCK, header[156:157]
+        if kind in b"xLKg" and size <= _LONGEST_EXTENSION:
+            pax |= _extension(kind, file.read(data, size))
+            offset, first = data + _padded(size), begin
+            continue
+        size = int(pax.get("size", size)) if pax.get("size", "0").isdecimal() else size
+        if kind in (b"0", b"\0", b"7"):
+            yield Member(pax.get("path") or _name(header), begin, data, size)
+        offset, first, pax = data + _padded(size), None, {}
+
+
+def index_samples(files: Iterator[Member]) -> np.ndarray:
+    """Returns the samples, SAMPLE [n], that members in order make up.
+
+    A second image, text or JSON of a key begins another sample.
+    """
+    rows: list[dict[str, int]] = []
+    current: str | None = None
+    for member in files:
+        folder, _, name = member.name.rpartition("/")
+        stem, _, extension = name.partition(".")
+        extension = extension.lower()
+        part = "image" if extension in IMAGES else {"txt": "text", "json": "json"}.get(extension)
+        key = f"{folder}/{stem}"
+        if part is None:
+            if key != current:
+                current = None
+            continue
+        if key != current or part in rows[-1]:
+            rows.append({"start": member.header})
+            current = key
+        rows[-1] |= {part: member.data - rows[-1]["start"], f"{part}_size": member.size}
+    limit = np.iinfo(np.uint32).max
+    columns = {name: [row.get(name, 0) for row in rows] for name in SAMPLE.names or ()}
+    samples = np.zeros(len(rows), SAMPLE)
+    for name, values in columns.items():
+        samples[name] = values if name == "start" else [min(value, limit) for value in values]
+    return samples
+
+
+def header_size(header: bytes) -> int | None:
+    """Returns the size that a header states, or None where its checksum or its numbers are wrong."""
+    stated = _number(header[148:156])
+    if stated is None or stated != sum(header[:148]) + 8 * 32 + sum(header[156:]):
+        return None
+    return _number(header[124:136])
+
+
+def _number(field: bytes) -> int | None:
+    """Returns a number in octal digits or, GNU's way, in base 256; None where it is neither, or negative."""
+    if field[:1] == b"\x80":
+        return int.from_bytes(field[1:], "big")
+    text = field.split(b"\0")[0].strip()
+    return int(text or b"0", 8) if all(digit in b"01234567" for digit in text) else None
+
+
+def _padded(size: int) -> int:
+    return -(-size // BLOCK) * BLOCK
+
+
+def _name(header: bytes) -> str:
+    name, prefix = header[:100].split(b"\0")[0], header[345:500].split(b"\0")[0]
+    if header[257:263] == b"ustar\0" and prefix:
+        name = prefix + b"/" + name
+    return name.decode("utf-8", "surrogateescape")
+
+
+def _extension(kind: bytes, content: bytes) -> dict[str, str]:
+    """Returns what an extension header says of the member after it: its path, its size."""
+    if kind == b"L":
+        return {"path": content.split(b"\0")[0].decode("utf-8", "surrogateescape")}
+    found = {}
+    while kind == b"x" and content:
+        length, _, rest = content.partition(b" ")
+        if not (length.isdigit() and 0 < int(length) <= len(content)):
+            break
+        key, _, value = rest[: int(length) - len(length) - 2].partition(b"=")
+        if key in (b"path", b"size"):
+            found[key.decode()] = value.decode("utf-8", "surrogateescape")
+        content = content[int(length) :]
+    return found

@@ -1,0 +1,396 @@
+"""Tar shards: the index against tarfile, sources, windows through the pipeline, what is bad."""
+
+import io
+import itertools
+import json
+import pickle
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+from tars import add, picture, write_shard, write_shards
+
+from clip_jax.data.augment import Augment
+from clip_jax.data.filters import Filter
+from clip_jax.data.images import Preprocess
+from clip_jax.data.order import FullShuffle, WindowShuffle
+from clip_jax.data.pipeline import TrainTransform, train_batches
+from clip_jax.data.reading import Part
+from clip_jax.data.records import REASONS, RecordError
+from clip_jax.data.storage import Storage, expand
+from clip_jax.data.tar_index import Sidecars, members, read_at
+from clip_jax.data.tar_source import TarSource
+from clip_jax.data.tokenizer import Tokenizer
+from clip_jax.errors import ConfigError, UserError
+
+TRANSFORM = TrainTransform(Preprocess(size=8), Tokenizer(), context=16, augment=Augment())
+
+
+def source(pattern, tmp_path, **options):
+    return TarSource(pattern, index_dir=str(tmp_path / "index"), **options)
+
+
+def captions(records):
+    return [record.captions[0] for record in records]
+
+
+def windowed(tars, seed=0, streams=4):
+    return [Part(tars, WindowShuffle(tars.counts, seed=seed, streams=streams, block=4, window=2))]
+
+
+def batches(parts, count, **options):
+    stream = train_batches(parts, **{"transform": TRANSFORM, "batch": 8, "seed": 0} | options)
+    taken = list(itertools.islice(stream, count))
+    stream.close()
+    return taken
+
+
+def column(found, name):
+    return np.concatenate([batch[name] for batch in found])
+
+
+@pytest.fixture
+def shards(tmp_path):
+    return write_shards(tmp_path / "shards", [7, 10, 1, 14])
+
+
+# The index
+
+
+def own_members(path):
+    return [
+        (member.name, member.data, member.size)
+        for member in members(read_at(Storage(), str(path), path.stat().st_size))
+    ]
+
+
+def tarfile_members(path):
+    with tarfile.open(path) as tar:
+        return [(member.name, member.offset_data, member.size) for member in tar if member.isreg()]
+
+
+@pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_members_are_tarfiles(tmp_path, kind):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=kind) as tar:
+        add(tar, "a/b/0.jpg", b"x" * 700)
+        add(tar, "empty.txt", b"")
+        add(tar, "x" * 90 + "/" + "y" * 80 + ".txt", b"long name")
+        if kind != tarfile.USTAR_FORMAT:
+            add(tar, "z" * 300 + ".json", b"{}")
+        add(tar, "ünïcode.txt", b"u")
+        add(tar, "../../up.txt", b"up")
+        add(tar, "link.jpg", b"", type=tarfile.SYMTYPE, linkname="/etc/passwd")
+        add(tar, "hard.jpg", b"", type=tarfile.LNKTYPE, linkname="a/b/0.jpg")
+        add(tar, "device.jpg", b"", type=tarfile.CHRTYPE)
+        add(tar, "folder", b"", type=tarfile.DIRTYPE)
+        add(tar, "last.txt", b"1" * 512)
+    assert own_members(path) == tarfile_members(path)
+    assert len(own_members(path)) >= 5
+
+
+def test_a_sidecar_is_made_once_and_again_when_the_shard_changes(tmp_path):
+    path = write_shard(tmp_path / "a.tar", range(3))
+    sidecars = Sidecars(Storage(), str(tmp_path / "index"))
+    assert len(sidecars.get(str(path)).samples) == 3
+    kept = next((tmp_path / "index").iterdir())
+    written = kept.stat().st_mtime_ns
+    assert len(sidecars.get(str(path)).samples) == 3
+    assert kept.stat().st_mtime_ns == written
+    write_shard(path, range(5))
+    assert len(sidecars.get(str(path)).samples) == 5
+    kept.write_bytes(b"damaged")
+    assert len(sidecars.get(str(path)).samples) == 5
+
+
+# Sources
+
+
+def test_records_are_the_samples_in_order(shards, tmp_path):
+    tars = source(shards, tmp_path)
+    assert tars.counts.tolist() == [7, 10, 1, 14]
+    assert captions(tars[i] for i in range(32)) == [f"number {i}" for i in range(32)]
+    assert tars[9].image == picture(9)
+    assert json.loads(json.dumps(tars.fingerprint))["records"] == 32
+    copy = pickle.loads(pickle.dumps(tars))
+    assert captions(copy[i] for i in (0, 31)) == ["number 0", "number 31"]
+    assert tars.where(17) == f"sample 0 of {tmp_path}/shards/00002.tar"
+
+
+def test_patterns_expand(tmp_path):
+    for name in ("a-01.tar", "a-02.tar", "b-01.tar"):
+        (tmp_path / name).touch()
+    assert expand("{a,b}-{08..10}.tar::c.tar")[2:] == ["a-10.tar", "b-08.tar", "b-09.tar", "b-10.tar", "c.tar"]
+    assert [path[-8:] for path in expand(f"{tmp_path}/*-01.tar")] == ["a-01.tar", "b-01.tar"]
+    assert expand("s3://bucket/{1..2}.tar") == ["s3://bucket/1.tar", "s3://bucket/2.tar"]
+    with pytest.raises(UserError, match="no file is called"):
+        expand(f"{tmp_path}/*.zip")
+    with pytest.raises(UserError, match="range {9..3} is empty"):
+        expand("{9..3}.tar")
+
+
+def test_counts_come_from_where_they_are_known(shards, tmp_path):
+    """And then no shard is looked at: the numbers here are wrong, and taken."""
+    folder = tmp_path / "shards"
+    names = [f"{i:05d}" for i in range(4)]
+    for name in names:
+        (folder / f"{name}_stats.json").write_text(json.dumps({"successes": 2}))
+    assert source(shards, tmp_path).counts.tolist() == [2] * 4
+    (folder / "sizes.json").write_text(json.dumps({f"{name}.tar": 3 for name in names}))
+    assert source(shards, tmp_path).counts.tolist() == [3] * 4
+    (tmp_path / "mine.json").write_text(json.dumps({f"{folder}/{name}.tar": 4 for name in names}))
+    assert source(shards, tmp_path, counts=str(tmp_path / "mine.json")).counts.tolist() == [4] * 4
+    assert not (tmp_path / "index").exists()
+    (tmp_path / "mine.json").write_text("[]")
+    with pytest.raises(UserError, match="config.data.counts=.*not a mapping"):
+        source(shards, tmp_path, counts=str(tmp_path / "mine.json"))
+
+
+def test_captions_are_chosen_by_seed_and_share(tmp_path):
+    write_shard(tmp_path / "a.tar", range(2), lambda number: {"alt": ["one", "two"]})
+    pattern = str(tmp_path / "a.tar")
+    assert source(pattern, tmp_path)[0].captions == ("number 0",)
+    mixed = source(pattern, tmp_path, captions=("txt=0.5", "json.caption=0.25", "json.alt=0.25"))[1]
+    assert mixed.captions == ("number 1", "json 1", "one", "two")
+    drawn = [mixed.draw_caption(np.random.default_rng(seed)) for seed in range(2_000)]
+    found = [drawn.count(caption) / 2_000 for caption in mixed.captions]
+    np.testing.assert_allclose(found, (0.5, 0.25, 0.125, 0.125), atol=0.04)
+    with pytest.raises(ConfigError, match="config.data.captions holds 'text'"):
+        source(pattern, tmp_path, captions=("text",))
+
+
+def test_filters_leave_samples_out_before_they_get_a_number(tmp_path):
+    pattern = write_shards(tmp_path / "s", [10, 10], metadata=lambda n: {"similarity": n / 20, "nsfw": "UNLIKELY"})
+    kept = source(pattern, tmp_path, keep=Filter(("similarity>=0.3", "similarity < 0.8", "nsfw==UNLIKELY")))
+    assert kept.counts.tolist() == [4, 6]
+    assert captions(kept[i] for i in range(10)) == [f"number {i}" for i in range(6, 16)]
+    again = source(pattern, tmp_path, keep=Filter(("similarity>=0.3", "similarity < 0.8", "nsfw==UNLIKELY")))
+    assert again.fingerprint == kept.fingerprint != source(pattern, tmp_path).fingerprint
+    with pytest.raises(UserError, match="no samples that the filters keep"):
+        source(pattern, tmp_path, keep=Filter(("absent>0",)))
+    with pytest.raises(ConfigError, match="config.data.filters holds 'similarity'"):
+        Filter(("similarity",))
+
+
+def test_uids_of_datacomp_and_of_text_keep_the_same(tmp_path):
+    pattern = write_shards(tmp_path / "s", [10, 10])
+    chosen = [3, 4, 12, 19]
+    np.save(tmp_path / "uids.npy", np.asarray([(0, number) for number in reversed(chosen)], "u8,u8"))
+    (tmp_path / "uids.txt").write_text("\n".join(f"{number:032x}" for number in chosen))
+    for name in ("uids.npy", "uids.txt"):
+        kept = source(pattern, tmp_path, keep=Filter((), str(tmp_path / name)))
+        assert captions(kept[i] for i in range(len(kept))) == [f"number {number}" for number in chosen]
+    (tmp_path / "uids.txt").write_text("nonsense")
+    with pytest.raises(UserError, match="'nonsense' is not a uid"):
+        Filter((), str(tmp_path / "uids.txt"))
+
+
+# Through the pipeline
+
+
+def test_windows_give_every_sample_once_whatever_reads_them(shards, tmp_path):
+    parts = windowed(source(shards, tmp_path))
+    straight = batches(parts, 8)
+    for epoch in range(2):
+        assert sorted(column(straight, "index")[32 * epoch :][:32]) == list(range(32))
+    images = column(straight, "image")[:, 4, 4]
+    expected = column(straight, "index")
+    np.testing.assert_allclose(images[:, 0], expected // 16 * 16, atol=6)
+    np.testing.assert_allclose(images[:, 1], expected % 16 * 16, atol=6)
+    for options in ({"threads": 1}, {"prefetch": 1}, {"connections": 1}):
+        assert_same(batches(parts, 8, **options), straight)
+    for process_count in (2, 4):
+        found = [batches(parts, 8, process_index=i, process_count=process_count) for i in range(process_count)]
+        together = [
+            {name: np.concatenate([part[name] for part in each]) for name in each[0]}
+            for each in zip(*found, strict=True)
+        ]
+        assert_same(together, straight)
+
+
+@pytest.mark.slow
+def test_worker_processes_change_nothing(shards, tmp_path):
+    parts = windowed(source(shards, tmp_path))
+    straight = batches(parts, 6)
+    for workers in (1, 2, 4):
+        assert_same(batches(parts, 6, workers=workers), straight)
+
+
+def test_windows_resume_in_the_middle(shards, tmp_path):
+    """Also on another number of processes, and with another batch."""
+    parts = windowed(source(shards, tmp_path))
+    straight = batches(parts, 12)
+    for step in (1, 3, 4, 7):
+        assert_same(batches(parts, 12 - step, position=8 * step), straight[step:])
+    halves = [batches(parts, 5, position=24, process_index=i, process_count=2) for i in range(2)]
+    both = [np.concatenate([part["index"] for part in each]) for each in zip(*halves, strict=True)]
+    np.testing.assert_array_equal(both, [batch["index"] for batch in straight[3:8]])
+    small = column(batches(parts, 12, batch=4, position=48), "index")
+    assert set(small.tolist()) == set(column(straight[6:], "index").tolist())
+    assert sorted(small[:8]) == sorted(straight[6]["index"])
+
+
+def test_every_block_is_read_once_an_epoch_and_windows_are_dropped(shards, tmp_path, monkeypatch):
+    tars = source(shards, tmp_path)
+    reads = []
+    read_block = TarSource.read_block
+
+    def counted(self, first, count):
+        reads.append((first, count))
+        return read_block(self, first, count)
+
+    monkeypatch.setattr(TarSource, "read_block", counted)
+    stream = train_batches(
+        windowed(tars, streams=1), transform=TRANSFORM, batch=8, seed=0, prefetch=1, threads=1, connections=1
+    )
+    for _ in range(4):
+        next(stream)
+    stream.close()
+    blocks = int(np.searchsorted(np.cumsum([count for _, count in reads]), 32)) + 1
+    assert sum(count for _, count in reads[:blocks]) == 32
+    assert sorted(first + i for first, count in reads[:blocks] for i in range(count)) == list(range(32))
+
+
+def test_a_mixture_has_both_sources_in_proportion(shards, tmp_path):
+    other = write_shards(tmp_path / "other", [9])
+    first, second = windowed(source(shards, tmp_path))[0], source(other, tmp_path)
+    parts = [Part(first.source, first.order, 3.0), Part(second, FullShuffle(9, seed=0), 1.0)]
+    found = batches(parts, 12)
+    index = column(found, "index")
+    assert np.mean(index >= 32) == 0.25
+    own = index[index < 32]
+    assert sorted(own[:32]) == list(range(32))
+    assert sorted(index[index >= 32][:9] - 32) == list(range(9))
+    for step in (1, 5):
+        assert_same(batches(parts, 12 - step, position=8 * step), found[step:])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch": 6}, "divide config.batch"),
+        ({"process_count": 8, "batch": 8}, "multiple of the number of processes"),
+        ({"position": 2}, "samples consumed so far"),
+        ({"workers": 5}, "config.data.workers is 5, over the 4 streams"),
+    ],
+)
+def test_streams_that_do_not_divide_are_refused(shards, tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        batches(windowed(source(shards, tmp_path)), 1, **options)
+
+
+def assert_same(found, expected):
+    assert len(found) == len(expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        for name in theirs:
+            np.testing.assert_array_equal(ours[name], theirs[name])
+
+
+# What is bad
+
+
+def bad_shard(path):
+    """A shard with one sample of each kind of trouble; returns the reason of each."""
+    good = picture(1)
+    png = io.BytesIO()
+    Image.new("RGB", (9_000, 9_000)).save(png, "PNG")
+    samples = {
+        "good": ({"jpg": good, "txt": b"fine"}, None),
+        "no_image": ({"txt": b"only text"}, "image_missing"),
+        "no_text": ({"jpg": good}, "caption_missing"),
+        "blank": ({"jpg": good, "txt": b"  \n"}, "caption_missing"),
+        "latin": ({"jpg": good, "txt": "caf\xe9".encode("latin-1")}, "caption_unreadable"),
+        "huge": ({"jpg": good, "txt": b"x" * (1 << 17)}, "caption_unreadable"),
+        "json": ({"jpg": good, "json": b"{not json"}, "caption_unreadable"),
+        "cut": ({"jpg": good[:-40], "txt": b"t"}, "image_damaged"),
+        "zero": ({"jpg": b"", "txt": b"t"}, "image_damaged"),
+        "html": ({"jpg": b"<html>404</html>", "txt": b"t"}, "image_damaged"),
+        "bomb": ({"png": png.getvalue(), "txt": b"t"}, "image_too_large"),
+        "renamed": ({"png": good, "txt": b"a JPEG that is called png"}, None),
+        "twice": ({"jpg": good, "txt": b"first"}, None),
+    }
+    with tarfile.open(path, "w") as tar:
+        for key, (files, _) in samples.items():
+            for extension, content in files.items():
+                add(tar, f"{key}.{extension}", content)
+        add(tar, "twice.jpg", good)
+        add(tar, "twice.txt", b"second, under the same key")
+        add(tar, "linked.txt", b"its image is a link")
+        add(tar, "linked.jpg", b"", type=tarfile.SYMTYPE, linkname="/etc/passwd")
+        add(tar, "../../outside.jpg", good)
+        add(tar, "../../outside.txt", b"names are only names")
+    return [reason for _, reason in samples.values()] + [None, "image_missing", None]
+
+
+def test_a_bad_pair_keeps_its_slot_with_its_reason(tmp_path):
+    path = tmp_path / "bad.tar"
+    reasons = bad_shard(path)
+    tars = source(str(path), tmp_path)
+    assert len(tars) == len(reasons) == 16
+    for part in (windowed(tars, streams=1)[0], Part(tars, FullShuffle(16, seed=0))):
+        (batch,) = batches([part], 1, batch=16)
+        found = {int(index): int(bad) for index, bad in zip(batch["index"], batch["bad"], strict=True)}
+        assert [REASONS[found[i] - 1] if found[i] else None for i in range(16)] == reasons
+        np.testing.assert_array_equal(batch["weight"], batch["bad"] == 0)
+        assert not batch["image"][batch["weight"] == 0].any()
+        assert not batch["tokens"][batch["weight"] == 0].any()
+        assert batch["tokens"][batch["weight"] == 1].any(axis=1).all()
+
+
+def test_on_bad_fail_names_shard_and_sample(tmp_path):
+    path = tmp_path / "bad.tar"
+    bad_shard(path)
+    with pytest.raises(RecordError, match=r"sample \d+ of .*bad.tar"):
+        batches(windowed(source(str(path), tmp_path), streams=1), 1, batch=16, on_bad="fail")
+
+
+def reasons_of(parts, size):
+    (batch,) = batches(parts, 1, batch=size)
+    return {int(index): REASONS[bad - 1] for index, bad in zip(batch["index"], batch["bad"], strict=True) if bad}
+
+
+def test_a_missing_shard_costs_its_own_slots(shards, tmp_path):
+    (tmp_path / "shards" / "00001.tar").unlink()
+    sizes = {f"{i:05d}.tar": count for i, count in enumerate([7, 10, 1, 14])}
+    with pytest.raises(UserError, match=r"00001.tar.*config.data.counts"):
+        source(shards, tmp_path)
+    (tmp_path / "shards" / "sizes.json").write_text(json.dumps(sizes))
+    assert reasons_of(windowed(source(shards, tmp_path)), 32) == dict.fromkeys(range(7, 17), "shard_missing")
+
+
+def test_a_truncated_shard_costs_what_it_lacks(shards, tmp_path):
+    path = tmp_path / "shards" / "00003.tar"
+    tars = source(shards, tmp_path)
+    content = path.read_bytes()
+    samples = Sidecars(Storage(), str(tmp_path / "index")).get(str(path)).samples
+    path.write_bytes(content[: int(samples["start"][9]) + 700])
+    found = reasons_of(windowed(tars), 32)
+    assert found == dict.fromkeys(range(18 + 9, 32), "shard_changed")
+
+
+def test_a_shard_that_changes_while_it_is_used_is_noticed(shards, tmp_path):
+    tars = source(shards, tmp_path)
+    assert tars[20].captions == ("number 20",)  # its index is in memory now
+    write_shard(tmp_path / "shards" / "00003.tar", [5, *range(100, 103)])
+    found = reasons_of([Part(tars, FullShuffle(32, seed=0))], 32)
+    assert set(range(22, 32)) <= set(found) <= set(range(18, 32))
+
+
+def test_a_shard_that_is_no_tar_has_no_samples(tmp_path):
+    (tmp_path / "a.tar").write_bytes(b"<html>" * 1_000)
+    with pytest.raises(UserError, match="has no samples"):
+        source(str(tmp_path / "a.tar"), tmp_path)
+
+
+def test_after_a_damaged_header_the_next_whole_one_counts(tmp_path):
+    path = write_shard(tmp_path / "a.tar", range(6))
+    samples = Sidecars(Storage(), str(tmp_path / "index")).get(str(path)).samples
+    content = bytearray(path.read_bytes())
+    content[int(samples["start"][2]) + 3] ^= 0xFF
+    path.write_bytes(content)
+    tars = source(str(path), tmp_path)
+    assert len(tars) == 6
+    with pytest.raises(RecordError, match="no image"):
+        tars[2]
+    assert captions(tars[i] for i in (0, 1, 3, 4, 5)) == [f"number {i}" for i in (0, 1, 3, 4, 5)]
