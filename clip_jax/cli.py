@@ -37,6 +37,10 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--data-dir", default="", help="where TFDS datasets lie (default: TFDS's own)")
     build.set_defaults(run=_data_build)
 
+    index = actions.add_parser("index", help="look into the tar shards of a config, once for all processes and runs")
+    index.add_argument("--config", required=True, help="config file of the run")
+    index.set_defaults(run=_data_index)
+
     load = commands.add_parser("inspect", help="read weights in any layout and say what they are")
     load.add_argument("source", help="a file, a folder, a run's workdir, a model's name or hf-hub:owner/name")
     load.set_defaults(run=_inspect)
@@ -85,6 +89,20 @@ def _data_build(arguments: argparse.Namespace) -> None:
     from clip_jax.data.build import build_dataset
 
     print(build_dataset(arguments.name, arguments.data_dir))
+
+
+def _data_index(arguments: argparse.Namespace) -> None:
+    from clip_jax.command_line import load_config
+    from clip_jax.config import data_sources
+    from clip_jax.data.loader import open_tars
+
+    sections = data_sources(load_config(arguments.config, arguments.overrides).data)
+    tars = [section for section in sections if section.source == "tars"]
+    if not tars:
+        raise UserError("config.data names no tar shards; there is nothing to index")
+    for section in tars:
+        source = open_tars(section, index=True)
+        print(f"{source}: {len(source):,} samples")
 
 
 def _inspect(arguments: argparse.Namespace) -> None:

@@ -36,7 +36,7 @@ Values = Mapping[str, Any] | ConfigDict
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where pairs come from, in which order, and what is made of them; see docs/data.md.
+    """Where pairs come from, in which order, and what is made of them.
 
     Attributes:
       source: `tfds`, a TFDS dataset in ArrayRecord files; `tars`, tar shards in the layout of img2dataset and
@@ -46,7 +46,8 @@ class DataConfig:
       split: TFDS split, such as `train` or `train[:1%]`.
       data_dir: folder of the prepared TFDS datasets; empty means TFDS's own default.
       shards: tar shards: paths or URLs with `{00000..01242}`, `*` and `?`; several are joined by `::`.
-      counts: JSON file {shard: samples}; empty means to look beside the shards, see docs/data.md.
+      counts: JSON file {shard: samples}; empty means `sizes.json` beside them, img2dataset's `_stats.json`, or a look
+        into them.
       index_dir: folder for where samples lie within shards; may be remote; empty means ~/.cache/clip_jax/index.
       table: file of images and captions.
       image_root: folder to which the table's paths are relative; empty means the table's own.

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from tars import add, picture, write_shard, write_shards
 
+from clip_jax.cli import main
 from clip_jax.data.augment import Augment
 from clip_jax.data.filters import Filter
 from clip_jax.data.images import Preprocess
@@ -394,3 +395,19 @@ def test_after_a_damaged_header_the_next_whole_one_counts(tmp_path):
     with pytest.raises(RecordError, match="no image"):
         tars[2]
     assert captions(tars[i] for i in (0, 1, 3, 4, 5)) == [f"number {i}" for i in (0, 1, 3, 4, 5)]
+
+
+@pytest.mark.filterwarnings("ignore:the load_module")
+def test_data_index_counts_once_for_all_later_runs(shards, tmp_path, capsys):
+    arguments = [
+        "data", "index", "--config=configs/demo.py", "--config.data.source=tars", f"--config.data.shards={shards}",
+        f"--config.data.index_dir={tmp_path}/index", "--config.data.build=false",
+    ]  # fmt: skip
+    main(arguments)
+    assert capsys.readouterr().out == f"4 tar shards ({shards}): 32 samples\n"
+    for shard in (tmp_path / "shards").iterdir():
+        shard.unlink()
+    assert len(source(shards, tmp_path)) == 32
+    with pytest.raises(SystemExit):
+        main(["data", "index", "--config=configs/demo.py"])
+    assert "nothing to index" in capsys.readouterr().err

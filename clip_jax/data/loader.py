@@ -92,8 +92,8 @@ def open_source(config: RunConfig, data: DataConfig) -> Source:
     )
 
 
-def open_tars(data: DataConfig) -> TarSource:
-    """Opens tar shards."""
+def open_tars(data: DataConfig, *, index: bool = False) -> TarSource:
+    """Opens tar shards; with `index`, after looking into all whose number of samples is not known."""
     keep = Filter(data.filters, data.uids)
     return TarSource(
         data.shards,
@@ -103,6 +103,7 @@ def open_tars(data: DataConfig) -> TarSource:
         keep=keep,
         retry_s=data.retry_s,
         threads=data.connections,
+        index=index,
     )
 
 

@@ -81,6 +81,8 @@ class Storage:
             found = _local(path, lambda: os.stat(path))
             return Stat(found.st_size, str(found.st_mtime_ns))
         system, name = self._system(path)
+        if path.startswith("http"):
+            return self._retried(path, lambda: _http_stat(system, name))
         info = self._retried(path, lambda: system.info(name))
         tags = (info.get(key) for key in ("ETag", "etag", "md5Hash", "mtime", "updated", "LastModified", "created"))
         return Stat(int(info.get("size") or 0), str(next((tag for tag in tags if tag), "")))
@@ -112,8 +114,9 @@ class Storage:
         _local(path, lambda: os.replace(temporary, path))
 
     def close(self) -> None:
-        """Ends waiting for another try in all threads."""
-        self._stopped.set()
+        """Ends the tries of reads that are under way; later reads are tried anew."""
+        stopped, self._stopped = self._stopped, threading.Event()
+        stopped.set()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"retry_s": self._retry_s}
@@ -134,7 +137,7 @@ class Storage:
             ) from None
 
     def _retried(self, path: str, call: Callable[[], T]) -> T:
-        deadline = time.monotonic() + self._retry_s
+        deadline, stopped = time.monotonic() + self._retry_s, self._stopped
         for attempt in itertools.count():
             try:
                 return call()
@@ -143,7 +146,7 @@ class Storage:
             except Exception as error:
                 # Full jitter (Brooker, 2015): readers that failed together must not come back together.
                 delay = random.uniform(0, min(_LONGEST_DELAY, _FIRST_DELAY * 2**attempt))
-                if not _may_pass(error) or time.monotonic() + delay > deadline or self._stopped.wait(delay):
+                if not _may_pass(error) or time.monotonic() + delay > deadline or stopped.wait(delay):
                     raise StorageError(f"{path}: {one_line(error)} (after {attempt + 1} tries)") from None
                 _LOG.debug("%s: %s; trying again", path, one_line(error))
         raise AssertionError("unreachable")
@@ -203,6 +206,22 @@ def _file_system(protocol: str) -> Any:
 
         options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=_SILENCE_S)}
     return fsspec.filesystem(protocol, **options)
+
+
+def _http_stat(system: Any, url: str) -> Stat:
+    """Asks for the first byte: fsspec's own `info` takes any failure for a file that is not there."""
+    from fsspec.asyn import sync
+
+    async def ask() -> Stat:
+        session = await system.set_session()
+        async with session.get(url, headers={"Range": "bytes=0-0"}) as answer:
+            answer.raise_for_status()
+            whole = answer.headers.get("Content-Range", "").rpartition("/")[2]
+            size = int(whole) if whole.isdecimal() else int(answer.headers["Content-Length"])
+            return Stat(size, answer.headers.get("ETag") or answer.headers.get("Last-Modified", ""))
+
+    answered: Any = sync(system.loop, ask)
+    return answered
 
 
 def _may_pass(error: Exception) -> bool:

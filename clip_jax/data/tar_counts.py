@@ -23,6 +23,7 @@ def find_counts(
     all_used: bool,
     count: Callable[[str], int],
     pool: Executor,
+    most_to_index: int = _MOST_REMOTE_TO_INDEX,
 ) -> np.ndarray:
     """Returns the samples of each shard; int64 [shards].
 
@@ -38,6 +39,7 @@ def find_counts(
       all_used: no filter leaves samples out; otherwise only what was remembered, and looks into shards, will do.
       count: looks into one shard.
       pool: for what is done shard by shard.
+      most_to_index: remote shards that may be read whole.
 
     Raises:
       UserError: the file is none, or many remote shards would have to be read whole.
@@ -55,7 +57,7 @@ def find_counts(
         stats = pool.map(lambda path: _count_in_stats(storage, path), unknown)
         known |= {path: found for path, found in zip(unknown, stats, strict=True) if found is not None}
         unknown = [path for path in unknown if path not in known]
-    if sum(map(is_remote, unknown)) > _MOST_REMOTE_TO_INDEX:
+    if sum(map(is_remote, unknown)) > most_to_index:
         raise UserError(
             f"it is not known how many samples {len(unknown):,} shards have (such as {unknown[0]}), and every process "
             "would read them whole to find out; run clip-jax data index --config=… once, with config.data.index_dir "

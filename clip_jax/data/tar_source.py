@@ -51,6 +51,7 @@ class TarSource:
         keep: Filter | None = None,
         retry_s: float = 300.0,
         threads: int = 8,
+        index: bool = False,
     ) -> None:
         """Finds the shards and how many samples each has.
 
@@ -63,6 +64,7 @@ class TarSource:
           keep: which samples are used; None means all.
           retry_s: seconds for which remote reads are tried again.
           threads: shards looked at at the same time.
+          index: look into however many shards whose number of samples is not known, remote ones too.
 
         Raises:
           UserError: no shards, or their counts are neither known nor to be found out.
@@ -82,6 +84,7 @@ class TarSource:
                 all_used=not keep,
                 count=self._count,
                 pool=pool,
+                **({"most_to_index": len(self._paths)} if index else {}),
             )
         if not self.counts.sum():
             raise UserError(f"{shards} has no samples" + (" that the filters keep" if keep else ""))

@@ -1,0 +1,105 @@
+"""Shards on an HTTP store: the same bits as locally, few requests, failures and outages survived."""
+
+import itertools
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from http_store import serving
+from tars import write_shard, write_shards
+from test_tars import TRANSFORM, assert_same, batches, source, windowed
+
+from clip_jax.data.pipeline import train_batches
+from clip_jax.data.storage import Storage, StorageError
+from clip_jax.data.tar_counts import find_counts
+from clip_jax.errors import UserError
+
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
+
+
+@pytest.fixture
+def store(tmp_path):
+    write_shards(tmp_path / "shards", [40, 25, 60])
+    with serving(tmp_path / "shards") as store:
+        yield store
+
+
+def remote(store, tmp_path, **options):
+    return source(f"{store.url}/{{00000..00002}}.tar", tmp_path / "remote", **options)
+
+
+def test_remote_shards_give_the_bits_of_local_ones(store, tmp_path):
+    here = windowed(source(str(tmp_path / "shards" / "{00000..00002}.tar"), tmp_path))
+    there = windowed(remote(store, tmp_path))
+    assert_same(batches(there, 18), batches(here, 18))
+
+
+def test_requests_are_few(store, tmp_path):
+    tars = remote(store, tmp_path)
+    before = store.requests
+    batches(windowed(tars, streams=1), 15, prefetch=1)
+    blocks = 10 + 7 + 15
+    print(f"{store.requests - before} requests for {blocks} blocks of 4, 3 shards")
+    assert store.requests - before <= 1.3 * blocks + 3 * 3
+
+
+def test_failing_requests_are_tried_again(store, tmp_path):
+    expected = batches(windowed(remote(store, tmp_path)), 8)
+    store.failing = 0.3
+    assert_same(batches(windowed(remote(store, tmp_path)), 8), expected)
+
+
+def test_an_outage_is_waited_for(store, tmp_path):
+    parts = windowed(remote(store, tmp_path))
+    expected = batches(parts, 16)
+    stream = train_batches(parts, transform=TRANSFORM, batch=8, seed=0, prefetch=1)
+    found = [next(stream)]
+    store.down_until = time.monotonic() + 3
+    found += itertools.islice(stream, 15)
+    stream.close()
+    assert_same(found, expected)
+    assert not any(batch["bad"].any() for batch in found)
+
+
+def test_after_the_deadline_a_shard_counts_as_missing(store, tmp_path):
+    tars = remote(store, tmp_path, retry_s=0.5)
+    store.down_until = time.monotonic() + 60
+    began = time.monotonic()
+    (batch,) = batches(windowed(tars), 1)
+    assert (batch["bad"] > 0).all()
+    assert time.monotonic() - began < 20
+    with pytest.raises(StorageError, match=r"503.*after \d+ tries"):
+        Storage(0.2).read(f"{store.url}/00000.tar", 0, 10)
+
+
+def test_what_is_not_there_is_not_waited_for(store):
+    began = time.monotonic()
+    with pytest.raises(StorageError, match="nothing.tar"):
+        Storage(60.0).stat(f"{store.url}/nothing.tar")
+    assert time.monotonic() - began < 5
+    with pytest.raises(UserError, match="unknown protocol"):
+        Storage(60.0).stat("htp://x/y.tar")
+
+
+def test_a_remote_shard_that_changed_is_indexed_again(store, tmp_path):
+    assert len(remote(store, tmp_path)) == 125
+    write_shard(tmp_path / "shards" / "00001.tar", range(40, 68))
+    tars = remote(store, tmp_path)  # its counts are remembered
+    assert len(tars) == 125
+    assert tars[64].captions == ("number 64",)
+    store.folder.joinpath("00001.tar").unlink()
+    (batch,) = batches(windowed(remote(store, tmp_path)), 1)
+    assert batch["bad"].shape == (8,)
+
+
+def test_many_remote_shards_of_unknown_size_are_refused_with_the_remedy(tmp_path):
+    paths = [f"http://127.0.0.1:9/{number}.tar" for number in range(300)]
+    options = {"remembered": str(tmp_path / "counts"), "all_used": True, "count": len}
+    with ThreadPoolExecutor(16) as pool:
+        with pytest.raises(UserError, match="clip-jax data index"):
+            find_counts(paths, Storage(0.0), file="", pool=pool, **options)
+        (tmp_path / "sizes.json").write_text(json.dumps({f"{number}.tar": 10 for number in range(300)}))
+        known = find_counts(paths, Storage(0.0), file=str(tmp_path / "sizes.json"), pool=pool, **options)
+    np.testing.assert_array_equal(known, [10] * 300)
