@@ -192,12 +192,15 @@ class WindowShuffle:
 
     def _make_plan(self, epoch: int) -> _Epoch:
         blocks = -(-self._counts // self._block)
-        shard = np.repeat(np.arange(len(blocks)), blocks)
-        number = np.arange(len(shard)) - np.repeat(np.cumsum(blocks) - blocks, blocks)
-        firsts = (np.cumsum(self._counts) - self._counts)[shard] + number * self._block
-        lengths = np.minimum(self._block, self._counts[shard] - number * self._block)
-        order = permutation(len(firsts), self._seed, epoch)
-        return _Epoch(firsts[order], np.cumsum(lengths[order]))
+        after = np.cumsum(blocks)
+        # 5 billion records are 20 million blocks: the permutation comes first, while nothing else is in memory.
+        order = permutation(int(after[-1]), self._seed, epoch)
+        lengths = np.full(len(order), self._block, np.int32)
+        filled = blocks > 0
+        lengths[after[filled] - 1] = (self._counts - (blocks - 1) * self._block)[filled]
+        firsts = np.arange(len(order)) * self._block
+        firsts += np.repeat(np.cumsum(self._counts) - self._counts - (after - blocks) * self._block, blocks)
+        return _Epoch(firsts[order], np.cumsum(lengths[order], dtype=np.int64))
 
 
 class Mixture:
