@@ -1,0 +1,80 @@
+"""Bad pairs in a run: counted over all steps, named, and too many end it."""
+
+import dataclasses
+import json
+import tarfile
+
+import pytest
+from tars import add, picture, write_shards
+from tiny import TINY
+
+from clip_jax.config import ConfigError, data_sources, from_config_dict, to_config_dict
+from clip_jax.errors import UserError
+from clip_jax.trainer import train
+
+
+def shard_with_holes(path, bad):
+    """64 samples, some of whose images are cut off."""
+    with tarfile.open(path, "w") as tar:
+        for number in range(64):
+            add(tar, f"{number:03d}.jpg", picture(number)[: -60 if number in bad else None])
+            add(tar, f"{number:03d}.txt", f"number {number}".encode())
+    return str(path)
+
+
+def run(tmp_path, **data):
+    section = dataclasses.replace(TINY.data, source="tars", index_dir=str(tmp_path / "index"), order="window", **data)
+    section = dataclasses.replace(section, streams=8, block=4, window=2)
+    # The tokenizer's ids need the whole vocabulary.
+    text = dataclasses.replace(TINY.model.text, vocab_size=49_408)
+    return dataclasses.replace(TINY, model=dataclasses.replace(TINY.model, text=text), data=section)
+
+
+def metrics_of(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_counts_and_names_its_bad_pairs(tmp_path):
+    shards = shard_with_holes(tmp_path / "a.tar", {3, 40})
+    train(run(tmp_path, shards=shards), tmp_path / "run")  # 20 steps of 32: ten epochs
+    last = metrics_of(tmp_path / "run")[-1]
+    assert last["bad/image_damaged"] == 20
+    assert not any("bad/shard" in name for name in last)
+    assert sum(line["pairs"] for line in metrics_of(tmp_path / "run")) == 20 * 32 - 20
+    named = [json.loads(line) for line in (tmp_path / "run" / "bad_records-0.jsonl").read_text().splitlines()]
+    assert len(named) == 20
+    assert {(line["index"], line["reason"], line["record"]) for line in named} == {
+        (number, "image_damaged", f"sample {number} of {shards}") for number in (3, 40)
+    }
+
+
+def test_too_many_bad_pairs_end_the_run_with_a_report(tmp_path):
+    shards = shard_with_holes(tmp_path / "a.tar", set(range(12)))
+    long = dataclasses.replace(run(tmp_path, shards=shards), samples=32 * 60)
+    with pytest.raises(UserError, match=r"of 1,0\d\d pairs could not be used \(image_damaged \d+\).*max_bad_share=0.1"):
+        train(long, tmp_path / "run")
+
+
+def test_a_mixture_from_a_config_trains(tmp_path):
+    first, second = (write_shards(tmp_path / name, [40]) for name in "ab")
+    mixed = run(tmp_path, mixture=(f"shards={first},weight=3", f"shards={second},weight=1,captions=(json.caption)"))
+    config = from_config_dict(to_config_dict(mixed))
+    assert [(each.shards, each.weight) for each in data_sources(config.data)] == [(first, 3.0), (second, 1.0)]
+    assert data_sources(config.data)[1].captions == ("json.caption",)
+    train(config, tmp_path / "run")
+    saved = json.loads(next((tmp_path / "run" / "checkpoints").glob("*/metadata/metadata")).read_text())
+    assert [part["share"] for part in saved["data"]["mixture"]] == [0.75, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("shard=a.tar", "did you mean 'shards'"),
+        ("shards", "must be key=value"),
+        ("weight=0,shards=a.tar", "config.data.weight is 0"),
+        ("source=table", "config.data.table is empty"),
+    ],
+)
+def test_a_wrong_part_of_a_mixture_is_refused(tmp_path, part, message):
+    with pytest.raises(ConfigError, match=rf"config.data.mixture\[0\].*{message}"):
+        from_config_dict(to_config_dict(run(tmp_path, mixture=(part,))))
