@@ -13,7 +13,7 @@ from clip_jax.data import build
 from clip_jax.data.build import build_dataset, ensure_dataset
 from clip_jax.data.digits.captions import CLASSES, TRAIN_TEMPLATES, UNSEEN_TEMPLATES, caption
 from clip_jax.data.images import decode
-from clip_jax.data.tfds_source import TfdsSource, find_dataset
+from clip_jax.data.tfds_source import TfdsSource, _feature, find_dataset
 from clip_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -189,3 +189,22 @@ def test_a_killed_build_leaves_nothing_that_looks_whole(tmp_path):
         find_dataset("digits", str(tmp_path))
     build_dataset("digits", str(tmp_path))
     assert len(TfdsSource("digits", "train", data_dir=str(tmp_path))) == 8982
+
+
+def test_captions_may_lie_within_a_sequence():
+    """As COCO has them: `captions/text`, several an image."""
+    import tensorflow_datasets as tfds
+
+    kinds = tfds.features
+    features = kinds.FeaturesDict(
+        {
+            "image": kinds.Image(),
+            "captions": kinds.Sequence({"text": kinds.Text(), "id": kinds.Scalar(np.int64)}),
+            "texts": kinds.Sequence(kinds.Text()),
+        }
+    )
+    for key in ("captions/text", "texts"):
+        assert isinstance(_feature(features, key, texts=True), kinds.Text)
+    for key in ("captions", "captions/words", "image/text", "absent"):
+        assert not isinstance(_feature(features, key, texts=True), kinds.Text)
+    assert not isinstance(_feature(features, "texts", texts=False), kinds.Text)

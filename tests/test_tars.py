@@ -17,7 +17,7 @@ from clip_jax.data.filters import Filter
 from clip_jax.data.images import Preprocess
 from clip_jax.data.order import FullShuffle, WindowShuffle
 from clip_jax.data.pipeline import TrainTransform, train_batches
-from clip_jax.data.reading import Part
+from clip_jax.data.reading import Part, WindowReader
 from clip_jax.data.records import REASONS, RecordError
 from clip_jax.data.storage import Storage, expand
 from clip_jax.data.tar_index import Sidecars, members, read_at
@@ -232,7 +232,7 @@ def test_windows_resume_in_the_middle(shards, tmp_path):
     assert sorted(small[:8]) == sorted(straight[6]["index"])
 
 
-def test_every_block_is_read_once_an_epoch_and_windows_are_dropped(shards, tmp_path, monkeypatch):
+def test_every_block_is_read_once_an_epoch(shards, tmp_path, monkeypatch):
     tars = source(shards, tmp_path)
     reads = []
     read_block = TarSource.read_block
@@ -251,6 +251,20 @@ def test_every_block_is_read_once_an_epoch_and_windows_are_dropped(shards, tmp_p
     blocks = int(np.searchsorted(np.cumsum([count for _, count in reads]), 32)) + 1
     assert sum(count for _, count in reads[:blocks]) == 32
     assert sorted(first + i for first, count in reads[:blocks] for i in range(count)) == list(range(32))
+
+
+@pytest.mark.parametrize("start", [0, 8, 44])
+def test_a_window_is_dropped_when_all_of_it_was_read(shards, tmp_path, start):
+    """Also one in whose middle reading began: else a resumed run would keep its blocks for ever."""
+    tars = source(shards, tmp_path)
+    order = WindowShuffle(tars.counts, seed=0, streams=4, block=4, window=2)
+    reader = WindowReader(tars, order, start=start, connections=2)
+    for position in range(start, start + 96):
+        reader.read(position)
+        for opened in reader._windows.values():
+            assert len(opened) <= 2
+            assert all(each.left > 0 and each.window.end > position - 4 for each in opened)
+    reader.close()
 
 
 def test_a_mixture_has_both_sources_in_proportion(shards, tmp_path):
