@@ -269,7 +269,7 @@ class TarBlock:
         start, chunk = self._chunks[bisect.bisect_right(self._chunk_starts, sample["start"]) - 1]
         begin, size = sample["start"] - start + sample[part], sample[f"{part}_size"]
         header, content = chunk[begin - BLOCK : begin], chunk[begin : begin + size]
-        if len(header) == BLOCK and header_size(header) is None:
+        if len(header) == BLOCK and header_size(header) != size:
             raise RecordError("shard_changed", f"the {part} is not where it was when the shard was indexed")
         if len(content) < size:
             raise RecordError("shard_changed", f"the shard ends within the {part}")
