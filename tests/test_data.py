@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from batches import assert_same, side_by_side
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -87,23 +88,6 @@ def take(batches, count):
 
 def indices(batches):
     return np.concatenate([batch["index"] for batch in batches])
-
-
-def assert_same(batches, others):
-    """Bit for bit, key for key, dtype for dtype."""
-    for ours, theirs in zip(batches, others, strict=True):
-        assert ours.keys() == theirs.keys()
-        for name in ours:
-            assert ours[name].dtype == theirs[name].dtype
-            np.testing.assert_array_equal(ours[name], theirs[name])
-
-
-def side_by_side(per_process):
-    """The global batches of several processes' batches."""
-    return [
-        {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        for parts in zip(*per_process, strict=True)
-    ]
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from batches import assert_same
 from http_store import serving
 from tars import write_shard, write_shards
-from test_tars import TRANSFORM, assert_same, batches, source, windowed
+from test_tars import TRANSFORM, batches, source, windowed
 
 from clip_jax.data.pipeline import train_batches
 from clip_jax.data.storage import Storage, StorageError

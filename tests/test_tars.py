@@ -8,6 +8,7 @@ import tarfile
 
 import numpy as np
 import pytest
+from batches import assert_same, side_by_side
 from PIL import Image
 from tars import add, picture, write_shard, write_shards
 
@@ -203,11 +204,7 @@ def test_windows_give_every_sample_once_whatever_reads_them(shards, tmp_path):
         assert_same(batches(parts, 8, **options), straight)
     for process_count in (2, 4):
         found = [batches(parts, 8, process_index=i, process_count=process_count) for i in range(process_count)]
-        together = [
-            {name: np.concatenate([part[name] for part in each]) for name in each[0]}
-            for each in zip(*found, strict=True)
-        ]
-        assert_same(together, straight)
+        assert_same(side_by_side(found), straight)
 
 
 @pytest.mark.slow
@@ -293,13 +290,6 @@ def test_a_mixture_has_both_sources_in_proportion(shards, tmp_path):
 def test_streams_that_do_not_divide_are_refused(shards, tmp_path, options, message):
     with pytest.raises(UserError, match=message):
         batches(windowed(source(shards, tmp_path)), 1, **options)
-
-
-def assert_same(found, expected):
-    assert len(found) == len(expected)
-    for ours, theirs in zip(found, expected, strict=True):
-        for name in theirs:
-            np.testing.assert_array_equal(ours[name], theirs[name])
 
 
 # What is bad

@@ -19,6 +19,9 @@ REASONS = (
 )
 """Why a record cannot be used. A batch names a reason by its place here plus 1; 0 means that the record is good."""
 
+MAX_FILE_BYTES = 1 << 26
+"""Larger files of a record are not read."""
+
 MAX_CAPTION_BYTES = 1 << 16
 """Longer captions are refused: no model reads so far, and cleaning them takes seconds."""
 

@@ -4,11 +4,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from clip_jax.data.records import Record, RecordError, decode_caption
+from clip_jax.data.records import MAX_FILE_BYTES, Record, RecordError, decode_caption
 from clip_jax.errors import UserError, did_you_mean, one_line
-
-MAX_FILE_BYTES = 1 << 26
-"""Larger image files are not read."""
 
 
 class TableSource:

@@ -23,7 +23,7 @@ def find_counts(
     all_used: bool,
     count: Callable[[str], int],
     pool: Executor,
-    most_to_index: int = _MOST_REMOTE_TO_INDEX,
+    index_all: bool = False,
 ) -> np.ndarray:
     """Returns the samples of each shard; int64 [shards].
 
@@ -39,25 +39,22 @@ def find_counts(
       all_used: no filter leaves samples out; otherwise only what was remembered, and looks into shards, will do.
       count: looks into one shard.
       pool: for what is done shard by shard.
-      most_to_index: remote shards that may be read whole.
+      index_all: read however many remote shards whole.
 
     Raises:
       UserError: the file is none, or many remote shards would have to be read whole.
     """
-    known: dict[str, int] = {}
-    if all_used and file:
-        known = _by_path(_counts_in(storage, file), paths)
-    if len(known) < len(paths):
-        known |= _by_path(_counts_in(storage, remembered, optional=True), paths)
-    if all_used and len(known) < len(paths):
-        sizes = posixpath.join(posixpath.dirname(paths[0]), "sizes.json")
-        known = _by_path(_counts_in(storage, sizes, optional=True), paths) | known
+    known = _by_path(_counts_in(storage, file), paths) if all_used and file else {}
+    beside = [posixpath.join(posixpath.dirname(paths[0]), "sizes.json")] if all_used else []
+    for kept in [remembered, *beside]:
+        if len(known) < len(paths):
+            known = _by_path(_counts_in(storage, kept, optional=True), paths) | known
     unknown = [path for path in paths if path not in known]
     if all_used and unknown:
         stats = pool.map(lambda path: _count_in_stats(storage, path), unknown)
         known |= {path: found for path, found in zip(unknown, stats, strict=True) if found is not None}
         unknown = [path for path in unknown if path not in known]
-    if sum(map(is_remote, unknown)) > most_to_index:
+    if not index_all and sum(map(is_remote, unknown)) > _MOST_REMOTE_TO_INDEX:
         raise UserError(
             f"it is not known how many samples {len(unknown):,} shards have (such as {unknown[0]}), and every process "
             "would read them whole to find out; run clip-jax data index --config=… once, with config.data.index_dir "

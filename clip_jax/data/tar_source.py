@@ -17,7 +17,7 @@ import numpy as np
 
 from clip_jax.data.captions import CaptionFields, parse_metadata
 from clip_jax.data.filters import Filter
-from clip_jax.data.records import Record, RecordError
+from clip_jax.data.records import MAX_FILE_BYTES, Record, RecordError
 from clip_jax.data.storage import Storage, StorageError, expand
 from clip_jax.data.tar_counts import find_counts, remembered_in
 from clip_jax.data.tar_index import BLOCK, PARTS, ShardIndex, Sidecars, header_size
@@ -27,8 +27,6 @@ _LOG = logging.getLogger(__name__)
 _GAP = 256 << 10
 _KEPT_INDEXES = 1_024
 _JUDGED_AT_ONCE = 256
-MAX_PART_BYTES = 1 << 26
-"""Files of more bytes within a shard are not read."""
 
 
 class TarSource:
@@ -71,20 +69,20 @@ class TarSource:
         """
         self._storage = Storage(retry_s)
         self._sidecars = Sidecars(self._storage, index_dir)
-        self._index_dir, self._patterns = index_dir, shards
+        self._patterns = shards
         self._captions, self._keep = CaptionFields(captions), keep or None
         self._paths = expand(shards)
-        remembered = remembered_in(index_dir, self._paths, keep.digest if keep else "")
+        digest = keep.digest if keep else ""
         with ThreadPoolExecutor(threads) as pool:
             self.counts = find_counts(
                 self._paths,
                 self._storage,
                 file=counts,
-                remembered=remembered,
+                remembered=remembered_in(index_dir, self._paths, digest),
                 all_used=not keep,
                 count=self._count,
                 pool=pool,
-                **({"most_to_index": len(self._paths)} if index else {}),
+                index_all=index,
             )
         if not self.counts.sum():
             raise UserError(f"{shards} has no samples" + (" that the filters keep" if keep else ""))
@@ -94,7 +92,7 @@ class TarSource:
             "name": "tars",
             "shards": shards,
             "records": int(self.counts.sum()),
-            "filter": keep.digest if keep else "",
+            "filter": digest,
         }
 
     def __len__(self) -> int:
@@ -125,9 +123,9 @@ class TarSource:
         path = self._paths[shard]
         try:
             samples = self._samples(shard)[number : number + count]
-            return TarBlock(path, number, samples, self._read(path, samples), self._captions)
+            return TarBlock(number, samples, self._read(path, samples), self._captions)
         except StorageError as error:
-            return TarBlock(path, number, error, [], self._captions)
+            return TarBlock(number, error, [], self._captions)
 
     def close(self) -> None:
         """Ends waiting for the storage."""
@@ -193,7 +191,7 @@ class TarSource:
         verdicts: list[bool] = []
         for first in range(0, len(samples), _JUDGED_AT_ONCE):
             part = samples[first : first + _JUDGED_AT_ONCE]
-            block = TarBlock(path, first, part, self._read(path, part), self._captions)
+            block = TarBlock(first, part, self._read(path, part), self._captions)
             verdicts += [keep(block.metadata(member)) for member in range(len(part))]
         return np.asarray(verdicts, np.uint8)
 
@@ -210,7 +208,6 @@ class TarBlock:
     """Consecutive samples of a shard in memory.
 
     Args:
-      path: of the shard.
       first: number of the first sample, for messages.
       samples: where they lie; or why they could not be read.
       chunks: (start, bytes) of the ranges that were read, in order.
@@ -219,13 +216,12 @@ class TarBlock:
 
     def __init__(
         self,
-        path: str,
         first: int,
         samples: np.ndarray | StorageError,
         chunks: list[tuple[int, bytes]],
         captions: CaptionFields,
     ) -> None:
-        self._path, self._first, self._samples, self._chunks, self._captions = path, first, samples, chunks, captions
+        self._first, self._samples, self._chunks, self._captions = first, samples, chunks, captions
         self._chunk_starts = [start for start, _ in chunks]
 
     def __getitem__(self, member: int) -> Record:
@@ -234,15 +230,11 @@ class TarBlock:
         Raises:
           RecordError: it cannot be used.
         """
-        try:
-            sample = self._sample(member)
-            image, text, metadata = (self._part(sample, part) for part in PARTS)
-            if image is None:
-                raise RecordError("image_missing", "there is no image")
-            captions, shares = self._captions.find(text, metadata)
-        except RecordError as error:
-            raise RecordError(error.reason, f"sample {self._first + member} of {self._path}: {error}") from None
-        return Record(image, captions, shares)
+        sample = self._sample(member)
+        image, text, metadata = (self._part(sample, part) for part in PARTS)
+        if image is None:
+            raise RecordError("image_missing", "there is no image")
+        return Record(image, *self._captions.find(text, metadata))
 
     def metadata(self, member: int) -> Mapping[str, Any]:
         """Returns a sample's JSON, or nothing where it has none that can be read."""
@@ -263,9 +255,9 @@ class TarBlock:
         """Returns the content of one file of a sample, whose header must still be where it was."""
         if not sample[part]:
             return None
-        if sample[f"{part}_size"] > MAX_PART_BYTES:
+        if sample[f"{part}_size"] > MAX_FILE_BYTES:
             reason = "image_too_large" if part == "image" else "caption_unreadable"
-            raise RecordError(reason, f"the {part} has {sample[f'{part}_size']:,} bytes, over {MAX_PART_BYTES:,}")
+            raise RecordError(reason, f"the {part} has {sample[f'{part}_size']:,} bytes, over {MAX_FILE_BYTES:,}")
         start, chunk = self._chunks[bisect.bisect_right(self._chunk_starts, sample["start"]) - 1]
         begin, size = sample["start"] - start + sample[part], sample[f"{part}_size"]
         header, content = chunk[begin - BLOCK : begin], chunk[begin : begin + size]
@@ -279,5 +271,5 @@ class TarBlock:
 def _ends(samples: np.ndarray) -> np.ndarray:
     """Returns where the last part of each sample ends that is read; int64 [n]."""
     sizes = {part: samples[f"{part}_size"].astype(np.int64) for part in PARTS}
-    ends = [np.where(size <= MAX_PART_BYTES, samples[part] + size, 0) for part, size in sizes.items()]
+    ends = [np.where(size <= MAX_FILE_BYTES, samples[part] + size, 0) for part, size in sizes.items()]
     return samples["start"].astype(np.int64) + np.max(ends, axis=0)
