@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from clip_jax.command_line import one_line_errors, take_overrides
 from clip_jax.errors import UserError
@@ -36,6 +37,36 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("name", help="digits: scikit-learn's handwritten digits with captions")
     build.add_argument("--data-dir", default="", help="where TFDS datasets lie (default: TFDS's own)")
     build.set_defaults(run=_data_build)
+
+    prepare = actions.add_parser("prepare", help="make ArrayRecord shards of tar shards, a folder of images or a table")
+    prepare.add_argument("name", help="of the dataset, for config.data.dataset")
+    prepare.add_argument("--data-dir", default="", help="where TFDS datasets lie (default: TFDS's own)")
+    prepare.add_argument("--tars", default="", help="tar shards, such as 's3://bucket/{00000..01242}.tar'")
+    prepare.add_argument("--folder", default="", help="folder of images with .txt or .json beside them")
+    prepare.add_argument("--table", default="", help="CSV, TSV or Parquet file, or a pattern of them")
+    prepare.add_argument("--image-key", default="image", help="column of a table with paths or images (image)")
+    prepare.add_argument("--caption-key", default="caption", help="column of a table with captions (caption)")
+    prepare.add_argument("--image-root", default="", help="folder of a table's paths (default: the table's)")
+    prepare.add_argument("--captions", nargs="+", default=(), help="txt, json.key, =share (txt, else json.caption)")
+    prepare.add_argument("--filters", nargs="+", default=(), help="conditions on the .json, such as 'similarity>=0.3'")
+    prepare.add_argument("--uids", default="", help="file of the uids that are used")
+    prepare.add_argument("--split", default="train", help="name of the split (train)")
+    prepare.add_argument("--version", default="1.0.0", help="of the dataset (1.0.0)")
+    prepare.add_argument("--short-side", type=int, default=256, help="pixels; smaller images stay as they are (256)")
+    prepare.add_argument("--quality", type=int, default=95, help="of the JPEGs (95)")
+    prepare.add_argument("--resize", choices=("fast", "exact"), default="fast", help="exact is PIL's bicubic (fast)")
+    prepare.add_argument("--per-shard", type=int, default=10_000, help="samples, of folders and tables (10,000)")
+    prepare.add_argument("--retry-s", type=float, default=300.0, help="seconds in which remote reads are retried (300)")
+    prepare.add_argument("--runner", default="pool", help="pool: processes of this machine; ray (pool)")
+    prepare.add_argument("--workers", type=int, default=0, help="processes of the pool (default: one a core)")
+    prepare.add_argument("--address", default="", help="of the Ray cluster (default: one started for this job)")
+    prepare.set_defaults(run=_data_prepare)
+
+    convert = actions.add_parser("convert", help="add ArrayRecord files to a TFDS dataset prepared as TFRecord")
+    convert.add_argument("name", help="as config.data.dataset has it")
+    convert.add_argument("--data-dir", default="", help="where TFDS datasets lie (default: TFDS's own)")
+    convert.add_argument("--workers", type=int, default=0, help="processes (default: one a core)")
+    convert.set_defaults(run=_data_convert)
 
     index = actions.add_parser("index", help="look into the tar shards of a config, once for all processes and runs")
     index.add_argument("--config", required=True, help="config file of the run")
@@ -89,6 +120,29 @@ def _data_build(arguments: argparse.Namespace) -> None:
     from clip_jax.data.build import build_dataset
 
     print(build_dataset(arguments.name, arguments.data_dir))
+
+
+def _data_prepare(arguments: argparse.Namespace) -> None:
+    from clip_jax.data.prepare import Job, prepare
+    from clip_jax.data.prepare_shard import ShardSettings
+
+    given: dict[str, Any] = vars(arguments) | {
+        name: tuple(getattr(arguments, name)) for name in ("captions", "filters")
+    }
+    settings = ShardSettings(**{name: given[name] for name in ShardSettings.__dataclass_fields__})
+    of_job = {name: given[name] for name in Job.__dataclass_fields__ if name != "settings"}
+    prepare(
+        Job(**of_job, settings=settings),
+        runner=arguments.runner,
+        workers=arguments.workers,
+        address=arguments.address,
+    )
+
+
+def _data_convert(arguments: argparse.Namespace) -> None:
+    from clip_jax.data.convert import convert
+
+    print(convert(arguments.name, arguments.data_dir, workers=arguments.workers))
 
 
 def _data_index(arguments: argparse.Namespace) -> None:

@@ -1,6 +1,7 @@
 """What a run shows: a progress bar on a terminal, plain lines elsewhere; and small tables."""
 
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Protocol, TextIO, cast, runtime_checkable
@@ -94,6 +95,58 @@ class Progress:
             f"{scalars['step_time'] * 1000:.0f} ms/step  {scalars['samples_per_second']:,.0f} images/s  "
             f"data-wait {scalars['data_wait']:.0%}"
         )
+
+
+class WorkProgress:
+    """Shows how many pieces of a job are done; for use in `with`.
+
+    Args:
+      what: what a piece is called, in the plural.
+      total: pieces of the whole job.
+      done: pieces done before.
+      every: seconds between lines where there is no terminal.
+      stream: where to; stdout if None.
+    """
+
+    def __init__(
+        self, what: str, total: int, *, done: int = 0, every: float = 10.0, stream: Stream | None = None
+    ) -> None:
+        self._what, self._total, self._before, self._done, self._every = what, total, done, done, every
+        self._console = _console(stream)
+        self._bar = Bar(
+            TextColumn(what),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[numbers]}  ETA {task.fields[eta]}"),
+            console=self._console,
+        )
+        self._task = self._bar.add_task("", total=total, completed=done, numbers="", eta="-:--:--")
+        self._began = time.monotonic()
+        self._spoke = self._began
+
+    def __enter__(self) -> "WorkProgress":
+        if self._console.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._console.is_terminal:
+            self._bar.stop()
+
+    def advance(self, numbers: str) -> None:
+        """Shows that one more piece is done, and some numbers beside."""
+        self._done += 1
+        now = time.monotonic()
+        eta = clock((now - self._began) / (self._done - self._before) * (self._total - self._done))
+        if self._console.is_terminal:
+            self._bar.update(self._task, completed=self._done, numbers=numbers, eta=eta)
+        elif now - self._spoke >= self._every or self._done == self._total:
+            self._spoke = now
+            self.print(f"{self._what} {self._done}/{self._total}  {numbers}  ETA {eta}")
+
+    def print(self, text: str) -> None:
+        """Shows a line, above the bar if there is one."""
+        _print(self._console, text)
 
 
 def clock(seconds: float) -> str:

@@ -399,16 +399,18 @@ def test_our_own_dataset_is_told_our_own_command(tmp_path):
         TfdsSource("digits", "train", data_dir=str(tmp_path))
 
 
-def test_another_file_format_is_named_with_the_command(digits_dir, tmp_path):
+@pytest.mark.parametrize("file_format", ["tfrecord", "riegeli"])
+def test_another_file_format_is_named_with_the_command(digits_dir, tmp_path, file_format):
     folder = tmp_path / "pairs" / "1.0.0"
     folder.mkdir(parents=True)
     (folder / "features.json").write_bytes((digits_dir / "digits" / "1.0.0" / "features.json").read_bytes())
     info = json.loads((digits_dir / "digits" / "1.0.0" / "dataset_info.json").read_text())
-    (folder / "dataset_info.json").write_text(json.dumps(info | {"fileFormat": "tfrecord"}))
+    (folder / "dataset_info.json").write_text(json.dumps(info | {"fileFormat": file_format}))
     with pytest.raises(UserError) as caught:
         TfdsSource("pairs", "train", data_dir=str(tmp_path))
-    assert "prepared as tfrecord, and random access needs array_record" in str(caught.value)
-    assert str(caught.value).endswith(prepare_command("pairs", tmp_path))
+    assert f"prepared as {file_format}, and random access needs array_record" in str(caught.value)
+    convert = f"clip-jax data convert pairs --data-dir={tmp_path}"
+    assert str(caught.value).endswith(convert if file_format == "tfrecord" else prepare_command("pairs", tmp_path))
 
 
 @pytest.mark.parametrize("split", ["nope", "train[", "train[:200%]", "train[:0]", ""])

@@ -1,6 +1,5 @@
 """Tar shards: the index against tarfile, sources, windows through the pipeline, what is bad."""
 
-import io
 import itertools
 import json
 import pickle
@@ -9,8 +8,7 @@ import tarfile
 import numpy as np
 import pytest
 from batches import assert_same, side_by_side
-from PIL import Image
-from tars import add, picture, write_shard, write_shards
+from tars import add, bad_shard, picture, write_shard, write_shards
 
 from clip_jax.cli import main
 from clip_jax.data.augment import Augment
@@ -293,39 +291,6 @@ def test_streams_that_do_not_divide_are_refused(shards, tmp_path, options, messa
 
 
 # What is bad
-
-
-def bad_shard(path):
-    """A shard with one sample of each kind of trouble; returns the reason of each."""
-    good = picture(1)
-    png = io.BytesIO()
-    Image.new("RGB", (9_000, 9_000)).save(png, "PNG")
-    samples = {
-        "good": ({"jpg": good, "txt": b"fine"}, None),
-        "no_image": ({"txt": b"only text"}, "image_missing"),
-        "no_text": ({"jpg": good}, "caption_missing"),
-        "blank": ({"jpg": good, "txt": b"  \n"}, "caption_missing"),
-        "latin": ({"jpg": good, "txt": "caf\xe9".encode("latin-1")}, "caption_unreadable"),
-        "huge": ({"jpg": good, "txt": b"x" * (1 << 17)}, "caption_unreadable"),
-        "json": ({"jpg": good, "json": b"{not json"}, "caption_unreadable"),
-        "cut": ({"jpg": good[:-40], "txt": b"t"}, "image_damaged"),
-        "zero": ({"jpg": b"", "txt": b"t"}, "image_damaged"),
-        "html": ({"jpg": b"<html>404</html>", "txt": b"t"}, "image_damaged"),
-        "bomb": ({"png": png.getvalue(), "txt": b"t"}, "image_too_large"),
-        "renamed": ({"png": good, "txt": b"a JPEG that is called png"}, None),
-        "twice": ({"jpg": good, "txt": b"first"}, None),
-    }
-    with tarfile.open(path, "w") as tar:
-        for key, (files, _) in samples.items():
-            for extension, content in files.items():
-                add(tar, f"{key}.{extension}", content)
-        add(tar, "twice.jpg", good)
-        add(tar, "twice.txt", b"second, under the same key")
-        add(tar, "linked.txt", b"its image is a link")
-        add(tar, "linked.jpg", b"", type=tarfile.SYMTYPE, linkname="/etc/passwd")
-        add(tar, "../../outside.jpg", good)
-        add(tar, "../../outside.txt", b"names are only names")
-    return [reason for _, reason in samples.values()] + [None, "image_missing", None]
 
 
 def test_a_bad_pair_keeps_its_slot_with_its_reason(tmp_path):

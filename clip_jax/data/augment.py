@@ -98,6 +98,24 @@ def resized_crop(
     return _resize(pixels[rows, columns], size, size, augment)
 
 
+def shrink(image: bytes | np.ndarray, side: int, augment: Augment) -> np.ndarray:
+    """Returns uint8 [h, w, 3]: the image with its shorter side resized to `side`; a smaller one as it is.
+
+    Args:
+      image: encoded, or uint8 [h, w, 3].
+      side: in pixels.
+      augment: says how to resize; nothing is drawn.
+
+    Raises:
+      ImageError: it cannot be decoded.
+    """
+    picture = _Picture(image)
+    width, height = picture.width, picture.height
+    if min(width, height) > side:
+        width, height = resized_size(width, height, side)
+    return _resize(picture.pixels(float(width), float(height), augment), width, height, augment)
+
+
 class _Picture:
     """An image whose size is known, and which is decoded when it is known how much of it is wanted."""
 

@@ -15,7 +15,8 @@ import time
 from pathlib import Path
 
 from clip_jax.data import digits
-from clip_jax.data.tfds_source import FILE_FORMAT, OWN_DATASETS, datasets_root, find_dataset
+from clip_jax.data.tfds_files import FILE_FORMAT
+from clip_jax.data.tfds_source import OWN_DATASETS, datasets_root, find_dataset
 from clip_jax.errors import UserError, did_you_mean
 
 _BUILDERS = {"digits": ("clip_jax.data.digits.builder", "Digits", digits.VERSION)}
@@ -95,7 +96,7 @@ def _build_here(name: str, root: Path) -> None:
     except OSError as error:
         raise UserError(f"cannot make the folder {root}: {error.strerror}") from None
     try:
-        _load_tensorflow_quietly()
+        load_tensorflow_quietly()
         builder_class = getattr(importlib.import_module(module), builder)
     except ModuleNotFoundError as error:
         raise UserError(
@@ -112,8 +113,9 @@ def _build_here(name: str, root: Path) -> None:
         raise
 
 
-def _load_tensorflow_quietly() -> None:
-    """Imports TensorFlow, with no accelerator in sight and no progress bars of TFDS's."""
+def load_tensorflow_quietly() -> None:
+    """Imports TensorFlow, with no accelerator in sight and no progress bars of TFDS's; for processes that only write
+    datasets."""
     # Before the import: TensorFlow would reserve the GPU's memory, and speaks of devices and instruction sets.
     os.environ.update(CUDA_VISIBLE_DEVICES="-1", TF_CPP_MIN_LOG_LEVEL="3", TF_ENABLE_ONEDNN_OPTS="0")
     import tensorflow as tf

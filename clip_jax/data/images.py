@@ -38,11 +38,19 @@ _JPEG = b"\xff\xd8\xff"
 
 
 class ImageError(UserError, ValueError):
-    """An image that cannot be decoded; the message is one line with the reason."""
+    """An image that cannot be decoded; the message is one line with the reason.
+
+    Attributes:
+      reason: one of `clip_jax.data.records.REASONS`.
+    """
+
+    reason = "image_damaged"
 
 
 class ImageTooLargeError(ImageError):
     """An image of more than MAX_PIXELS pixels."""
+
+    reason = "image_too_large"
 
 
 @dataclass(frozen=True)
@@ -205,6 +213,18 @@ def decode_jpeg(encoded: bytes, *, width: int = 0, height: int = 0) -> np.ndarra
         return simplejpeg.decode_jpeg(encoded, min_width=width, min_height=height, min_factor=least)
     except ValueError as error:
         raise ImageError(f"the JPEG cannot be decoded: {one_line(error)}") from None
+
+
+def encode_jpeg(pixels: np.ndarray, quality: int) -> bytes:
+    """Returns uint8 [h, w, 3] as a JPEG with half the resolution in its colours (4:2:0), as JPEGs of the web have it.
+
+    Args:
+      pixels: red, green, blue.
+      quality: 1 to 100.
+    """
+    import simplejpeg
+
+    return simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality, colorsubsampling="420")
 
 
 def _with_pil(encoded: bytes, use: Callable[[PILImage], T]) -> T:

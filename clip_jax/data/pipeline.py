@@ -22,7 +22,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 
 from clip_jax.data.augment import Augment, random_crop
-from clip_jax.data.images import ImageError, ImageTooLargeError, Preprocess, eval_image
+from clip_jax.data.images import ImageError, Preprocess, eval_image
 from clip_jax.data.order import Mixture, position_of_row, rows_of_process
 from clip_jax.data.reading import MixedReader, Part, where
 from clip_jax.data.records import REASONS, Record, RecordError, Source
@@ -252,8 +252,8 @@ class _TrainBatches:
             return self.transform(record, rng), index, 0
         except (ImageError, RecordError) as error:
             if self.fail:
-                raise RecordError(_reason(error), f"{where(self.parts, index)}: {error}") from None
-            return self.transform.blank(), index, REASONS.index(_reason(error)) + 1
+                raise RecordError(error.reason, f"{where(self.parts, index)}: {error}") from None
+            return self.transform.blank(), index, REASONS.index(error.reason) + 1
 
     def _open(self) -> MixedReader:
         """Returns the reader of this process, opened when the first row is made."""
@@ -292,8 +292,8 @@ class _EvalBatches:
     def _example(self, index: int) -> Example:
         try:
             return self.transform(self.source[index])
-        except UserError as error:
-            raise RecordError(_reason(error), f"record {index} of {self.source}: {error}") from None
+        except (ImageError, RecordError) as error:
+            raise RecordError(error.reason, f"record {index} of {self.source}: {error}") from None
 
 
 def _iterate(
@@ -365,12 +365,6 @@ def _exit_with_parent() -> None:
     if parent is not None:
         parent.join()
         os._exit(1)
-
-
-def _reason(error: UserError) -> str:
-    if isinstance(error, RecordError):
-        return error.reason
-    return "image_too_large" if isinstance(error, ImageTooLargeError) else "image_damaged"
 
 
 def _stack(examples: Sequence[Example]) -> Batch:

@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from clip_jax.errors import UserError
+from clip_jax.errors import UserError, one_line
 
 REASONS = (
     "image_missing",
@@ -90,6 +91,21 @@ def decode_caption(raw: bytes) -> str:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise RecordError("caption_unreadable", f"the caption is not UTF-8: {error.reason}") from None
+
+
+def read_image_file(path: Path) -> bytes:
+    """Returns the content of an image's file.
+
+    Raises:
+      RecordError: it cannot be read, or has more than MAX_FILE_BYTES.
+    """
+    try:
+        size = path.stat().st_size
+        if size > MAX_FILE_BYTES:
+            raise RecordError("image_too_large", f"{path} has {size:,} bytes, over {MAX_FILE_BYTES:,}")
+        return path.read_bytes()
+    except (OSError, ValueError) as error:
+        raise RecordError("image_missing", f"{path} cannot be read: {one_line(error)}") from None
 
 
 def _draw(count: int, shares: Sequence[float], rng: np.random.Generator) -> int:

@@ -3,6 +3,7 @@
 Local paths are read with `pread`. Everything else (`gs://`, `s3://`, `http://`, …) goes through fsspec.
 """
 
+import contextlib
 import functools
 import glob
 import itertools
@@ -12,7 +13,8 @@ import random
 import re
 import threading
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -151,6 +153,31 @@ class Storage:
                     raise StorageError(f"{path}: {one_line(error)} (after {attempt + 1} tries)") from None
                 _LOG.debug("%s: %s; trying again", path, one_line(error))
         raise AssertionError("unreachable")
+
+
+@contextlib.contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """Yields another path to write to; what is there at the end is put in place whole, and is on disk before that.
+
+    Where writing fails, nothing is left.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Returns when a local file or folder is on disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def is_remote(path: str) -> bool:

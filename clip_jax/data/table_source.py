@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from clip_jax.data.records import MAX_FILE_BYTES, Record, RecordError, decode_caption
+from clip_jax.data.records import Record, RecordError, decode_caption, read_image_file
 from clip_jax.errors import UserError, did_you_mean, one_line
 
 
@@ -62,7 +62,7 @@ class TableSource:
             image = os.fsdecode(image)  # read as bytes, so that one caption which is not UTF-8 does not cost the table
         texts = captions if isinstance(captions, list) else [captions]
         return Record(
-            image if isinstance(image, bytes) else _read_file(self._root / str(image)),
+            image if isinstance(image, bytes) else read_image_file(self._root / str(image)),
             tuple(decode_caption(_encoded(text)) for text in texts if text is not None),
         )
 
@@ -105,13 +105,3 @@ class TableSource:
 
 def _encoded(text: Any) -> bytes:
     return text if isinstance(text, bytes) else str(text).encode("utf-8", "replace")
-
-
-def _read_file(path: Path) -> bytes:
-    try:
-        size = path.stat().st_size
-        if size > MAX_FILE_BYTES:
-            raise RecordError("image_too_large", f"{path} has {size:,} bytes, over {MAX_FILE_BYTES:,}")
-        return path.read_bytes()
-    except (OSError, ValueError) as error:
-        raise RecordError("image_missing", f"{path} cannot be read: {one_line(error)}") from None

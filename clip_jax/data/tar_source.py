@@ -123,7 +123,7 @@ class TarSource:
         path = self._paths[shard]
         try:
             samples = self._samples(shard)[number : number + count]
-            return TarBlock(number, samples, self._read(path, samples), self._captions)
+            return TarBlock(number, samples, read_ranges(self._storage, path, samples), self._captions)
         except StorageError as error:
             return TarBlock(number, error, [], self._captions)
 
@@ -145,16 +145,6 @@ class TarSource:
     def _split(self, index: int) -> tuple[int, int]:
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
         return shard, index - int(self._starts[shard])
-
-    def _read(self, path: str, samples: np.ndarray) -> list[tuple[int, bytes]]:
-        """Returns (start, bytes) of ranges that cover the samples."""
-        ranges: list[list[int]] = []
-        for start, end in zip(samples["start"].tolist(), _ends(samples).tolist(), strict=True):
-            if ranges and 0 <= start - ranges[-1][1] <= _GAP:
-                ranges[-1][1] = end
-            else:
-                ranges.append([start, end])
-        return [(start, self._storage.read(path, start, end - start)) for start, end in ranges]
 
     def _samples(self, shard: int) -> np.ndarray:
         """Returns the samples of a shard that are used."""
@@ -191,7 +181,7 @@ class TarSource:
         verdicts: list[bool] = []
         for first in range(0, len(samples), _JUDGED_AT_ONCE):
             part = samples[first : first + _JUDGED_AT_ONCE]
-            block = TarBlock(first, part, self._read(path, part), self._captions)
+            block = TarBlock(first, part, read_ranges(self._storage, path, part), self._captions)
             verdicts += [keep(block.metadata(member)) for member in range(len(part))]
         return np.asarray(verdicts, np.uint8)
 
@@ -266,6 +256,21 @@ class TarBlock:
         if len(content) < size:
             raise RecordError("shard_changed", f"the shard ends within the {part}")
         return content
+
+
+def read_ranges(storage: Storage, path: str, samples: np.ndarray) -> list[tuple[int, bytes]]:
+    """Returns (start, bytes) of ranges of a shard that cover the samples, SAMPLE [n].
+
+    Raises:
+      StorageError: it cannot be read.
+    """
+    ranges: list[list[int]] = []
+    for start, end in zip(samples["start"].tolist(), _ends(samples).tolist(), strict=True):
+        if ranges and 0 <= start - ranges[-1][1] <= _GAP:
+            ranges[-1][1] = end
+        else:
+            ranges.append([start, end])
+    return [(start, storage.read(path, start, end - start)) for start, end in ranges]
 
 
 def _ends(samples: np.ndarray) -> np.ndarray:

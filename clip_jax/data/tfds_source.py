@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_jax.data.records import Record, RecordError, decode_caption
+from clip_jax.data.tfds_files import FILE_FORMAT
 from clip_jax.errors import UserError
 
 OWN_DATASETS = ("digits",)
@@ -21,8 +22,6 @@ OWN_DATASETS = ("digits",)
 
 _NAME = re.compile(r"(?P<name>\w+)(/(?P<config>[^/:]+))?(:(?P<version>\d+\.\d+\.\d+))?")
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
-FILE_FORMAT = "array_record"
-"""The TFDS file format that is read and written: the one with cheap random access."""
 
 
 class TfdsSource:
@@ -54,7 +53,7 @@ class TfdsSource:
           data_dir: folder of prepared datasets; empty means TFDS's default.
           image_key: feature of images.
           caption_key: feature of a text or a sequence of texts, nested ones as `captions/text`; may be empty if
-            `label_key` is given.
+            `label_key` is given. A feature of this name and `_shares` behind it says how often each text is drawn.
           label_key: feature of class labels; empty for none.
 
         Raises:
@@ -69,6 +68,8 @@ class TfdsSource:
         builder = _open_builder(self._directory)
         self._check_features(builder.info.features)
         self._records = self._open(builder)
+        shares = f"{caption_key}_shares"
+        self._shares_key = shares if caption_key and shares in builder.info.features else ""
         self.classes: tuple[str, ...] = tuple(builder.info.features[label_key].names or ()) if label_key else ()
         self.fingerprint: dict[str, Any] = {
             "name": _name_and_config(builder.info),
@@ -97,6 +98,7 @@ class TfdsSource:
         return Record(
             image=image[0],
             captions=tuple(map(decode_caption, captions)),
+            shares=tuple(values[self._shares_key].float_list.value) if self._shares_key else (),
             label=values[label_key].int64_list.value[0] if label_key else -1,
         )
 
@@ -113,7 +115,7 @@ class TfdsSource:
         method = tfds.decode.DeserializeMethod.RAW_BYTES
         try:
             with _missing_module_named(self._directory):
-                return builder.as_data_source(self._split, deserialize_method=method)
+                return builder.as_data_source(self._split, deserialize_method=method, file_format=FILE_FORMAT)
         except ValueError:
             counts = ", ".join(f"{name} ({split.num_examples:,})" for name, split in builder.info.splits.items())
             known = f"it has {counts} and slices of these, as in 'train[:50%]'"
@@ -201,6 +203,8 @@ def _not_found(dataset: str, root: Path, folder: Path) -> str:
         return f"dataset {dataset!r} is not in {root}, which has {', '.join(versions)} of it; use that, or {remedy}"
     if configs := sorted(path.name for path in folder.glob("*") if _versions(path)):
         return f"dataset {dataset!r} needs a config: {folder} has {', '.join(configs)} (as in {dataset}/{configs[0]})"
+    if unfinished := sorted(folder.glob("*.preparing")):
+        return f"{unfinished[-1]} is not finished; run its clip-jax data prepare again: it goes on where it stopped"
     there = sorted(path.name for path in root.glob("*") if path.is_dir() and not path.name.startswith("."))
     if close := difflib.get_close_matches(folder.name, there, n=1):
         remedy = f"did you mean {close[0]!r}? Otherwise {remedy}"
@@ -220,7 +224,7 @@ def _open_builder(directory: Path) -> Any:
     with _missing_module_named(directory):
         import tensorflow_datasets as tfds
 
-        return tfds.builder_from_directory(str(directory), file_format=FILE_FORMAT)
+        return tfds.builder_from_directory(str(directory))
 
 
 @contextlib.contextmanager
@@ -244,13 +248,20 @@ def _parse_example(serialized: bytes) -> Any:
 
 
 def _check_format(directory: Path, dataset: str, data_dir: str) -> None:
+    found = file_formats(directory)
+    if FILE_FORMAT in found:
+        return
+    root = datasets_root(data_dir)
+    remedy = f"remove that folder and prepare it again with: {prepare_command(dataset, root)}"
+    if "tfrecord" in found:
+        remedy = f"convert it with: clip-jax data convert {dataset} --data-dir={root}"
+    raise UserError(f"{directory} is prepared as {', '.join(found)}, and random access needs {FILE_FORMAT}; {remedy}")
+
+
+def file_formats(directory: Path) -> list[str]:
+    """Returns the formats in which a dataset's files are there."""
     info = json.loads((directory / "dataset_info.json").read_text(encoding="utf-8"))
-    found = [info.get("fileFormat") or "tfrecord", *info.get("alternativeFileFormats", [])]
-    if FILE_FORMAT not in found:
-        raise UserError(
-            f"{directory} is prepared as {', '.join(found)}, and random access needs {FILE_FORMAT}; "
-            f"remove that folder and prepare it again with: {prepare_command(dataset, datasets_root(data_dir))}"
-        )
+    return [info.get("fileFormat") or "tfrecord", *info.get("alternativeFileFormats", [])]
 
 
 def _name_and_config(info: Any) -> str:
