@@ -126,9 +126,8 @@ def _data_prepare(arguments: argparse.Namespace) -> None:
     from clip_jax.data.prepare import Job, prepare
     from clip_jax.data.prepare_shard import ShardSettings
 
-    given: dict[str, Any] = vars(arguments) | {
-        name: tuple(getattr(arguments, name)) for name in ("captions", "filters")
-    }
+    given: dict[str, Any] = vars(arguments)
+    given |= {name: tuple(given[name]) for name in ("captions", "filters")}
     settings = ShardSettings(**{name: given[name] for name in ShardSettings.__dataclass_fields__})
     of_job = {name: given[name] for name in Job.__dataclass_fields__ if name != "settings"}
     prepare(

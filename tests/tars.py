@@ -64,7 +64,7 @@ def bad_shard(path):
     """A shard with one sample of each kind of trouble; returns the reason of each."""
     good = picture(1)
     png = io.BytesIO()
-    Image.new("RGB", (9_000, 9_000)).save(png, "PNG")
+    Image.new("1", (9_000, 9_000)).save(png, "PNG")
     samples = {
         "good": ({"jpg": good, "txt": b"fine"}, None),
         "no_image": ({"txt": b"only text"}, "image_missing"),
