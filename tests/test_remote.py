@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,7 +13,9 @@ from http_store import serving
 from tars import write_shard, write_shards
 from test_tars import TRANSFORM, batches, source, windowed
 
+from clip_jax.data import storage
 from clip_jax.data.pipeline import train_batches
+from clip_jax.data.records import RecordError
 from clip_jax.data.storage import Storage, StorageError
 from clip_jax.data.tar_counts import find_counts
 from clip_jax.errors import UserError
@@ -104,3 +107,46 @@ def test_many_remote_shards_of_unknown_size_are_refused_with_the_remedy(tmp_path
         (tmp_path / "sizes.json").write_text(json.dumps({f"{number}.tar": 10 for number in range(300)}))
         known = find_counts(paths, Storage(0.0), file=str(tmp_path / "sizes.json"), pool=pool, **options)
     np.testing.assert_array_equal(known, [10] * 300)
+
+
+def test_a_shard_that_was_given_up_costs_the_deadline_once(store, tmp_path, monkeypatch):
+    """Its other blocks send no request for a while; then one try decides."""
+    tars = remote(store, tmp_path, retry_s=0.3)
+    tars.read_block(0, 4)
+    store.down_until = math.inf
+    reasons = [reason_of(tars.read_block(first, 4)) for first in (4, 8)]
+    assert reasons[0] == reasons[1]
+    assert "503" in reasons[0]
+    asked = store.requests
+    assert {reason_of(tars.read_block(first, 4)) for first in range(12, 40, 4)} == {reasons[0]}
+    assert store.requests == asked
+    other = reason_of(tars.read_block(40, 4))
+    assert "00001.tar" in other
+    assert store.requests > asked + 1
+
+    asked = store.requests
+    monkeypatch.setattr(storage, "_GIVEN_UP_S", math.inf)
+    later = time.monotonic() + 61
+    monkeypatch.setattr(storage.time, "monotonic", lambda: later)
+    assert "after 1 tries" in reason_of(tars.read_block(4, 4))
+    reason_of(tars.read_block(4, 4))
+    assert store.requests == asked + 1
+
+
+def test_a_shard_that_was_given_up_is_used_again_when_it_is_back(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "_GIVEN_UP_S", 0.0)
+    tars = remote(store, tmp_path, retry_s=0.3)
+    store.down_until = math.inf
+    assert "503" in reason_of(tars.read_block(0, 4))
+    store.down_until = 0.0
+    assert tars.read_block(0, 4)[0].captions == ("number 0",)
+    store.down_until, asked = math.inf, store.requests
+    reason_of(tars.read_block(4, 4))
+    assert store.requests > asked + 1  # it is waited for as before
+
+
+def reason_of(block):
+    with pytest.raises(RecordError) as caught:
+        block[0]
+    assert caught.value.reason == "shard_missing"
+    return str(caught.value)

@@ -1,5 +1,8 @@
 """Bytes of files, local or remote, by range; remote reads are tried again until a deadline.
 
+A remote file that was given up is not asked for during the next minute: it fails at once, for the same reason. Then one
+try decides. So a shard that stays away costs the deadline once, not once for each of its blocks.
+
 Local paths are read with `pread`. Everything else (`gs://`, `s3://`, `http://`, …) goes through fsspec.
 """
 
@@ -25,6 +28,7 @@ T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
 _FIRST_DELAY, _LONGEST_DELAY = 0.1, 10.0
 _SILENCE_S = 30
+_GIVEN_UP_S = 60.0
 _NEVER_RETRIED = (FileNotFoundError, PermissionError, IsADirectoryError, ImportError)
 _URL = re.compile(r"[a-z0-9+]+://")
 _BRACES = re.compile(r"\{([^{}]*)\}")
@@ -47,6 +51,13 @@ class Stat(NamedTuple):
     tag: str
 
 
+class _GivenUp(NamedTuple):
+    """When a file that was given up is asked for again, and why it was."""
+
+    until: float
+    reason: str
+
+
 class Storage:
     """Reads files by range.
 
@@ -59,12 +70,13 @@ class Storage:
     def __init__(self, retry_s: float = 300.0) -> None:
         self._retry_s = retry_s
         self._stopped = threading.Event()
+        self._given_up: dict[str, _GivenUp] = {}
 
     def read(self, path: str, start: int, length: int) -> bytes:
         """Returns `length` bytes from `start`; fewer where the file ends before.
 
         Raises:
-          StorageError: it is not there or cannot be read; remotely, after `retry_s`.
+          StorageError: it is not there or cannot be read; remotely, after `retry_s`, or because it was given up lately.
         """
         if not is_remote(path):
             return _local(path, lambda: _read_range(path, start, length))
@@ -140,17 +152,26 @@ class Storage:
             ) from None
 
     def _retried(self, path: str, call: Callable[[], T]) -> T:
-        deadline, stopped = time.monotonic() + self._retry_s, self._stopped
+        given_up, stopped = self._given_up.get(path), self._stopped
+        if given_up and time.monotonic() < given_up.until:
+            raise StorageError(given_up.reason)
+        deadline = time.monotonic() + (0 if given_up else self._retry_s)
         for attempt in itertools.count():
             try:
-                return call()
+                result = call()
+                self._given_up.pop(path, None)
+                return result
             except _NEVER_RETRIED as error:
                 raise StorageError(f"{path}: {one_line(error)}") from None
             except Exception as error:
                 # Full jitter (Brooker, 2015): readers that failed together must not come back together.
                 delay = random.uniform(0, min(_LONGEST_DELAY, _FIRST_DELAY * 2**attempt))
-                if not _may_pass(error) or time.monotonic() + delay > deadline or stopped.wait(delay):
-                    raise StorageError(f"{path}: {one_line(error)} (after {attempt + 1} tries)") from None
+                late = time.monotonic() + delay > deadline
+                if late or not _may_pass(error) or stopped.wait(delay):
+                    reason = f"{path}: {one_line(error)} (after {attempt + 1} tries)"
+                    if late:
+                        self._given_up[path] = _GivenUp(time.monotonic() + _GIVEN_UP_S, reason)
+                    raise StorageError(reason) from None
                 _LOG.debug("%s: %s; trying again", path, one_line(error))
         raise AssertionError("unreachable")
 
@@ -228,7 +249,7 @@ def _expand_braces(pattern: str) -> list[str]:
 def _file_system(protocol: str) -> Any:
     import fsspec
 
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"use_listings_cache": False}  # a listing kept would hide that a shard changed
     if protocol in ("http", "https"):
         import aiohttp
 
