@@ -6,8 +6,10 @@ import pickle
 import tarfile
 
 import numpy as np
+import pyarrow
 import pytest
 from batches import assert_same, side_by_side
+from pyarrow import parquet
 from tars import add, bad_shard, picture, write_shard, write_shards
 
 from clip_jax.cli import main
@@ -171,6 +173,45 @@ def test_filters_leave_samples_out_before_they_get_a_number(tmp_path):
         source(pattern, tmp_path, keep=Filter(("absent>0",)))
     with pytest.raises(ConfigError, match="config.data.filters holds 'similarity'"):
         Filter(("similarity",))
+
+
+def write_tables(pattern, rows):
+    """Writes img2dataset's table beside each shard."""
+    for path in expand(pattern):
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path.replace(".tar", ".parquet"))
+
+
+@pytest.mark.parametrize("conditions", [("similarity>=0.3", "width<150"), ("nsfw!=LIKELY",), ()], ids=str)
+def test_a_table_beside_the_shard_judges_as_the_samples_own_json(tmp_path, monkeypatch, conditions):
+    """And no sample is read; where the table lacks a column or a sample, or has one twice, the JSON is."""
+    (tmp_path / "uids.txt").write_text("\n".join(f"{number:032x}" for number in (2, 3, 5, 17)))
+    keep = Filter(conditions, "" if conditions else str(tmp_path / "uids.txt"))
+    rng = np.random.default_rng(0)
+    about = [
+        {"similarity": rng.random(), "width": None if n == 4 else 100 + 5 * n, "nsfw": "LIKELY" if n % 3 else "NO"}
+        for n in range(20)
+    ]
+    pattern = write_shards(tmp_path / "s", [12, 8], metadata=about.__getitem__)
+    plain = source(pattern, tmp_path / "json", keep=keep)
+    rows = [{"key": f"{n:06d}", "uid": f"{n:032x}"} | about[n] for n in range(20)]
+    failed = {"key": "000099", "uid": None, "similarity": None, "width": None, "nsfw": None}
+    read, reads = TarSource._read, []
+    monkeypatch.setattr(TarSource, "_read", lambda *arguments: reads.append(arguments) or read(*arguments))
+
+    def judged(name, table):
+        reads.clear()
+        write_tables(pattern, table)
+        found = source(pattern, tmp_path / name, keep=keep)
+        assert found.counts.tolist() == plain.counts.tolist()
+        judging = len(reads)
+        assert captions(found[i] for i in range(len(found))) == captions(plain[i] for i in range(len(plain)))
+        return judging
+
+    assert 0 < len(plain) < 20
+    assert judged("whole", [failed, *reversed(rows)]) == 0
+    assert judged("a row less", [failed, *rows[1:]]) > 0
+    assert judged("one twice", [*rows, rows[0] | {"uid": None, "similarity": 9.0, "nsfw": "NO"}]) > 0
+    assert judged("columns less", [{"key": row["key"]} for row in rows]) > 0
 
 
 def test_uids_of_datacomp_and_of_text_keep_the_same(tmp_path):

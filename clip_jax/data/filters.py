@@ -1,18 +1,19 @@
 """Which samples of a dataset are used: conditions on their metadata, and lists of their uids.
 
-img2dataset keeps a sample's metadata in its `.json` member: `similarity`, `punsafe`, `original_width` and so on.
-DataComp names its subsets by lists of uids (Gadre et al., 2023).
+img2dataset keeps a sample's metadata in its `.json` member: `similarity`, `punsafe`, `original_width` and so on; and
+those of all samples of a shard in the columns of a Parquet file beside it, which is much less to read. DataComp names its subsets by lists of uids (Gadre et al., 2023).
 """
 
 import hashlib
 import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from clip_jax.data.tar_index import key_number
 from clip_jax.errors import ConfigError, UserError
 
 _CONDITION = re.compile(r"\s*([\w.]+)\s*(<=|>=|==|!=|<|>)\s*(.+?)\s*")
@@ -50,6 +51,27 @@ class Filter:
     def __call__(self, metadata: Mapping[str, Any]) -> bool:
         """Returns whether a sample is used."""
         return all(_holds(metadata, *condition) for condition in self._conditions) and self._is_listed(metadata)
+
+    def judge_table(self, content: bytes, keys: Sequence[int]) -> list[bool] | None:
+        """Returns whether each sample of a shard is used, by the Parquet file beside the shard.
+
+        Args:
+          content: of the file.
+          keys: of the samples, see `key_number`.
+
+        Returns:
+          None where the file does not tell: no such table, missing columns or samples, or a key twice.
+        """
+        import pyarrow
+        from pyarrow import parquet
+
+        names = {key for key, _, _ in self._conditions} | ({"uid"} if self._uids is not None else set())
+        try:
+            rows = parquet.read_table(pyarrow.BufferReader(content), columns=["key", *names]).to_pylist()
+            verdicts = {key_number(str(row["key"])): self(row) for row in rows}
+            return [verdicts[key] for key in keys] if len(verdicts) == len(rows) else None
+        except (pyarrow.ArrowException, OSError, KeyError):
+            return None
 
     def _is_listed(self, metadata: Mapping[str, Any]) -> bool:
         if self._uids is None:

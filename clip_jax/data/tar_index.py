@@ -17,7 +17,7 @@ from clip_jax.data.storage import Stat, Storage, StorageError, is_remote
 
 BLOCK = 512
 IMAGES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"})
-_FORMAT = 1
+_FORMAT = 2
 _CHUNK = 8 << 20
 _LONGEST_EXTENSION = 1 << 20
 
@@ -59,17 +59,19 @@ class ShardIndex(NamedTuple):
 
     Attributes:
       samples: SAMPLE [n].
+      keys: of the samples, as `key_number` has them; uint64 [n].
       stat: of the shard when it was indexed.
     """
 
     samples: np.ndarray
+    keys: np.ndarray
     stat: Stat
 
     def to_bytes(self) -> bytes:
         """Returns the sidecar file."""
         about = json.dumps({"format": _FORMAT, "size": self.stat.size, "tag": self.stat.tag})
         buffer = io.BytesIO()
-        np.savez(buffer, samples=self.samples, about=np.frombuffer(about.encode(), np.uint8))
+        np.savez(buffer, samples=self.samples, keys=self.keys, about=np.frombuffer(about.encode(), np.uint8))
         return buffer.getvalue()
 
     @classmethod
@@ -82,12 +84,12 @@ class ShardIndex(NamedTuple):
         try:
             arrays = np.load(io.BytesIO(content), allow_pickle=False)
             about = json.loads(arrays["about"].tobytes())
-            samples = arrays["samples"]
+            samples, keys = arrays["samples"], arrays["keys"]
         except Exception as error:
             raise ValueError(str(error)) from None
-        if about.get("format") != _FORMAT or samples.dtype != SAMPLE:
+        if about.get("format") != _FORMAT or samples.dtype != SAMPLE or keys.shape != samples.shape:
             raise ValueError("another format")
-        return cls(samples, Stat(about["size"], about["tag"]))
+        return cls(samples, keys, Stat(about["size"], about["tag"]))
 
 
 class Sidecars:
@@ -112,7 +114,7 @@ class Sidecars:
         return kept if kept is not None and kept.stat == stat else self._make(path, stat)
 
     def _make(self, path: str, stat: Stat) -> ShardIndex:
-        index = ShardIndex(index_samples(members(read_at(self._storage, path, stat.size))), stat)
+        index = ShardIndex(*index_samples(members(read_at(self._storage, path, stat.size))), stat)
         try:
             self._storage.write_whole(self.path(path), index.to_bytes())
         except StorageError as error:
@@ -173,25 +175,27 @@ def members(file: ReadAt) -> Iterator[Member]:
         offset, first, pax = data + _padded(size), None, {}
 
 
-def index_samples(files: Iterator[Member]) -> np.ndarray:
-    """Returns the samples, SAMPLE [n], that members in order make up.
+def index_samples(files: Iterator[Member]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the samples, SAMPLE [n], that members in order make up, and their keys, see `key_number`.
 
     A second image, text or JSON of a key begins another sample.
     """
     rows: list[dict[str, int]] = []
+    keys: list[int] = []
     current: str | None = None
     for member in files:
         folder, _, name = member.name.rpartition("/")
         stem, _, extension = name.partition(".")
         extension = extension.lower()
         part = "image" if extension in IMAGES else {"txt": "text", "json": "json"}.get(extension)
-        key = f"{folder}/{stem}"
+        key = f"{folder}/{stem}" if folder else stem
         if part is None:
             if key != current:
                 current = None
             continue
         if key != current or part in rows[-1]:
             rows.append({"start": member.header})
+            keys.append(key_number(key))
             current = key
         rows[-1] |= {part: member.data - rows[-1]["start"], f"{part}_size": member.size}
     limit = np.iinfo(np.uint32).max
@@ -199,7 +203,12 @@ def index_samples(files: Iterator[Member]) -> np.ndarray:
     samples = np.zeros(len(rows), SAMPLE)
     for name, values in columns.items():
         samples[name] = values if name == "start" else [min(value, limit) for value in values]
-    return samples
+    return samples, np.asarray(keys, np.uint64)
+
+
+def key_number(key: str) -> int:
+    """Returns 64 bits of a key's hash: keys of any length in 8 bytes each, enough to tell those of a shard apart."""
+    return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
 
 
 def header_size(header: bytes) -> int | None:

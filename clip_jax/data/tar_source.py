@@ -6,7 +6,9 @@ that what a shard lacks, or cannot be read, costs only its own slots.
 """
 
 import bisect
+import contextlib
 import logging
+import posixpath
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -172,15 +174,19 @@ class TarSource:
         except StorageError:
             kept = np.zeros(0, np.uint8)
         if len(kept) != len(index.samples):
-            kept = self._judge(path, index.samples, self._keep)
+            kept = self._judge(path, index, self._keep)
             self._storage.write_whole(kept_in, kept.tobytes())
         return index.samples[kept > 0]
 
-    def _judge(self, path: str, samples: np.ndarray, keep: Filter) -> np.ndarray:
+    def _judge(self, path: str, index: ShardIndex, keep: Filter) -> np.ndarray:
         """Returns 1 for every sample whose metadata passes; uint8 [n]."""
+        with contextlib.suppress(StorageError):
+            table = self._storage.read_whole(f"{posixpath.splitext(path)[0]}.parquet")
+            if (found := keep.judge_table(table, index.keys.tolist())) is not None:
+                return np.asarray(found, np.uint8)
         verdicts: list[bool] = []
-        for first in range(0, len(samples), _JUDGED_AT_ONCE):
-            part = samples[first : first + _JUDGED_AT_ONCE]
+        for first in range(0, len(index.samples), _JUDGED_AT_ONCE):
+            part = index.samples[first : first + _JUDGED_AT_ONCE]
             block = TarBlock(first, part, read_ranges(self._storage, path, part), self._captions)
             verdicts += [keep(block.metadata(member)) for member in range(len(part))]
         return np.asarray(verdicts, np.uint8)
