@@ -44,7 +44,8 @@ def make_train_step(
     Returns:
       A function of (state, batch), where a batch holds the global arrays `image` (uint8 [b, s, s, 3]), `tokens`
       (int32 [b, l]), `weight` (float32 [b]) and perhaps `bad` (int32 [b], see `train_batches`), to the next state and
-      scalar metrics.
+      scalar metrics. A pair of weight 0 is as if it were not in the batch; any other counts whole in BatchNorm's
+      statistics.
     """
     optim, parts = config.optim, config.batch // (config.micro_batch or config.batch)
     random_patches = config.model.patch_dropout > 0
@@ -119,7 +120,13 @@ def _forward(model: CLIP, config: RunConfig, batch_stats: Any, mesh: Mesh) -> Fo
         images = normalize(batch["image"], preprocess, model.config.dtype)
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return forward_train(
-                model, variables, images, batch["tokens"], keys=batch.get("key"), train_image=train_image
+                model,
+                variables,
+                images,
+                batch["tokens"],
+                keys=batch.get("key"),
+                kept=batch["weight"] > 0,
+                train_image=train_image,
             )
 
     return forward

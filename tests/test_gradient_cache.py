@@ -47,8 +47,9 @@ def batch_of(run):
     return batch
 
 
-def gradients(run, devices):
+def gradients(run, devices, batch=None):
     """Returns metrics, gradients by their paths, and running statistics of one step in float64."""
+    batch = batch_of(run) if batch is None else batch
     mesh = make_mesh(run.mesh, devices=jax.devices()[:devices])
     model, optimizer = CLIP(run.model), optax.sgd(1.0)
     state = create_state(model, optimizer, mesh=mesh, seed=0)
@@ -58,7 +59,7 @@ def gradients(run, devices):
     before = jax.tree.map(lambda x: np.asarray(x) + 0.1 * rng.standard_normal(x.shape), wide.params)
     wide = wide.replace(params=jax.device_put(before, shardings.params))
     step = make_train_step(model, optimizer, run, mesh=mesh, state=abstract_state(model, optimizer, mesh=mesh))
-    after, metrics = step(jax.device_put(wide, shardings), place_rows(batch_of(run), mesh))
+    after, metrics = step(jax.device_put(wide, shardings), place_rows(batch, mesh))
     moved = jax.tree.map(lambda a, b: a - np.asarray(b), before, after.params)
     return (
         {name: float(value) for name, value in metrics.items()},

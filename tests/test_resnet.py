@@ -135,7 +135,7 @@ def test_parameter_names():
     }
 
 
-def normalise(x, *, train=True, group=0, scale=1.0, bias=0.0, mean=0.0, var=1.0, dtype=None):
+def normalise(x, *, kept=None, train=True, group=0, scale=1.0, bias=0.0, mean=0.0, var=1.0, dtype=None):
     """Our BatchNorm with the same numbers in every channel: (result, running mean, running variance)."""
     channels = x.shape[-1]
     norm = BatchNorm(train=train, group=group, dtype=dtype or x.dtype)
@@ -143,7 +143,7 @@ def normalise(x, *, train=True, group=0, scale=1.0, bias=0.0, mean=0.0, var=1.0,
         "params": {"scale": jnp.full(channels, scale), "bias": jnp.full(channels, bias)},
         "batch_stats": {"mean": jnp.full(channels, mean), "var": jnp.full(channels, var)},
     }
-    result, updated = norm.apply(variables, x, mutable=["batch_stats"])
+    result, updated = norm.apply(variables, x, kept, mutable=["batch_stats"])
     return result, updated["batch_stats"]["mean"], updated["batch_stats"]["var"]
 
 
@@ -159,6 +159,41 @@ def test_batch_norm_equals_its_definition(x64, group):
     np.testing.assert_allclose(mean, 0.9 * 7 + 0.1 * np.mean([part.mean(**over) for part in parts], axis=0), rtol=1e-12)
     unbiased = np.mean([part.var(ddof=1, **over) for part in parts], axis=0)
     np.testing.assert_allclose(var, 0.9 * 4 + 0.1 * unbiased, rtol=1e-12)
+
+
+@pytest.mark.parametrize("group", [0, 3, 6])
+def test_batch_norm_of_kept_samples_is_that_of_the_batch_without_the_others(x64, group):
+    """Whatever the others hold; the running statistics take each group's share."""
+    x = 3 + 2 * np.random.default_rng(0).standard_normal((6, 4, 4, 5))
+    kept = np.array([True, False, True, False, False, True])
+    wild = np.where(kept[:, None, None, None], x, 1e30)
+    result, mean, var = normalise(jnp.asarray(wild), kept=jnp.asarray(kept), group=group, scale=1.5, mean=7.0, var=4.0)
+    parts = [part[keep] for part, keep in zip(*(np.split(each, 6 // (group or 6)) for each in (x, kept)), strict=True)]
+    alone = [normalise(jnp.asarray(part), scale=1.5, mean=7.0, var=4.0) for part in parts]
+    np.testing.assert_allclose(result[kept], np.concatenate([each[0] for each in alone]), atol=1e-12)
+    assert (result[~kept] == 0).all()
+    np.testing.assert_allclose(mean, np.mean([each[1] for each in alone], axis=0), rtol=1e-12)
+    np.testing.assert_allclose(var, np.mean([each[2] for each in alone], axis=0), rtol=1e-12)
+    every = normalise(jnp.asarray(x), kept=jnp.ones(6, bool), group=group)
+    for ours, plain in zip(every, normalise(jnp.asarray(x), group=group), strict=True):
+        np.testing.assert_array_equal(ours, plain)
+
+
+def test_a_group_without_two_values_leaves_its_share_of_the_running_statistics(x64):
+    x = np.random.default_rng(0).standard_normal((6, 1, 1, 5))
+    kept = np.array([True, True, False, False, False, True])
+
+    def total(x):
+        result, mean, var = normalise(x, kept=jnp.asarray(kept), group=2, mean=7.0, var=4.0)
+        return (result[jnp.asarray(kept)] ** 3).sum(), (result, mean, var)
+
+    gradient, (result, mean, var) = jax.grad(total, has_aux=True)(jnp.asarray(x))
+    first = x[:2].reshape(2, 5)
+    np.testing.assert_allclose(mean, (2 * 7 + 0.9 * 7 + 0.1 * first.mean(0)) / 3, rtol=1e-12)
+    np.testing.assert_allclose(var, (2 * 4 + 0.9 * 4 + 0.1 * first.var(0, ddof=1)) / 3, rtol=1e-12)
+    assert (result[2:] == 0).all()
+    assert np.isfinite(gradient).all()
+    assert (gradient[2:] == 0).all()
 
 
 def test_batch_norm_evaluates_with_the_running_statistics(x64):

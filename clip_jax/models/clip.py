@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from clip_jax.array_types import Array, Float, Int
+from clip_jax.array_types import Array, Bool, Float, Int
 from clip_jax.models.resnet import ModifiedResNet
 from clip_jax.models.text import TextTransformer
 from clip_jax.models.variants import ModelConfig, ResNetConfig, model_config
@@ -70,10 +70,11 @@ class CLIP(nn.Module):
         *,
         train: bool = False,
         keys: jax.Array | None = None,
+        kept: Bool[Array, " b"] | None = None,
     ) -> CLIPOutput:
-        """Returns the unit features of both towers, scale and bias; `train` and `keys` as in `encode_image`."""
+        """Returns the unit features of both towers, scale and bias; the options are `encode_image`'s."""
         return CLIPOutput(
-            self.encode_image(images, normalize=True, train=train, keys=keys),
+            self.encode_image(images, normalize=True, train=train, keys=keys, kept=kept),
             self.encode_text(tokens, normalize=True),
             jnp.exp(self.logit_scale),
             jnp.zeros_like(self.logit_scale) if self.logit_bias is None else self.logit_bias,
@@ -86,6 +87,7 @@ class CLIP(nn.Module):
         normalize: bool = False,
         train: bool = False,
         keys: jax.Array | None = None,
+        kept: Bool[Array, " b"] | None = None,
     ) -> Float[Array, "b e"]:
         """Embeds normalised images.
 
@@ -95,10 +97,11 @@ class CLIP(nn.Module):
           train: let a ResNet's BatchNorms use the batch's statistics and update the running ones, which must then be
             mutable; a ViT has none.
           keys: a random key for each image, by which a ViT drops patches if its config says so; None drops none.
+          kept: which images count for the batch's statistics; None means all.
         """
         tower = self.image
         resnet = isinstance(tower, ModifiedResNet)
-        features = tower(images, train=train) if resnet else tower(images, keys=keys if train else None)
+        features = tower(images, kept, train=train) if resnet else tower(images, keys=keys if train else None)
         features = _at_least_f32(features)
         return unit(features) if normalize else features
 
@@ -157,6 +160,7 @@ def forward_train(
     tokens: jax.Array,
     *,
     keys: jax.Array | None = None,
+    kept: jax.Array | None = None,
     train_image: bool = True,
 ) -> tuple[CLIPOutput, dict[str, Any]]:
     """Applies both towers as in training.
@@ -167,12 +171,14 @@ def forward_train(
       images: as `CLIP` takes them.
       tokens: as `CLIP` takes them.
       keys: as in `CLIP.encode_image`.
+      kept: as in `CLIP.encode_image`.
       train_image: False applies the image tower as in evaluation, for one that is frozen.
 
     Returns:
       The features, and the updated `batch_stats`.
     """
-    applied = model.apply(variables, images, tokens, train=train_image, keys=keys, mutable=["batch_stats"])
+    options = {"train": train_image, "keys": keys, "kept": kept}
+    applied = model.apply(variables, images, tokens, **options, mutable=["batch_stats"])
     output, updated = cast(tuple[CLIPOutput, dict[str, Any]], applied)
     return output, updated.get("batch_stats", {})
 

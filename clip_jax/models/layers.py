@@ -182,7 +182,13 @@ class Transformer(nn.Module):
 
 
 def apply_blocks(
-    parent: nn.Module, block: functools.partial, numbers: range, x: jax.Array, *, remat: Remat, scan: bool
+    parent: nn.Module,
+    block: functools.partial,
+    numbers: range,
+    x: jax.Array,
+    *constants: Any,
+    remat: Remat,
+    scan: bool,
 ) -> jax.Array:
     """Applies the submodules `block_i` of a compact module, one after the other.
 
@@ -191,6 +197,7 @@ def apply_blocks(
       block: what makes a block, but for its name; all blocks have the same shapes.
       numbers: of the blocks.
       x: what the first one takes, and each gives.
+      constants: what all of them take besides.
       remat: as in `ModelConfig`.
       scan: loop over the blocks' stacked variables. Not where variables are made or intermediates asked for.
     """
@@ -198,7 +205,7 @@ def apply_blocks(
     if not scan or not names or parent.is_initializing() or parent.is_mutable_collection("intermediates"):
         module = block.func if remat == "none" else nn.remat(block.func, policy=_POLICIES[remat])
         for name in names:
-            x = module(*block.args, **block.keywords, name=name)(x)
+            x = module(*block.args, **block.keywords, name=name)(x, *constants)
         return x
 
     alone = block(parent=None)
@@ -207,7 +214,7 @@ def apply_blocks(
     each = [{kind: parent.variables[kind][name] for kind in kinds} for name in names]
 
     def apply(x: jax.Array, variables: dict[str, Any]) -> tuple[jax.Array, Any]:
-        return alone.apply(variables, x, mutable=mutable)
+        return alone.apply(variables, x, *constants, mutable=mutable)
 
     body = apply if remat == "none" else jax.checkpoint(apply, policy=_POLICIES[remat], prevent_cse=False)
     x, updated = jax.lax.scan(body, x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *each))

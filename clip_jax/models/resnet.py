@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from clip_jax.array_types import Array, Float
+from clip_jax.array_types import Array, Bool, Float, Int
 from clip_jax.errors import UserError
 from clip_jax.models.layers import Initializer, apply_blocks, attend, record, symmetric_uniform
 from clip_jax.models.variants import Remat, ResNetConfig
@@ -50,8 +50,15 @@ class ModifiedResNet(nn.Module):
     scan: bool = False
 
     @nn.compact
-    def __call__(self, images: Float[Array, "b s s 3"], *, train: bool = False) -> Float[Array, "b e"]:
-        """Embeds normalised images; `train` normalises with the batch's statistics and updates the running ones.
+    def __call__(
+        self, images: Float[Array, "b s s 3"], kept: Bool[Array, " b"] | None = None, *, train: bool = False
+    ) -> Float[Array, "b e"]:
+        """Embeds images.
+
+        Args:
+          images: normalised.
+          kept: which images count for BatchNorm's statistics; None means all.
+          train: normalise with the batch's statistics and update the running ones.
 
         Raises:
           UserError: `train`, and `bn_group` does not divide the batch or leaves one value a channel.
@@ -61,14 +68,14 @@ class ModifiedResNet(nn.Module):
         x = images.astype(dtype)
         for i, (features, stride) in enumerate(((config.width // 2, 2), (config.width // 2, 1), (config.width, 1)), 1):
             x = conv_3x3(features, stride=stride, inputs=x.shape[-1], dtype=dtype, name=f"stem_conv_{i}")(x)
-            x = nn.relu(norm(name=f"stem_bn_{i}")(x))
+            x = nn.relu(norm(name=f"stem_bn_{i}")(x, kept))
         x = average_pool(x, 2)
         record(self, "stem", x)
 
         stage = nn.remat(Stage) if self.remat == "full" else Stage
         for i, blocks in enumerate(config.layers):
             width, stride = config.width * 2**i, 1 if i == 0 else 2
-            x = stage(blocks, width, stride, norm, dtype, self.remat, self.scan, name=f"stage_{i + 1}")(x)
+            x = stage(blocks, width, stride, norm, dtype, self.remat, self.scan, name=f"stage_{i + 1}")(x, kept)
         return AttentionPool(config.heads, self.embed_dim, dtype, name="attention_pool")(x)
 
 
@@ -84,10 +91,12 @@ class Stage(nn.Module):
     scan: bool
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b rows columns c"]) -> Float[Array, "b rows_out columns_out c_out"]:
+    def __call__(
+        self, x: Float[Array, "b rows columns c"], kept: Bool[Array, " b"] | None
+    ) -> Float[Array, "b rows_out columns_out c_out"]:
         for stride, numbers in ((self.stride, range(1)), (1, range(1, self.blocks))):
             block = functools.partial(Bottleneck, self.width, stride, self.norm, self.dtype)
-            x = apply_blocks(self, block, numbers, x, remat=self.remat, scan=self.scan and numbers.start > 0)
+            x = apply_blocks(self, block, numbers, x, kept, remat=self.remat, scan=self.scan and numbers.start > 0)
         record(self, "output", x)
         return x
 
@@ -104,18 +113,20 @@ class Bottleneck(nn.Module):
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b rows columns c"]) -> Float[Array, "b rows_out columns_out c_out"]:
+    def __call__(
+        self, x: Float[Array, "b rows columns c"], kept: Bool[Array, " b"] | None
+    ) -> Float[Array, "b rows_out columns_out c_out"]:
         norm, dtype, width = self.norm, self.dtype, self.width
         channels, outputs = x.shape[-1], EXPANSION * width
         branch = conv_1x1(width, inputs=channels, dtype=dtype, name="conv_1")(x)
-        branch = nn.relu(norm(name="bn_1")(branch))
+        branch = nn.relu(norm(name="bn_1")(branch, kept))
         branch = conv_3x3(width, stride=1, inputs=width, dtype=dtype, name="conv_2")(branch)
-        branch = average_pool(nn.relu(norm(name="bn_2")(branch)), self.stride)
+        branch = average_pool(nn.relu(norm(name="bn_2")(branch, kept)), self.stride)
         branch = conv_1x1(outputs, inputs=width, dtype=dtype, name="conv_3")(branch)
-        branch = norm(scale_init=nn.initializers.zeros, name="bn_3")(branch)
+        branch = norm(scale_init=nn.initializers.zeros, name="bn_3")(branch, kept)
         if self.stride > 1 or channels != outputs:
             x = average_pool(x, self.stride)
-            x = norm(name="shortcut_bn")(conv_1x1(outputs, inputs=channels, dtype=dtype, name="shortcut_conv")(x))
+            x = norm(name="shortcut_bn")(conv_1x1(outputs, inputs=channels, dtype=dtype, name="shortcut_conv")(x), kept)
         return constrain_rows(nn.relu(x + branch))
 
 
@@ -156,6 +167,10 @@ class BatchNorm(nn.Module):
     sharded. The running statistics take a tenth of the batch's, which are the means over its groups of the mean and
     of the *unbiased* variance, as in torch (momentum 0.1 there); Flax's own BatchNorm keeps the biased one.
 
+    Samples that are not kept are in no statistic: those of the others, and all that follows from them, are as if the
+    batch were without them. Their own values become the channel's mean, so that they stay finite. A group that has
+    fewer than two values left leaves its share of the running statistics as it was.
+
     Variables: parameters `scale`, `bias`, and `mean`, `var` in `batch_stats`, all float32 [c]. An update keeps the
     dtype that the running statistics came with.
 
@@ -172,8 +187,14 @@ class BatchNorm(nn.Module):
     scale_init: Initializer = nn.initializers.ones
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b rows columns c"]) -> Float[Array, "b rows columns c"]:
+    def __call__(
+        self, x: Float[Array, "b rows columns c"], kept: Bool[Array, " b"] | None = None
+    ) -> Float[Array, "b rows columns c"]:
         """Normalises every channel.
+
+        Args:
+          x: of any float dtype.
+          kept: which samples count, in training; None means all.
 
         Raises:
           UserError: `train`, and `group` does not divide the batch or leaves one value a channel.
@@ -188,15 +209,16 @@ class BatchNorm(nn.Module):
             centred = x - running_mean.value
             return (centred * (scale * jax.lax.rsqrt(running_var.value + 1e-5)) + bias).astype(self.dtype)
 
-        group = self.group or x.shape[0]
-        values = group * x.shape[1] * x.shape[2]
-        _check_group(self.group, batch=x.shape[0], values=values)
-        mean = _group_means(x, group)
-        centred = x - _to_samples(mean, group)
-        var = _group_means(centred**2, group)
+        group, area = self.group or x.shape[0], x.shape[1] * x.shape[2]
+        _check_group(self.group, batch=x.shape[0], values=group * area)
+        kept = jnp.ones(x.shape[0], bool) if kept is None else kept
+        mean = _group_means(x, kept, group)
+        centred = jnp.where(kept[:, None, None, None], x - _to_samples(mean, group), 0)
+        var = _group_means(centred**2, kept, group)
         if not self.is_initializing():
-            _move(running_mean, mean.mean(axis=0))
-            _move(running_var, var.mean(axis=0) * values / (values - 1))
+            values = area * _kept_samples(kept, group).astype(x.dtype)
+            _move(running_mean, mean, values)
+            _move(running_var, var * values / jnp.maximum(values - 1, 1), values)
         return (centred * _to_samples(scale * jax.lax.rsqrt(var + 1e-5), group) + bias).astype(self.dtype)
 
 
@@ -232,17 +254,30 @@ def average_pool(
     return x.reshape(batch, rows // stride, stride, columns // stride, stride, channels).mean(axis=(2, 4))
 
 
-def _group_means(x: Float[Array, "b rows columns c"], group: int) -> Float[Array, "groups c"]:
-    """Averages over groups of samples; only [b, c] is regrouped, so that no activation leaves its device."""
-    return x.mean(axis=(1, 2)).reshape(-1, group, x.shape[-1]).mean(axis=1)
+def _group_means(x: Float[Array, "b rows columns c"], kept: Bool[Array, " b"], group: int) -> Float[Array, "groups c"]:
+    """Averages over the kept samples of each group; 0 where there is none.
+
+    Only [b, c] is regrouped, so that no activation leaves its device.
+    """
+    each = jnp.where(kept[:, None], x.mean(axis=(1, 2)), 0)
+    return each.reshape(-1, group, x.shape[-1]).sum(axis=1) / jnp.maximum(_kept_samples(kept, group), 1)
+
+
+def _kept_samples(kept: Bool[Array, " b"], group: int) -> Int[Array, "groups 1"]:
+    return kept.reshape(-1, group).sum(axis=1, keepdims=True)
 
 
 def _to_samples(statistic: Float[Array, "groups c"], group: int) -> Float[Array, "b 1 1 c"]:
     return jnp.repeat(statistic, group, axis=0)[:, None, None]
 
 
-def _move(running: nn.Variable, batch: Float[Array, " c"]) -> None:
-    running.value = (0.9 * running.value + 0.1 * batch).astype(running.value.dtype)
+def _move(running: nn.Variable, batch: Float[Array, "groups c"], values: Float[Array, "groups 1"]) -> None:
+    """Moves a running statistic by that of each group which has two values or more.
+
+    The mean is over all groups, of what each would make of it: then it is also the mean over micro-batches.
+    """
+    moved = jnp.where(values > 1, 0.9 * running.value + 0.1 * batch, running.value)
+    running.value = moved.mean(axis=0).astype(running.value.dtype)
 
 
 def _check_group(group: int, *, batch: int, values: int) -> None:
