@@ -150,3 +150,9 @@ def reason_of(block):
         block[0]
     assert caught.value.reason == "shard_missing"
     return str(caught.value)
+
+
+def test_behind_the_end_of_a_file_there_is_nothing(store, tmp_path):
+    size = (tmp_path / "shards" / "00000.tar").stat().st_size
+    url = f"{store.url}/00000.tar"
+    assert [len(Storage(60.0).read(url, begin, 100)) for begin in (size - 10, size, size + 1_000)] == [10, 0, 0]

@@ -29,6 +29,7 @@ _LOG = logging.getLogger(__name__)
 _FIRST_DELAY, _LONGEST_DELAY = 0.1, 10.0
 _SILENCE_S = 30
 _GIVEN_UP_S = 60.0
+_BEYOND_END = 416
 _NEVER_RETRIED = (FileNotFoundError, PermissionError, IsADirectoryError, ImportError)
 _URL = re.compile(r"[a-z0-9+]+://")
 _BRACES = re.compile(r"\{([^{}]*)\}")
@@ -83,8 +84,16 @@ class Storage:
         if not length:
             return b""
         system = self._system(path)
-        # Cut, for a server that knows no ranges sends everything.
-        return self._retried(path, lambda: system.cat_file(path, start=start, end=start + length))[:length]
+
+        def ask() -> bytes:
+            try:
+                return system.cat_file(path, start=start, end=start + length)
+            except Exception as error:
+                if _status(error) == _BEYOND_END:
+                    return b""
+                raise
+
+        return self._retried(path, ask)[:length]  # cut, for a server that knows no ranges sends everything
 
     def stat(self, path: str) -> Stat:
         """Returns size and tag.
@@ -275,8 +284,17 @@ def _http_stat(system: Any, url: str) -> Stat:
 
 def _may_pass(error: Exception) -> bool:
     """Whether another try may succeed: not where the server says that the request itself is wrong."""
+    status = _status(error)
+    return not (400 <= status < 500 and status not in (408, 425, 429))
+
+
+def _status(error: BaseException) -> int:
+    """Returns the HTTP status behind an error of aiohttp, gcsfs or s3fs (which keeps botocore's as the cause), or 0."""
+    answer = getattr(error.__cause__, "response", {})
     status = getattr(error, "status", None) or getattr(error, "code", None)
-    return not (isinstance(status, int) and 400 <= status < 500 and status not in (408, 425, 429))
+    if isinstance(answer, dict):
+        status = status or answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return status if isinstance(status, int) else 0
 
 
 def _read_range(path: str, start: int, length: int) -> bytes:
