@@ -127,6 +127,16 @@ JPEG = encode(smooth(64, 64), "JPEG")
 PNG = encode(noise(32, 32), "PNG")
 
 
+WEBP = encode(noise(32, 32), "WEBP")
+
+
+def with_many_scans():
+    """A progressive JPEG of 4 megapixels whose last scan is there 300 times: 30 kB that would take minutes."""
+    encoded = encode(np.zeros((2_048, 2_048), np.uint8), "JPEG", progressive=True)
+    last = encoded[encoded.rindex(b"\xff\xda") : -2]
+    return encoded[:-2] + last * 300 + encoded[-2:]
+
+
 def corrupt(encoded):
     """Wrecks the entropy-coded part and leaves headers and end alone."""
     middle = len(encoded) * 2 // 3
@@ -142,6 +152,10 @@ BAD = {
     "JPEG, corrupt": (corrupt(encode(noise(64, 64), "JPEG")), "JPEG cannot be decoded"),
     "PNG, half": (PNG[: len(PNG) // 2], "cannot be decoded"),
     "PNG, corrupt": (corrupt(PNG), "cannot be decoded"),
+    "WebP, half": (WEBP[: len(WEBP) // 2], "cannot be decoded"),
+    "WebP, corrupt": (WEBP[:20] + b"\x55\xaa\x13" * 4 + WEBP[32:], "not an image|cannot be decoded"),
+    "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
+    "JPEG of many scans": (with_many_scans(), "scans"),
     "float pixels": (encode(np.ones((4, 4), np.float32), "TIFF"), "float pixels"),
     "beyond 16 bits": (encode(np.full((4, 4), 70_000, np.int32), "TIFF"), "outside 0..65535"),
     "JPEG bomb": (jpeg_of_size(60_000, 60_000), "more than"),

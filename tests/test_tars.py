@@ -87,6 +87,7 @@ def test_members_are_tarfiles(tmp_path, kind):
         add(tar, "hard.jpg", b"", type=tarfile.LNKTYPE, linkname="a/b/0.jpg")
         add(tar, "device.jpg", b"", type=tarfile.CHRTYPE)
         add(tar, "folder", b"", type=tarfile.DIRTYPE)
+        add(tar, "sized.jpg", b"x" * 5_000, type=tarfile.SYMTYPE, linkname="it states a size and has no content")
         add(tar, "last.txt", b"1" * 512)
     assert own_members(path) == tarfile_members(path)
     assert len(own_members(path)) >= 5

@@ -3,7 +3,8 @@
 `resize="fast"` filters with the coefficients of PIL's antialiased bicubic and then samples between the pixels by cubic
 interpolation, with OpenCV's vector instructions; a JPEG that is much larger than needed is decoded at part of its size.
 Against PIL's own resize it differs by under 1 grey level on average, and suppresses what would alias as well
-(`benchmarks/input.py`). `resize="exact"` is PIL's.
+(`benchmarks/input.py`). Where more than 6 pixels become one on a side, PIL's own is the faster one, and taken.
+`resize="exact"` is PIL's.
 """
 
 import functools
@@ -17,6 +18,7 @@ from clip_jax.data.images import Preprocess, decode, decode_jpeg, jpeg_size, res
 
 _TRIES = 10
 _CUBIC = -0.5
+_FAST_UP_TO = 6.0
 _SPARE = 4.0
 """A JPEG may be decoded at part of its size if that is still this many times the size of the crop: the decoder's own
 scaling lets some of what aliases through, which the filter after it then takes out."""
@@ -139,8 +141,8 @@ class _Picture:
 
 
 def _resize(pixels: np.ndarray, width: int, height: int, augment: Augment) -> np.ndarray:
-    shrinks = pixels.shape[1] > width and pixels.shape[0] > height
-    if augment.resize == "fast" and shrinks:
+    scales = pixels.shape[1] / width, pixels.shape[0] / height
+    if augment.resize == "fast" and min(scales) > 1 and max(scales) <= _FAST_UP_TO:
         return _filtered_resize(pixels, width, height)
     from PIL import Image
 

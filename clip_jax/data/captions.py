@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from clip_jax.data.records import RecordError, decode_caption
+from clip_jax.data.records import MAX_METADATA_BYTES, RecordError, decode_caption
 from clip_jax.errors import ConfigError
 
 DEFAULT = ("txt", "json.caption")
@@ -68,8 +68,10 @@ def parse_metadata(content: bytes) -> Mapping[str, Any]:
     """Returns a sample's JSON.
 
     Raises:
-      RecordError: it is none.
+      RecordError: it is none, or longer than MAX_METADATA_BYTES.
     """
+    if len(content) > MAX_METADATA_BYTES:
+        raise RecordError("caption_unreadable", f"the .json has {len(content):,} bytes, over {MAX_METADATA_BYTES:,}")
     try:
         values = json.loads(content)
     except (ValueError, RecursionError):

@@ -1,7 +1,8 @@
 """Which samples of a dataset are used: conditions on their metadata, and lists of their uids.
 
 img2dataset keeps a sample's metadata in its `.json` member: `similarity`, `punsafe`, `original_width` and so on; and
-those of all samples of a shard in the columns of a Parquet file beside it, which is much less to read. DataComp names its subsets by lists of uids (Gadre et al., 2023).
+those of all samples of a shard in the columns of a Parquet file beside it, which is much less to read. DataComp names
+its subsets by lists of uids (Gadre et al., 2023).
 """
 
 import hashlib

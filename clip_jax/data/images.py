@@ -9,6 +9,7 @@ EXIF orientation is not applied and transparency is dropped, not blended: CLIP's
 are stored. Imports neither JAX nor TensorFlow, for worker processes start with it.
 """
 
+import functools
 import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -34,7 +35,14 @@ T = TypeVar("T")
 MAX_PIXELS = 1 << 26
 """Images of more pixels are refused before a pixel is decoded: as RGB they would take over 192 MiB."""
 
-_JPEG = b"\xff\xd8\xff"
+MAX_JPEG_WORK = 1 << 30
+"""A JPEG is refused if its pixels times its scans are more: each scan of a progressive file may touch all pixels again,
+and a few kilobytes can hold thousands."""
+
+_JPEG, _SCAN = b"\xff\xd8\xff", b"\xff\xda"
+
+# Not all that PIL knows: EPS would start another program, and some formats have sizes of their own inside.
+_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 
 
 class ImageError(UserError, ValueError):
@@ -48,7 +56,7 @@ class ImageError(UserError, ValueError):
 
 
 class ImageTooLargeError(ImageError):
-    """An image of more than MAX_PIXELS pixels."""
+    """An image of more than MAX_PIXELS pixels, or one that takes too long."""
 
     reason = "image_too_large"
 
@@ -109,7 +117,8 @@ def decode(encoded: bytes) -> np.ndarray:
     """Returns the image as uint8 [h, w, 3], red, green, blue.
 
     JPEG is read strictly: a truncated or corrupt scan is refused, where PIL and OpenCV return garbage without a word.
-    Other formats are what PIL reads; of an animation, the first frame. 16-bit grey is scaled to 8 bits.
+    AVIF, BMP, GIF, PNG, PPM, TIFF and WebP are read by PIL; of an animation, the first frame. 16-bit grey is scaled to
+    8 bits.
 
     Raises:
       ImageError: not an image, damaged, of more than MAX_PIXELS pixels, or of a pixel format without an agreed range.
@@ -180,7 +189,7 @@ def jpeg_size(encoded: bytes) -> tuple[int, int] | None:
     """Returns (width, height) of a JPEG; None for another format.
 
     Raises:
-      ImageError: damaged, or of more than MAX_PIXELS pixels.
+      ImageError: damaged, of more than MAX_PIXELS pixels, or of so many scans that it would take minutes.
     """
     if not encoded.startswith(_JPEG):
         return None
@@ -191,6 +200,8 @@ def jpeg_size(encoded: bytes) -> tuple[int, int] | None:
     except ValueError as error:
         raise ImageError(f"the JPEG cannot be decoded: {one_line(error)}") from None
     _check_size(int(width), int(height))
+    if (scans := encoded.count(_SCAN)) * int(width) * int(height) > MAX_JPEG_WORK:
+        raise ImageTooLargeError(f"the JPEG has {scans:,} scans of {width} x {height} pixels")
     return int(width), int(height)
 
 
@@ -235,7 +246,7 @@ def _with_pil(encoded: bytes, use: Callable[[PILImage], T]) -> T:
     if not encoded:
         raise ImageError("the image is empty (0 bytes)")
     try:
-        with Image.open(io.BytesIO(encoded)) as image:
+        with Image.open(io.BytesIO(encoded), formats=_formats()) as image:
             _check_size(*image.size)
             _check_range(image)
             return use(image)
@@ -244,9 +255,20 @@ def _with_pil(encoded: bytes, use: Callable[[PILImage], T]) -> T:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ImageTooLargeError(f"the image has more than {MAX_PIXELS:,} pixels") from None
     except Image.UnidentifiedImageError:
-        raise ImageError(f"not an image that PIL can read; it begins with {encoded[:16]!r}") from None
+        raise ImageError(
+            f"not an image of a kind that is read ({', '.join(_formats())}); it begins with {encoded[:16]!r}"
+        ) from None
     except Exception as error:
         raise ImageError(f"the image cannot be decoded: {one_line(error)}") from None
+
+
+@functools.cache
+def _formats() -> list[str]:
+    """Returns which of the formats this build of PIL knows."""
+    from PIL import Image
+
+    Image.init()
+    return [each for each in _FORMATS if each in Image.OPEN]
 
 
 def _to_rgb(image: PILImage) -> np.ndarray:

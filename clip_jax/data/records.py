@@ -1,6 +1,7 @@
 """What every source of training data gives: records by number, or the reason why one cannot be used."""
 
 import math
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -25,6 +26,10 @@ MAX_FILE_BYTES = 1 << 26
 
 MAX_CAPTION_BYTES = 1 << 16
 """Longer captions are refused: no model reads so far, and cleaning them takes seconds."""
+
+
+MAX_METADATA_BYTES = 1 << 22
+"""Longer JSON is refused: parsed, it takes up to thirty times the memory."""
 
 
 class RecordError(UserError):
@@ -100,8 +105,10 @@ def read_image_file(path: Path) -> bytes:
       RecordError: it cannot be read, or has more than MAX_FILE_BYTES.
     """
     try:
-        size = path.stat().st_size
-        if size > MAX_FILE_BYTES:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):  # a pipe or a device may never end
+            raise RecordError("image_missing", f"{path} is no file")
+        if (size := found.st_size) > MAX_FILE_BYTES:
             raise RecordError("image_too_large", f"{path} has {size:,} bytes, over {MAX_FILE_BYTES:,}")
         return path.read_bytes()
     except (OSError, ValueError) as error:

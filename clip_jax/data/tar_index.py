@@ -19,7 +19,7 @@ BLOCK = 512
 IMAGES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"})
 _FORMAT = 2
 _CHUNK = 8 << 20
-_LONGEST_EXTENSION = 1 << 20
+_LONGEST_EXTENSION, _LONGEST_NUMBER = 1 << 20, 20
 
 PARTS = ("image", "text", "json")
 SAMPLE = np.dtype([("start", "<u8")] + [(name, "<u4") for part in PARTS for name in (part, f"{part}_size")])
@@ -85,11 +85,13 @@ class ShardIndex(NamedTuple):
             arrays = np.load(io.BytesIO(content), allow_pickle=False)
             about = json.loads(arrays["about"].tobytes())
             samples, keys = arrays["samples"], arrays["keys"]
+            known = about["format"] == _FORMAT and samples.dtype == SAMPLE and keys.shape == samples.shape
+            stat = Stat(about["size"], about["tag"])
         except Exception as error:
             raise ValueError(str(error)) from None
-        if about.get("format") != _FORMAT or samples.dtype != SAMPLE or keys.shape != samples.shape:
+        if not known:
             raise ValueError("another format")
-        return cls(samples, keys, Stat(about["size"], about["tag"]))
+        return cls(samples, keys, stat)
 
 
 class Sidecars:
@@ -169,7 +171,8 @@ def members(file: ReadAt) -> Iterator[Member]:
             pax |= _extension(kind, file.read(data, size))
             offset, first = data + _padded(size), begin
             continue
-        size = int(pax.get("size", size)) if pax.get("size", "0").isdecimal() else size
+        # Links, devices and folders have no content, whatever size they state.
+        size = 0 if kind in b"123456" else _decimal(pax.get("size", ""), size)
         if kind in (b"0", b"\0", b"7"):
             yield Member(pax.get("path") or _name(header), begin, data, size)
         offset, first, pax = data + _padded(size), None, {}
@@ -242,13 +245,18 @@ def _extension(kind: bytes, content: bytes) -> dict[str, str]:
     """Returns what an extension header says of the member after it: its path, its size."""
     if kind == b"L":
         return {"path": content.split(b"\0")[0].decode("utf-8", "surrogateescape")}
-    found = {}
-    while kind == b"x" and content:
-        length, _, rest = content.partition(b" ")
-        if not (length.isdigit() and 0 < int(length) <= len(content)):
+    found, at = {}, 0
+    while kind == b"x" and (space := content.find(b" ", at, at + _LONGEST_NUMBER + 1)) > 0:
+        end = at + _decimal(content[at:space].decode("ascii", "replace"), 0)
+        if not space < end <= len(content):
             break
-        key, _, value = rest[: int(length) - len(length) - 2].partition(b"=")
+        key, _, value = content[space + 1 : end - 1].partition(b"=")
         if key in (b"path", b"size"):
             found[key.decode()] = value.decode("utf-8", "surrogateescape")
-        content = content[int(length) :]
+        at = end
     return found
+
+
+def _decimal(text: str, default: int) -> int:
+    """Returns a number in a few decimal digits, or `default` for anything else."""
+    return int(text) if text.isdecimal() and len(text) <= _LONGEST_NUMBER else default
