@@ -13,6 +13,7 @@ from pyarrow import parquet
 from tars import add, bad_shard, picture, write_shard, write_shards
 
 from clip_jax.cli import main
+from clip_jax.data import tar_source
 from clip_jax.data.augment import Augment
 from clip_jax.data.filters import Filter
 from clip_jax.data.images import Preprocess
@@ -196,8 +197,8 @@ def test_a_table_beside_the_shard_judges_as_the_samples_own_json(tmp_path, monke
     plain = source(pattern, tmp_path / "json", keep=keep)
     rows = [{"key": f"{n:06d}", "uid": f"{n:032x}"} | about[n] for n in range(20)]
     failed = {"key": "000099", "uid": None, "similarity": None, "width": None, "nsfw": None}
-    read, reads = TarSource._read, []
-    monkeypatch.setattr(TarSource, "_read", lambda *arguments: reads.append(arguments) or read(*arguments))
+    read, reads = tar_source.read_ranges, []
+    monkeypatch.setattr(tar_source, "read_ranges", lambda *arguments: reads.append(arguments) or read(*arguments))
 
     def judged(name, table):
         reads.clear()
