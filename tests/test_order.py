@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clip_jax.data.order import FullShuffle, Mixture, WindowShuffle, permutation, position_of_row
@@ -19,6 +19,7 @@ def records(order, count, start=0):
 COUNTS = st.lists(st.integers(0, 40), min_size=1, max_size=8).filter(any)
 
 
+@settings(deadline=None)
 @given(COUNTS, st.integers(1, 6), st.integers(1, 9), st.integers(1, 5), st.integers(0, 2**32))
 def test_every_epoch_of_windows_is_every_record_once(counts, streams, block, window, seed):
     order = windows(counts, streams, block, window, seed)
@@ -29,6 +30,7 @@ def test_every_epoch_of_windows_is_every_record_once(counts, streams, block, win
         assert sorted(each.index for each in found) == list(range(size))
 
 
+@settings(deadline=None)
 @given(COUNTS, st.integers(1, 6), st.integers(1, 9), st.integers(1, 5))
 def test_a_stream_reads_every_block_in_one_window_only(counts, streams, block, window):
     """What a reader relies on: the pieces are runs within a block, and together a stream's records, once."""
@@ -56,6 +58,30 @@ def test_the_order_of_a_seed_is_forever():
     assert permutation(10, 3, 1).tolist() == [0, 6, 2, 1, 3, 7, 4, 9, 8, 5]
     order = windows([4, 5, 6], streams=2, block=2, window=2)
     assert [each.index for each in records(order, 15)] == [5, 1, 4, 0, 7, 13, 6, 8, 3, 14, 11, 9, 2, 10, 12]
+
+
+@pytest.mark.parametrize("shards", [1, 300])
+def test_the_plan_of_an_epoch_is_the_blocks_cut_and_counted_one_by_one(shards):
+    """By definition: over 256 blocks, so that these are counted in several groups."""
+    counts = np.random.default_rng(0).integers(0, 2 * 900 // shards + 3, shards)
+    order, block = windows(counts, streams=3, block=2, window=4, seed=7), 2
+    starts = np.cumsum(counts) - counts
+    cut = [
+        (start + first, min(block, count - first))
+        for start, count in zip(starts.tolist(), counts.tolist(), strict=True)
+        for first in range(0, count, block)
+    ]
+    pieces = [cut[number] for number in permutation(len(cut), 7, 0)]
+    records = [first + member for first, length in pieces for member in range(length)]
+    found = []
+    for stream in range(3):
+        position = stream
+        while position < order.size:
+            window = order.window_at(position)
+            found += [first + member for first, length in window.pieces.tolist() for member in range(length)]
+            position = window.end
+    assert len(cut) > 256
+    assert found == records
 
 
 def test_epochs_and_seeds_have_orders_of_their_own():

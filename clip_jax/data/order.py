@@ -21,6 +21,7 @@ from clip_jax.errors import UserError
 
 _SHUFFLE_ROUNDS = 4
 _RESOLUTION = 1024
+_GROUP = 256
 
 
 class Place(NamedTuple):
@@ -107,9 +108,14 @@ class Window(NamedTuple):
 
 
 class _Epoch(NamedTuple):
-    """The blocks of an epoch: their first records, in their order, and the records up to the end of each."""
+    """The blocks of an epoch. 5 billion records are 20 million blocks, so that little more than their order is kept.
 
-    firsts: np.ndarray
+    Attributes:
+      blocks: int32 [n]: their numbers, in their order.
+      ends: int64: the records up to the end of every group of _GROUP blocks.
+    """
+
+    blocks: np.ndarray
     ends: np.ndarray
 
 
@@ -130,6 +136,10 @@ class WindowShuffle:
         window: blocks of a stream that are permuted together.
         """
         self._counts = np.asarray(counts, np.int64)
+        self._starts = np.cumsum(self._counts) - self._counts
+        blocks = -(-self._counts // block)
+        self._after = np.cumsum(blocks)  # the blocks up to the end of each shard
+        self._before = self._after - blocks
         self.size, self.streams = int(self._counts.sum()), streams
         self._seed, self._block, self._window = seed, block, window
         self._epochs: dict[int, _Epoch] = {}
@@ -146,12 +156,13 @@ class WindowShuffle:
         plan = self._plan(epoch)
         low, high = self._ranks(stream)
         first, last = self._blocks_of_window(plan, low, high, low + rank, stream)
-        lengths = np.diff(plan.ends[first:last], prepend=plan.ends[first - 1] if first else 0)
-        firsts, skipped = plan.firsts[first:last].copy(), max(0, low - (int(plan.ends[first]) - int(lengths[0])))
+        firsts, lengths = self._cut(plan.blocks[first:last])
+        begin = self._records_before(plan, first)
+        skipped, rest = max(0, low - begin), max(0, begin + int(lengths.sum()) - high)
         firsts[0] += skipped
         lengths[0] -= skipped
-        lengths[-1] -= max(0, int(plan.ends[last - 1]) - high)
-        begin_rank = max(low, int(plan.ends[first - 1]) if first else 0) - low
+        lengths[-1] -= rest
+        begin_rank = begin + skipped - low
         records, sources = self._permuted(firsts, lengths, (epoch, stream, begin_rank))
         begin = epoch * self.size + stream + begin_rank * self.streams
         return Window(epoch, begin, self.streams, np.stack([firsts, lengths], axis=1), records, sources)
@@ -170,12 +181,31 @@ class WindowShuffle:
 
         Windows of different streams begin at different blocks, so that not all of them are read at the same time.
         """
-        of_low, of_rank = np.searchsorted(plan.ends, (low, rank), side="right")
-        after = int(np.searchsorted(plan.ends, high, side="left")) + 1
+        of_low, of_rank, of_last = (self._block_of(plan, each) for each in (low, rank, high - 1))
         phase = stream * self._window // self.streams
-        number = (int(of_rank - of_low) + phase) // self._window
-        first = int(of_low) + number * self._window - phase
-        return max(int(of_low), first), min(after, first + self._window)
+        number = (of_rank - of_low + phase) // self._window
+        first = of_low + number * self._window - phase
+        return max(of_low, first), min(of_last + 1, first + self._window)
+
+    def _block_of(self, plan: _Epoch, rank: int) -> int:
+        """Returns which of the permuted blocks holds a rank."""
+        group = int(np.searchsorted(plan.ends, rank, side="right"))
+        first = group * _GROUP
+        _, lengths = self._cut(plan.blocks[first : first + _GROUP])
+        before = int(plan.ends[group - 1]) if group else 0
+        return first + int(np.searchsorted(np.cumsum(lengths), rank - before, side="right"))
+
+    def _records_before(self, plan: _Epoch, block: int) -> int:
+        """Returns the records of the permuted blocks before one."""
+        group = block // _GROUP
+        _, lengths = self._cut(plan.blocks[group * _GROUP : block])
+        return (int(plan.ends[group - 1]) if group else 0) + int(lengths.sum())
+
+    def _cut(self, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns first records and lengths of blocks, given by number."""
+        shards = np.searchsorted(self._after, blocks, side="right")
+        inside = (blocks - self._before[shards]) * self._block
+        return self._starts[shards] + inside, np.minimum(self._block, self._counts[shards] - inside)
 
     def _permuted(self, firsts: np.ndarray, lengths: np.ndarray, key: tuple) -> tuple[np.ndarray, np.ndarray]:
         piece = np.repeat(np.arange(len(lengths)), lengths)
@@ -191,16 +221,12 @@ class WindowShuffle:
         return self._epochs[epoch]
 
     def _make_plan(self, epoch: int) -> _Epoch:
-        blocks = -(-self._counts // self._block)
-        after = np.cumsum(blocks)
-        # 5 billion records are 20 million blocks: the permutation comes first, while nothing else is in memory.
-        order = permutation(int(after[-1]), self._seed, epoch)
-        lengths = np.full(len(order), self._block, np.int32)
-        filled = blocks > 0
-        lengths[after[filled] - 1] = (self._counts - (blocks - 1) * self._block)[filled]
-        firsts = np.arange(len(order)) * self._block
-        firsts += np.repeat(np.cumsum(self._counts) - self._counts - (after - blocks) * self._block, blocks)
-        return _Epoch(firsts[order], np.cumsum(lengths[order], dtype=np.int64))
+        blocks = permutation(int(self._after[-1]), self._seed, epoch).astype(np.int32)
+        lengths = np.full(len(blocks), self._block, np.int32)
+        filled = self._counts > 0
+        lengths[self._after[filled] - 1] = (self._counts[filled] - 1) % self._block + 1
+        in_groups = np.add.reduceat(lengths[blocks], np.arange(0, len(blocks), _GROUP), dtype=np.int64)
+        return _Epoch(blocks, np.cumsum(in_groups))
 
 
 class Mixture:
@@ -256,9 +282,16 @@ def shuffled_index(place: int, epoch: int, *, size: int, seed: int) -> int:
 def permutation(size: int, *key: int) -> np.ndarray:
     """Returns a permutation of range(size), int64 [size], that is the same for a key for ever.
 
-    NumPy promises the raw stream of a bit generator, and not what `Generator.permutation` makes of it.
+    NumPy promises the raw stream of a bit generator, and not what `Generator.permutation` makes of it. Numbers are
+    sorted by random bits above their own: no two are equal, so that any algorithm sorts them alike, and in place.
     """
-    return np.argsort(np.random.PCG64(np.random.SeedSequence(key)).random_raw(size), kind="stable")
+    own = np.uint64((1 << (size - 1).bit_length()) - 1)
+    keys = np.random.PCG64(np.random.SeedSequence(key)).random_raw(size)
+    keys &= ~own
+    keys |= np.arange(size, dtype=np.uint64)
+    keys.sort()
+    keys &= own
+    return keys.view(np.int64)
 
 
 def rows_of_process(batch: int, process_index: int, process_count: int) -> range:

@@ -32,6 +32,7 @@ _GIVEN_UP_S = 60.0
 _BEYOND_END = 416
 _NEVER_RETRIED = (FileNotFoundError, PermissionError, IsADirectoryError, ImportError)
 _URL = re.compile(r"[a-z0-9+]+://")
+_WILD = "*?["
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
@@ -223,35 +224,45 @@ def expand(patterns: str) -> list[str]:
     """
     paths = []
     for pattern in patterns.split("::"):
-        for path in _expand_braces(pattern):
-            found = _glob(path) if any(letter in path for letter in "*?[") else [path]
-            if not found:
-                raise UserError(f"no file is called {path}")
-            paths += found
+        found = _expand_braces(pattern)
+        if "~" in pattern:
+            found = map(os.path.expanduser, found)
+        if any(letter in pattern for letter in _WILD):
+            found = itertools.chain.from_iterable(map(_glob, found))
+        paths += found
     return paths
 
 
 def _glob(pattern: str) -> list[str]:
+    if not any(letter in pattern for letter in _WILD):
+        return [pattern]
     if not is_remote(pattern):
-        return sorted(glob.glob(os.path.expanduser(pattern)))
-    protocol = pattern.partition("://")[0]
-    system = _file_system(protocol)
-    return [path if is_remote(path) else f"{protocol}://{path}" for path in sorted(system.glob(pattern))]
-
-
-def _expand_braces(pattern: str) -> list[str]:
-    braces = _BRACES.search(pattern)
-    if braces is None:
-        return [os.path.expanduser(pattern)]
-    if numbers := _RANGE.fullmatch(braces[1]):
-        first, last = numbers.groups()
-        inner = [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
+        found = glob.glob(pattern)
     else:
-        inner = braces[1].split(",")
-    if not inner:
-        raise UserError(f"{pattern}: the range {{{braces[1]}}} is empty; write the smaller number first")
-    before, after = pattern[: braces.start()], pattern[braces.end() :]
-    return [path for middle in inner for path in _expand_braces(before + middle + after)]
+        protocol = pattern.partition("://")[0]
+        found = [path if is_remote(path) else f"{protocol}://{path}" for path in _file_system(protocol).glob(pattern)]
+    if not found:
+        raise UserError(f"no file is called {pattern}")
+    return sorted(found)
+
+
+def _expand_braces(pattern: str) -> Iterator[str]:
+    """Yields the paths of a pattern; half a million in a second, for that many shards there are."""
+    texts = _BRACES.split(pattern)
+    for place in range(1, len(texts), 2):
+        if not _alternatives(texts[place]):
+            raise UserError(f"{pattern}: the range {{{texts[place]}}} is empty; write the smaller number first")
+    choices = [_alternatives(text) if place % 2 else [text] for place, text in enumerate(texts)]
+    return map("".join, itertools.product(*choices))
+
+
+def _alternatives(inner: str) -> list[str]:
+    """Returns what stands for a pair of braces."""
+    numbers = _RANGE.fullmatch(inner)
+    if numbers is None:
+        return inner.split(",")
+    first, last = numbers.groups()
+    return [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
 
 
 @functools.cache

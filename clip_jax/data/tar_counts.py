@@ -98,8 +98,14 @@ def _counts_in(storage: Storage, file: str, *, optional: bool = False) -> dict[s
 
 def _by_path(counts: dict[str, int], paths: Sequence[str]) -> dict[str, int]:
     """Returns the counts of these paths, whether the file names them in full or by their last part."""
-    found = {path: counts.get(path, counts.get(posixpath.basename(path))) for path in paths} if counts else {}
-    return {path: count for path, count in found.items() if count is not None}
+    found = {}
+    for path in paths if counts else ():
+        count = counts.get(path)
+        if count is None:
+            count = counts.get(path.rpartition("/")[2])
+        if count is not None:
+            found[path] = count
+    return found
 
 
 def _count_in_stats(storage: Storage, path: str) -> int | None:
