@@ -162,7 +162,8 @@ def outage(here: Part, there: Part, store: RemoteStore, *, seconds: float) -> No
     local.close()
     remote.close()
     print(
-        f"{seconds:.0f} s outage: {batches * BATCH:,} pairs, the bits of local ones, {bad} bad; longest wait {longest:.1f} s"
+        f"{seconds:.0f} s outage: {batches * BATCH:,} pairs, the bits of local ones, {bad} bad; "
+        f"longest wait {longest:.1f} s"
     )
 
 

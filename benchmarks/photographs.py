@@ -1,5 +1,6 @@
-"""JPEGs for the benchmarks of input: cuts of scikit-learn's two photographs, made smaller to sizes that are usual in web
-datasets; and tar shards of them.
+"""JPEGs for the benchmarks of input, and tar shards of them.
+
+They are cuts of scikit-learn's two photographs, made smaller to sizes that are usual in web datasets.
 """
 
 import io

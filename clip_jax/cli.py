@@ -13,8 +13,8 @@ from clip_jax.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs one subcommand; a user's mistake is one line on stderr and exit code 2; a plan that does not fit is 3,
-    and a machine that something is wrong with is 1."""
+    """Runs one subcommand; a user's mistake is one line on stderr and exit code 2; a plan that does not fit, or
+    accelerators that would starve, are 3, and a machine that something is wrong with is 1."""
     with one_line_errors():
         rest, overrides = take_overrides(sys.argv[1:] if argv is None else argv)
         arguments = _parser().parse_args(rest)
@@ -71,6 +71,16 @@ def _parser() -> argparse.ArgumentParser:
     index = actions.add_parser("index", help="look into the tar shards of a config, once for all processes and runs")
     index.add_argument("--config", required=True, help="config file of the run")
     index.set_defaults(run=_data_index)
+
+    bench = actions.add_parser("bench", help="measure a config's own data, and say whether accelerators would starve")
+    bench.add_argument("--config", required=True, help="config file of the run")
+    bench.add_argument("--seconds", type=float, default=10.0, help="of each measurement (default: 10)")
+    bench.add_argument("--accelerators", type=int, default=1, help="that this host feeds (default: 1)")
+    bench.add_argument("--chip", default="h100", help="their kind, such as v5p or h100 (default: h100)")
+    bench.add_argument("--mfu", type=float, default=0.4, help="share of its peak that is reached (default: 0.4)")
+    bench.add_argument("--rate", type=float, help="pairs a second of one accelerator, instead of --chip and --mfu")
+    bench.add_argument("--processes", type=int, default=1, help="of the run; this host reads as one of them")
+    bench.set_defaults(run=_data_bench)
 
     load = commands.add_parser("inspect", help="read weights in any layout and say what they are")
     load.add_argument("source", help="a file, a folder, a run's workdir, a model's name or hf-hub:owner/name")
@@ -158,6 +168,23 @@ def _data_index(arguments: argparse.Namespace) -> None:
         print(f"{source}: {len(source):,} samples")
 
 
+def _data_bench(arguments: argparse.Namespace) -> None:
+    from clip_jax.command_line import load_config
+    from clip_jax.data.bench import demand_of, examine
+
+    _check_positive(arguments, "seconds", "accelerators", "mfu", "rate", "processes")
+    config = load_config(arguments.config, arguments.overrides)
+    demand = demand_of(
+        config,
+        accelerators=arguments.accelerators,
+        chip=arguments.chip,
+        mfu=arguments.mfu,
+        rate=arguments.rate,
+    )
+    if examine(config, demand, seconds=arguments.seconds, processes=arguments.processes).starves:
+        sys.exit(3)
+
+
 def _inspect(arguments: argparse.Namespace) -> None:
     from clip_jax.interop.read import read_weights
     from clip_jax.interop.weights import facts
@@ -190,9 +217,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     if topology.slices > 1:
         overrides = [("mesh.dcn_data", str(topology.slices)), *overrides]
     config = load_config(arguments.config, overrides, without_data=True)
-    for name in ("mfu", "images_per_core"):
-        if getattr(arguments, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')}={getattr(arguments, name)}: it must be positive")
+    _check_positive(arguments, "mfu", "images_per_core")
     simulate_devices(1 if topology.chip.platform == "tpu" else topology.chips)
     from clip_jax.plan import make_plan, report
 
@@ -223,6 +248,13 @@ def _config_diff(arguments: argparse.Namespace) -> None:
         print(f"{key}: {old!r} -> {new!r}")
     if not changes:
         print("no difference")
+
+
+def _check_positive(arguments: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and not value > 0:
+            raise UserError(f"--{name.replace('_', '-')}={value}: it must be positive")
 
 
 def _read_config(path: Path) -> dict:

@@ -84,6 +84,16 @@ def test_the_plan_of_an_epoch_is_the_blocks_cut_and_counted_one_by_one(shards):
     assert found == records
 
 
+def test_the_plan_of_an_epoch_keeps_four_bytes_a_block():
+    """5 billion samples are 20 million blocks, in every process."""
+    order = windows([1_000] * 1_000, block=5)
+    order.window_at(0)
+    order.window_at(order.size)
+    kept = [array.nbytes for plan in order._epochs.values() for array in plan]
+    assert len(kept) == 4
+    assert sum(kept) <= 2 * 4.1 * 200_000
+
+
 def test_epochs_and_seeds_have_orders_of_their_own():
     order, other = windows([50, 50]), windows([50, 50], seed=1)
     first, second = records(order, 100), records(order, 100, 100)

@@ -14,9 +14,11 @@ from tars import write_shard, write_shards
 from test_tars import TRANSFORM, batches, source, windowed
 
 from clip_jax.data import storage
+from clip_jax.data.order import WindowShuffle
 from clip_jax.data.pipeline import train_batches
+from clip_jax.data.reading import Part
 from clip_jax.data.records import RecordError
-from clip_jax.data.storage import Storage, StorageError
+from clip_jax.data.storage import Storage, StorageError, requests_made
 from clip_jax.data.tar_counts import find_counts
 from clip_jax.errors import UserError
 
@@ -49,18 +51,33 @@ def test_requests_are_few(store, tmp_path):
     assert store.requests - before <= 1.3 * blocks + 3 * 3
 
 
+def test_a_sample_costs_a_small_part_of_a_request(tmp_path):
+    """All requests of a first epoch: to find the sizes, to index, to read; and each of them is counted."""
+    write_shards(tmp_path / "shards", [256, 256])
+    with serving(tmp_path / "shards", failing=0.01) as store:
+        before = requests_made()
+        tars = source(f"{store.url}/{{00000..00001}}.tar", tmp_path / "remote")
+        parts = [Part(tars, WindowShuffle(tars.counts, seed=0, streams=2, block=64, window=4))]
+        batches(parts, 512 // 8, prefetch=1)
+        counted, found = requests_made() - before, store.requests
+    print(f"{found / 512:.3f} requests a sample (goal 0.1)")
+    assert found <= 0.1 * 512
+    assert counted == found
+
+
 def test_failing_requests_are_tried_again(store, tmp_path):
     expected = batches(windowed(remote(store, tmp_path)), 8)
     store.failing = 0.3
     assert_same(batches(windowed(remote(store, tmp_path)), 8), expected)
 
 
-def test_an_outage_is_waited_for(store, tmp_path):
+@pytest.mark.parametrize("seconds", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_an_outage_is_waited_for(store, tmp_path, seconds):
     parts = windowed(remote(store, tmp_path))
     expected = batches(parts, 16)
     stream = train_batches(parts, transform=TRANSFORM, batch=8, seed=0, prefetch=1)
     found = [next(stream)]
-    store.down_until = time.monotonic() + 3
+    store.down_until = time.monotonic() + seconds
     found += itertools.islice(stream, 15)
     stream.close()
     assert_same(found, expected)

@@ -1,6 +1,6 @@
 """From a run's config to its training batches."""
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from clip_jax.data.augment import Augment
 from clip_jax.data.filters import Filter
 from clip_jax.data.images import preprocess_of
 from clip_jax.data.order import FullShuffle, Mixture, WindowShuffle
-from clip_jax.data.pipeline import TrainTransform, train_batches
+from clip_jax.data.pipeline import Batch, TrainTransform, Transform, train_batches
 from clip_jax.data.reading import Part, where
 from clip_jax.data.records import Source
 from clip_jax.data.storage import is_remote
@@ -109,30 +109,16 @@ def open_tars(data: DataConfig, *, index: bool = False) -> TarSource:
 
 def parts_data(config: RunConfig, parts: Sequence[Part]) -> TrainingData:
     """Returns the training data of a run that reads `parts`: augmented, tokenised, shuffled by the run's seed."""
-    from clip_jax.data.tokenizer import Tokenizer  # synthetic data needs no tokenizer installed
-
-    data = config.data
-    transform = TrainTransform(
-        preprocess_of(config.model),
-        Tokenizer(),
-        context=config.model.text.context,
-        augment=augment_of(data),
-    )
+    transform = transform_of(config)
 
     def batches(position: int) -> Batches:
-        yield from train_batches(
+        yield from parts_batches(
+            config,
             parts,
-            transform=transform,
-            batch=config.batch,
-            seed=config.seed,
+            transform,
             position=position,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
-            workers=data.workers,
-            threads=data.threads,
-            prefetch=data.prefetch,
-            connections=data.connections,
-            on_bad=data.on_bad,
         )
 
     shares = Mixture(tuple(part.weight for part in parts)).shares
@@ -141,6 +127,45 @@ def parts_data(config: RunConfig, parts: Sequence[Part]) -> TrainingData:
         _fingerprint(parts, shares),
         "; ".join(_describe(part, share) for part, share in zip(parts, shares, strict=True)),
         lambda index: where(parts, index),
+    )
+
+
+def parts_batches(
+    config: RunConfig,
+    parts: Sequence[Part],
+    transform: Transform,
+    *,
+    position: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """Yields a process's rows of every batch of a run from a position on; see `train_batches`."""
+    data = config.data
+    return train_batches(
+        parts,
+        transform=transform,
+        batch=config.batch,
+        seed=config.seed,
+        position=position,
+        process_index=process_index,
+        process_count=process_count,
+        workers=data.workers,
+        threads=data.threads,
+        prefetch=data.prefetch,
+        connections=data.connections,
+        on_bad=data.on_bad,
+    )
+
+
+def transform_of(config: RunConfig) -> TrainTransform:
+    """Returns what a run makes of a record."""
+    from clip_jax.data.tokenizer import Tokenizer  # synthetic data needs no tokenizer installed
+
+    return TrainTransform(
+        preprocess_of(config.model),
+        Tokenizer(),
+        context=config.model.text.context,
+        augment=augment_of(config.data),
     )
 
 

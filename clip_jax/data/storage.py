@@ -35,6 +35,8 @@ _URL = re.compile(r"[a-z0-9+]+://")
 _WILD = "*?["
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_COUNTING = threading.Lock()
+_requests = 0
 
 
 class StorageError(Exception):
@@ -167,6 +169,7 @@ class Storage:
             raise StorageError(given_up.reason)
         deadline = time.monotonic() + (0 if given_up else self._retry_s)
         for attempt in itertools.count():
+            _count_request()
             try:
                 result = call()
                 self._given_up.pop(path, None)
@@ -209,6 +212,17 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def requests_made() -> int:
+    """Returns how many requests this process has made to remote stores, those that failed too."""
+    return _requests
+
+
+def _count_request() -> None:
+    global _requests
+    with _COUNTING:
+        _requests += 1
 
 
 def is_remote(path: str) -> bool:

@@ -30,6 +30,12 @@ def text_flops(config: ModelConfig) -> int:
     return _transformer(config.text, config.text.context) + 2 * config.text.width * config.embed_dim
 
 
+def training_flops(config: ModelConfig, batch: int, *, tiled: bool) -> int:
+    """Returns operations of a training step on one pair of a batch: three forward passes' worth, and the loss."""
+    towers = image_flops(config, train=True) + text_flops(config)
+    return 3 * towers + loss_flops(config.embed_dim, batch, tiled=tiled)
+
+
 def loss_flops(embed_dim: int, batch: int, *, tiled: bool) -> int:
     """Returns operations of the loss and its gradients, a pair: each logit once and twice again, or twice and so on."""
     return (8 if tiled else 6) * batch * embed_dim
