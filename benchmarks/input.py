@@ -16,10 +16,9 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -120,7 +119,7 @@ def with_pil(image: bytes, rng: np.random.Generator) -> np.ndarray:
 def beside_webdataset(pattern: str, index_dir: str, size: tuple[int, int], cores: list[int]) -> None:
     """Prints one table of whole pipelines over tar shards."""
     source = TarSource(pattern, index_dir=index_dir)
-    ways: dict[str, Callable[[int], Any]] = {
+    ways: dict[str, Callable[[int], Generator]] = {
         "webdataset + open_clip": lambda workers: open_clips_batches(pattern, workers),
         "ours, fast": lambda workers: our_batches(source, workers),
     }
@@ -152,7 +151,7 @@ def beside_webdataset(pattern: str, index_dir: str, size: tuple[int, int], cores
     )
 
 
-def in_turn(ways: dict[str, Callable[[int], Any]], *, workers: int, rounds: int) -> dict[str, float]:
+def in_turn(ways: dict[str, Callable[[int], Generator]], *, workers: int, rounds: int) -> dict[str, float]:
     """Returns pairs a second of each way, the median of the rounds; the first batches are not timed."""
     speeds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
@@ -167,14 +166,14 @@ def in_turn(ways: dict[str, Callable[[int], Any]], *, workers: int, rounds: int)
     return {name: statistics.median(found) for name, found in speeds.items()}
 
 
-def our_batches(source: TarSource, workers: int) -> Any:
+def our_batches(source: TarSource, workers: int) -> Generator:
     """Returns our batches, with open_clip's crop."""
     transform = TrainTransform(Preprocess(), TOKENIZER, augment=Augment(crop="resized"))
     parts = [Part(source, FullShuffle(len(source), seed=0))]
     return train_batches(parts, transform=transform, batch=BATCH, seed=0, workers=workers, prefetch=4)
 
 
-def open_clips_batches(pattern: str, workers: int) -> Iterator[Any]:
+def open_clips_batches(pattern: str, workers: int) -> Generator:
     """Yields webdataset's batches, without end, from the stages that open_clip_train has."""
     import torch
     import webdataset as wds

@@ -19,7 +19,7 @@ from clip_jax.chips import CHIPS
 from clip_jax.config import RunConfig, data_sources
 from clip_jax.console import plain_table
 from clip_jax.data.images import ImageError, open_image
-from clip_jax.data.loader import open_part, parts_batches, transform_of
+from clip_jax.data.loader import Batches, open_part, parts_batches, transform_of
 from clip_jax.data.pipeline import Example, TrainTransform
 from clip_jax.data.reading import Part
 from clip_jax.data.records import REASONS, Record, RecordError
@@ -194,7 +194,7 @@ def measure(config: RunConfig, parts: Sequence[Part], *, seconds: float, process
                 asked[process] = max(asked.get(process, 0.0), requests)
         elapsed, own = time.perf_counter() - began, time.process_time() - own
     workers = sum(last - first for process, (first, last) in cpu.items() if process not in (0, os.getpid()))
-    requests = sum(asked.values()) - asked_before
+    requests = max(0.0, sum(asked.values()) - asked_before)
     return Speed(
         workers=config.data.workers,
         pairs=pairs,
@@ -271,7 +271,7 @@ class _TimedTokenizer:
         return rows
 
 
-def _batches(config: RunConfig, parts: Sequence[Part], processes: int) -> Any:
+def _batches(config: RunConfig, parts: Sequence[Part], processes: int) -> Batches:
     transform = transform_of(config)
     probe = _Probe(replace(transform, tokenizer=_TimedTokenizer(transform.tokenizer)))
     return parts_batches(config, parts, probe, process_count=processes)

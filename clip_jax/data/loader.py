@@ -1,6 +1,6 @@
 """From a run's config to its training batches."""
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from clip_jax.data.augment import Augment
 from clip_jax.data.filters import Filter
 from clip_jax.data.images import preprocess_of
 from clip_jax.data.order import FullShuffle, Mixture, WindowShuffle
-from clip_jax.data.pipeline import Batch, TrainTransform, Transform, train_batches
+from clip_jax.data.pipeline import TrainTransform, Transform, train_batches
 from clip_jax.data.reading import Part, where
 from clip_jax.data.records import Source
 from clip_jax.data.storage import is_remote
@@ -138,7 +138,7 @@ def parts_batches(
     position: int = 0,
     process_index: int = 0,
     process_count: int = 1,
-) -> Iterator[Batch]:
+) -> Batches:
     """Yields a process's rows of every batch of a run from a position on; see `train_batches`."""
     data = config.data
     return train_batches(

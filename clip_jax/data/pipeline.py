@@ -123,7 +123,7 @@ def train_batches(
     prefetch: int = 8,
     connections: int = 8,
     on_bad: Literal["drop", "fail"] = "drop",
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Yields this process's rows of every global batch from `position` on, without end.
 
     Every epoch of a source is a new shuffle of all its records, each exactly once; a batch may span two epochs, and
@@ -334,7 +334,7 @@ def _split_rows(rows: range, *, unit: int, workers: int) -> list[range]:
     ]
 
 
-def _joined(elements: Generator[Batch, None, None], tasks: Sequence[range]) -> Iterator[Batch]:
+def _joined(elements: Generator[Batch, None, None], tasks: Sequence[range]) -> Generator[Batch, None, None]:
     """Yields batches from their elements, rows in order."""
     by_row = sorted(range(len(tasks)), key=lambda task: tasks[task].start)
     try:
