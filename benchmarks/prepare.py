@@ -12,12 +12,11 @@ import io
 import itertools
 import json
 import os
-import tarfile
 import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.input import photographs
+from benchmarks.photographs import write_shards
 from clip_jax.console import print_table
 from clip_jax.data.prepare import Job, prepare
 
@@ -38,10 +37,10 @@ def main() -> None:
     if options.ray:
         ways["Ray, all cores"] = {"runner": "ray"}
     with tempfile.TemporaryDirectory() as folder:
-        write_shards(Path(folder), options.images)
+        tars = write_shards(Path(folder), shards=SHARDS, samples=options.images // SHARDS, size=SIZE)
         best = dict.fromkeys(ways, float("inf"))
         for number, (name, way) in itertools.product(range(options.rounds), ways.items()):
-            best[name] = min(best[name], seconds(Path(folder), f"{number}_{name}", way))
+            best[name] = min(best[name], seconds(tars, Path(folder) / f"{number}_{name.replace(' ', '_')}", way))
         sizes = sizes_of(Path(folder))
     first = best["1 process"]
     rows = [
@@ -51,9 +50,9 @@ def main() -> None:
     print(f"a JPEG of {SIZE[0]}x{SIZE[1]}: {sizes[0] / 1e3:.1f} kB, prepared {sizes[1] / 1e3:.1f} kB")
 
 
-def seconds(folder: Path, name: str, way: Way) -> float:
+def seconds(tars: str, data_dir: Path, way: Way) -> float:
     """Returns how long one job takes."""
-    job = Job("pairs", data_dir=str(folder / name.replace(" ", "_")), tars=f"{folder}/*.tar")
+    job = Job("pairs", data_dir=str(data_dir), tars=tars)
     began = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()):
         prepare(job, **way)  # pyrefly: ignore[bad-argument-type]
@@ -64,18 +63,6 @@ def sizes_of(folder: Path) -> tuple[float, float]:
     """Returns the bytes of an image before, and of its record after."""
     manifest = json.loads(next(folder.rglob("manifest.json")).read_text())
     return manifest["bytes_in"] / manifest["records"], manifest["bytes"] / manifest["records"]
-
-
-def write_shards(folder: Path, images: int) -> None:
-    """Writes the input."""
-    jpegs = photographs(*SIZE)
-    for shard in range(SHARDS):
-        with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
-            for number in range(shard, images, SHARDS):
-                for suffix, content in (("jpg", jpegs[number % len(jpegs)]), ("txt", b"an old temple behind a lake")):
-                    info = tarfile.TarInfo(f"{number:06d}.{suffix}")
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
 
 
 if __name__ == "__main__":
