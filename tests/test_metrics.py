@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from clip_jax import metrics
-from clip_jax.console import Progress, clock, plain_table, print_table
+from clip_jax.console import Progress, WorkProgress, clock, plain_table, print_table
 from clip_jax.errors import UserError
 from clip_jax.metrics import MetricWriter
 
@@ -262,6 +262,20 @@ def test_a_bar_on_a_terminal():
     assert "\x1b" in terminal.getvalue()
     numbers = "loss 2.3456 (chance 2.77)  accuracy 12.5%  scale 14.29  250 ms/step  64 images/s  data-wait 3%"
     for words in (" 6/10 ", numbers, "ETA 0:00:01", "a line [above] the bar"):
+        assert words in terminal.shown()
+
+
+def test_pieces_of_work_are_shown_as_lines_or_as_a_bar(capsys):
+    with WorkProgress("shards", 5, done=2, every=3600.0) as progress:
+        for number in (1, 2, 3):
+            progress.advance(f"{number} made")
+    (line,) = capsys.readouterr().out.splitlines()  # the last is always shown
+    assert re.fullmatch(r"shards 5/5  3 made  ETA 0:00:00", line)
+    terminal = Terminal()
+    with WorkProgress("shards", 5, done=2, stream=terminal) as progress:
+        progress.advance("1 made")
+        progress.print("error: a line [above] the bar")
+    for words in ("shards", " 3/5 ", "1 made", "error: a line [above] the bar"):
         assert words in terminal.shown()
 
 

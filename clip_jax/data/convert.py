@@ -7,6 +7,7 @@ when all are there. The TFRecord files stay as they are. What is interrupted goe
 TensorFlow reads TFRecord and checks its checksums; it is imported in worker processes only.
 """
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -16,7 +17,7 @@ from typing import Any
 
 from clip_jax.console import WorkProgress
 from clip_jax.data.build import load_tensorflow_quietly
-from clip_jax.data.storage import appearing
+from clip_jax.data.storage import appearing, sweep
 from clip_jax.data.tfds_files import FILE_FORMAT, RecordWriter, record_count
 from clip_jax.data.tfds_source import datasets_root, file_formats, find_dataset
 from clip_jax.data.workers import run
@@ -60,18 +61,23 @@ def convert(dataset: str, data_dir: str = "", *, workers: int = 0) -> Path:
     if _FROM not in found:
         raise UserError(f"{folder} is prepared as {', '.join(found)}; only {_FROM} can be converted")
     tasks = _tasks(folder)
-    outcomes = run(convert_file, tasks, workers=workers)
-    with WorkProgress("files", len(tasks)) as progress:
-        for outcome in outcomes:
-            if isinstance(outcome, UserError):
-                outcomes.close()
-                raise UserError(
-                    f"{outcome}; what is converted is kept, and used by: clip-jax data convert {dataset} "
-                    f"--data-dir={datasets_root(data_dir)}"
-                )
-            progress.advance(f"{outcome:,} records")
+    again = f"clip-jax data convert {dataset} --data-dir={datasets_root(data_dir)}"
+    sweep(folder)
+    try:
+        _convert_files(tasks, workers, again)
+    finally:
+        sweep(folder)
     _announce(folder)
     return folder
+
+
+def _convert_files(tasks: list[FileTask], workers: int, again: str) -> None:
+    with contextlib.closing(run(convert_file, tasks, workers=workers)) as outcomes:
+        with WorkProgress("files", len(tasks)) as progress:
+            for outcome in outcomes:
+                if isinstance(outcome, UserError):
+                    raise UserError(f"{outcome}; what is converted is kept, and used by: {again}")
+                progress.advance(f"{outcome:,} records")
 
 
 def convert_file(task: FileTask) -> int:

@@ -29,7 +29,7 @@ from clip_jax.data.captions import CaptionFields
 from clip_jax.data.filters import Filter
 from clip_jax.data.prepare_inputs import Part
 from clip_jax.data.prepare_shard import OutputError, ShardReport, ShardSettings, ShardTask, find_report, process_shard
-from clip_jax.data.storage import appearing, is_remote, sync
+from clip_jax.data.storage import appearing, is_remote, sweep, sync
 from clip_jax.data.tfds_files import FEATURES, dataset_info, shard_name
 from clip_jax.data.tfds_source import datasets_root
 from clip_jax.data.workers import cores, run
@@ -77,7 +77,7 @@ class Job:
     @property
     def target(self) -> Path:
         """Folder of the dataset."""
-        return datasets_root(self.data_dir) / self.name / self.version
+        return datasets_root(self.data_dir).absolute() / self.name / self.version
 
     @property
     def unfinished(self) -> Path:
@@ -230,9 +230,8 @@ def _begun(job: Job, plan: _Plan) -> Iterator[None]:
 
 def _sweep(folder: Path) -> None:
     """Removes what workers that are gone had begun to write."""
-    for left_over in (*folder.glob(".*.tmp"), *(folder / _NOTES).glob(".*.tmp")):
-        with contextlib.suppress(OSError):
-            left_over.unlink()
+    sweep(folder)
+    sweep(folder / _NOTES)
 
 
 def _check_same(begun: dict[str, Any], plan: _Plan, folder: Path) -> None:
@@ -291,7 +290,8 @@ def _make_shards(job: Job, plan: _Plan, *, runner: str, workers: int, address: s
             "are kept: run the same command again when they can be read"
         )
     if made:
-        print(_summary(made, time.monotonic() - began, workers or cores() if runner == "pool" else 0))
+        processes = min(workers or cores(), len(todo)) if runner == "pool" else 0
+        print(_summary(made, time.monotonic() - began, processes))
     return [reports[task.shard.name] for task in plan.tasks]
 
 

@@ -205,6 +205,13 @@ def appearing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def sweep(folder: Path) -> None:
+    """Removes what processes that are gone had begun to write by `appearing`."""
+    for left_over in folder.glob(".*.tmp"):
+        with contextlib.suppress(OSError):
+            left_over.unlink()
+
+
 def sync(path: Path) -> None:
     """Returns when a local file or folder is on disk."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

@@ -40,14 +40,21 @@ def run(
       address: of the Ray cluster, such as `auto` or `ray://host:10001`; empty means one started here for this job.
 
     Raises:
-      UserError: an unknown runner; Ray is not installed or not there; or a worker process died.
+      UserError: an unknown runner, or an option of the other one; Ray is not installed or not there; or a worker
+        process died.
     """
+    if runner == "ray" and workers:
+        raise UserError(f"--workers={workers} is for --runner=pool; Ray uses the cores of its machines")
     if runner == "ray":
         from clip_jax.data.ray_workers import run_ray
 
         return run_ray(function, tasks, address=address)
     if runner != "pool":
         raise UserError(f"no runner {runner!r}{did_you_mean(runner, RUNNERS)} (runners: {', '.join(RUNNERS)})")
+    if address:
+        raise UserError(f"--address={address} is for --runner=ray")
+    if workers < 0:
+        raise UserError(f"--workers={workers}: it must be positive, or 0 for one a core")
     return _run_pool(function, tasks, min(workers or cores(), len(tasks)))
 
 
