@@ -72,12 +72,15 @@ def convert(dataset: str, data_dir: str = "", *, workers: int = 0) -> Path:
 
 
 def _convert_files(tasks: list[FileTask], workers: int, again: str) -> None:
-    with contextlib.closing(run(convert_file, tasks, workers=workers)) as outcomes:
-        with WorkProgress("files", len(tasks)) as progress:
+    outcomes = run(convert_file, tasks, workers=workers)
+    try:
+        with contextlib.closing(outcomes), WorkProgress("files", len(tasks)) as progress:
             for outcome in outcomes:
                 if isinstance(outcome, UserError):
                     raise UserError(f"{outcome}; what is converted is kept, and used by: {again}")
                 progress.advance(f"{outcome:,} records")
+    except KeyboardInterrupt:
+        raise UserError(f"stopped; what is converted is kept, and used by: {again}") from None
 
 
 def convert_file(task: FileTask) -> int:
