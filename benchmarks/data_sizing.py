@@ -39,6 +39,7 @@ def main() -> None:
         "pairs",
         "shards",
         "open, s (10)",
+        "of a core, s",
         "peak, MiB (1,024)",
         "peak over an epoch's end",
         "state, bytes (1,000)",
