@@ -1,91 +1,180 @@
 """Checkpoints of a run: state, data position, config and metadata together, written by Orbax in the background.
 
-A directory counts as a checkpoint only when all of its parts are there: Orbax lists any directory with a numeric
-name, also an empty or half-deleted one.
+What a run is, is in them: random keys are functions of (config.seed, step), and data of (config.seed, position), so no
+generator has a state to keep.
+
+Orbax writes, and chooses when and what is kept; what is read is judged here. Orbax lists any directory with a numeric
+name as a checkpoint, also an empty or half-deleted one, and restores a flipped bit as a wrong weight without a word. So
+a fifth item, the record, holds a checksum for every leaf and every other item; what does not agree with it is set aside
+under another name, and the checkpoint before it is taken.
 """
 
-import dataclasses
 import functools
+import hashlib
+import json
 import logging
+import math
+import os
+import re
 import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import flax
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers as policies
 
 import clip_jax
-from clip_jax.config import CheckpointConfig, RunConfig, as_json, describe_diff, from_config_dict, model_diff
+from clip_jax.checksum import checksums, describe_leaves
+from clip_jax.config import CheckpointConfig, RunConfig, as_json, from_config_dict
 from clip_jax.data.images import Preprocess, preprocess_of
-from clip_jax.errors import UserError
+from clip_jax.errors import UserError, one_line
 from clip_jax.models.clip import CLIP, Variables, init_variables
 from clip_jax.models.variants import ModelConfig
 from clip_jax.state import TrainState
 
-_ITEMS = ("state", "data", "config", "metadata")
+_JSON_ITEMS = ("data", "config", "metadata")
+_ITEMS = ("state", *_JSON_ITEMS, "record")
+_METRICS = "metrics"  # Orbax's own item, written where a metric chooses what is kept
+_NOT_DAMAGE = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED")
 _LOG = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class DamagedError(Exception):
+    """A checkpoint that is not whole, or not what was written."""
+
+
+class _IncompleteError(DamagedError):
+    """A checkpoint of which parts are missing, as a deletion that was killed leaves it."""
+
+
+class Restored(NamedTuple):
+    """What a run goes on with.
+
+    Attributes:
+      state: on its mesh.
+      position: pairs consumed, over all processes.
+      skips: ranges [begin, end) of positions whose samples are never consumed again.
+    """
+
+    state: TrainState
+    position: int
+    skips: tuple[tuple[int, int], ...] = ()
+
+
+class _Contents(NamedTuple):
+    """The small parts of a checkpoint, agreed with its record; `leaves` is path -> shape, dtype and checksum."""
+
+    data: dict[str, Any]
+    config: dict[str, Any]
+    metadata: dict[str, Any]
+    leaves: dict[str, dict[str, Any]]
 
 
 class Checkpoints:
-    """The checkpoints of one workdir.
+    """The checkpoints of one workdir; for use in `with`, which ends with all written, or an error.
 
     Args:
-      workdir: the run's folder; the checkpoints lie in `workdir/checkpoints`, made at the first save.
-      config: when old ones go.
+      workdir: the run's folder; the checkpoints lie in `workdir/checkpoints`, made at the first `save`.
+      config: when they are written, and when old ones go.
     """
 
     def __init__(self, workdir: Path, config: CheckpointConfig) -> None:
         self._folder = workdir.absolute() / "checkpoints"
-        self._keep = config.keep
+        self._config = config
         self._open_manager: ocp.CheckpointManager | None = None
+        self._writing: int | None = None
+        self._failure: UserError | None = None
 
-    @property
-    def _manager(self) -> ocp.CheckpointManager:
-        """Orbax's manager, opened late: opening makes the folder, and a refused run must write nothing."""
-        if self._open_manager is None:
-            options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, cleanup_tmp_directories=True)
-            self._open_manager = ocp.CheckpointManager(self._folder, options=options, item_names=_ITEMS)
-        return self._open_manager
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        if kind is None:
+            self.close()
+        elif jax.process_count() == 1:  # else the others may be gone, and with them the end of what is being written
+            self._settle(wait=True)
+            self._close_manager()
+
+    def steps(self) -> list[int]:
+        """Returns the numbers of the folder's directories, largest first, whole or not; writes nothing."""
+        names = [path.name for path in self._folder.glob("*") if path.is_dir()]
+        return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
 
     def latest(self) -> int | None:
-        """Returns the newest whole checkpoint's step, or None."""
-        steps = [int(path.name) for path in self._folder.glob("*") if path.name.isdigit()]
-        for step in sorted(steps, reverse=True):
-            missing = [item for item in _ITEMS if not (self._folder / str(step) / item).is_dir()]
-            if not missing:
+        """Returns the newest checkpoint's step whose parts are all there, or None; reads no arrays, writes nothing."""
+        for step in self.steps():
+            try:
+                self._read_contents(step)
                 return step
-            _LOG.warning("checkpoint %s lacks %s; it is passed over", self._folder / str(step), ", ".join(missing))
+            except DamagedError as error:
+                _LOG.warning("checkpoint %s %s; it is passed over", self._folder / str(step), error)
         return None
 
     def read_config(self, step: int) -> dict[str, Any]:
         """Returns the config that a checkpoint was written with, as nested dicts; writes nothing."""
-        return self._read_json(step, "config")
+        return self._read_contents(step).config
 
-    def read_preprocess(self, step: int) -> Preprocess:
-        """Returns the preprocessing that a checkpoint's model was trained with; writes nothing."""
-        return Preprocess.from_dict(self._read_json(step, "metadata")["preprocess"])
+    def read_metadata(self, step: int) -> dict[str, Any]:
+        """Returns what a reader of the weights must know, with the training data's fingerprint; writes nothing."""
+        return self._read_contents(step).metadata
 
-    def _read_json(self, step: int, item: str) -> dict[str, Any]:
-        options = ocp.CheckpointManagerOptions(read_only=True)
-        with ocp.CheckpointManager(self._folder, options=options, item_names=_ITEMS) as reader:
-            return reader.restore(step, args=ocp.args.Composite(**{item: ocp.args.JsonRestore()}))[item]
-
-    def restore(self, step: int, target: TrainState) -> tuple[TrainState, int]:
-        """Reads a checkpoint onto the mesh of `target`.
+    def restore(self, step: int, target: TrainState) -> Restored:
+        """Reads a checkpoint onto the mesh of `target`; collective over processes.
 
         Args:
           step: as `latest` gives it.
           target: shapes, dtypes and shardings, as `abstract_state` gives them.
 
-        Returns:
-          The state, and the data position in samples.
+        Raises:
+          DamagedError: it is not what was written, bit for bit.
+          UserError: it holds other leaves than `target`, or cannot be read for a reason outside of it.
         """
-        restored = self._manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target), data=ocp.args.JsonRestore())
-        )
-        return restored["state"], restored["data"]["position"]
+        contents, state = self._everywhere(functools.partial(self._read_state, step, target))
+        _compare(checksums(state), contents.leaves)
+        skips = tuple((int(begin), int(end)) for begin, end in contents.data["skips"])
+        return Restored(state, contents.data["position"], skips)
+
+    def restore_latest(self, target: TrainState) -> tuple[int, Restored] | None:
+        """Reads the newest checkpoint that is what was written; collective over processes.
+
+        Newer ones that are not are set aside as `damaged-<step>`, with a warning.
+
+        Returns:
+          Its step and what it holds, or None where the run never had a checkpoint.
+
+        Raises:
+          UserError: there are checkpoints, and none can be used.
+        """
+        found = self._restore_newest(target, before=None)
+        if found is None and (damaged := sorted(path.name for path in self._folder.glob("damaged-*"))):
+            raise UserError(
+                f"{self._folder} holds no checkpoint that can be used, and damaged ones: {', '.join(damaged)}; bring a "
+                "good one back, or remove them (or name another --workdir) to begin anew"
+            )
+        return found
+
+    def restore_before(self, step: int, target: TrainState) -> tuple[int, Restored] | None:
+        """Reads the newest good checkpoint of an earlier step than `step`, for a run that goes back to it.
+
+        Those from `step` on are set aside as `abandoned-<step>`: a later start must not find them.
+
+        Returns:
+          Its step and what it holds, or None where there is none; nothing is set aside then.
+        """
+        self._settle(wait=True)
+        found = self._restore_newest(target, before=step)
+        if found is not None:
+            for later in [later for later in self.steps() if later >= step]:
+                self._set_aside(later, "abandoned", why=f"is abandoned for that of step {found[0]}")
+        return found
 
     def read_variables(self, step: int, target: Variables, *, ema: bool) -> Variables:
         """Reads only the model's variables, as NumPy arrays; writes nothing.
@@ -94,17 +183,39 @@ class Checkpoints:
           step: as `latest` gives it.
           target: their shapes and dtypes.
           ema: take the average of the parameters for the parameters.
+
+        Raises:
+          DamagedError: they are not what was written.
         """
         params = "ema" if ema else "params"
         item = {params: target["params"], "batch_stats": target["batch_stats"]}
         as_numpy = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype), item)
         arguments = ocp.args.PyTreeRestore(item, restore_args=as_numpy, partial_restore=True)
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            found = reader.restore(self._folder / str(step) / "state", args=arguments)
+        leaves = self._read_contents(step).leaves
+        folder = self._folder / str(step)
+        found = _judged(
+            lambda: ocp.PyTreeCheckpointHandler().restore(epath.Path(folder / "state"), args=arguments), folder
+        )
+        _compare(checksums(found), leaves)
         return {"params": found[params], "batch_stats": found["batch_stats"]}
 
-    def save(self, step: int, state: TrainState, *, position: int, config: RunConfig, data: dict[str, Any]) -> None:
-        """Starts writing a checkpoint; the state may be donated as soon as this returns.
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        *,
+        position: int,
+        config: RunConfig,
+        data: dict[str, Any],
+        skips: Sequence[tuple[int, int]] = (),
+        metrics: Mapping[str, float] | None = None,
+        now: bool = False,
+    ) -> bool:
+        """Starts writing a checkpoint if one is due; to be called after every step, by all processes.
+
+        One is due every `every` steps, every `minutes` by the clock of process 0, and where the metric of `best_metric`
+        was measured. The state may be donated as soon as this returns. A write that fails, as on a full disk, costs a
+        warning; the next one that is due is tried again.
 
         Args:
           step: updates done.
@@ -112,72 +223,308 @@ class Checkpoints:
           position: pairs consumed, over all processes.
           config: the run's.
           data: what identifies the training data.
+          skips: as in `Restored`.
+          metrics: an evaluation's of this state.
+          now: write it in any case.
+
+        Returns:
+          Whether it is being written.
         """
-        parts = ocp.args.Composite(
-            state=ocp.args.StandardSave(state),
-            data=ocp.args.JsonSave({"position": position}),
-            config=ocp.args.JsonSave(dataclasses.asdict(config)),
-            metadata=ocp.args.JsonSave(_metadata(config, data)),
-        )
-        self._manager.save(step, args=parts)
+        self._settle(wait=False)
+        metrics = {name: float(value) for name, value in (metrics or {}).items()}
+        due = self._manager.should_save(step) or self._config.best_metric in metrics
+        if not (due or now):
+            return False
+        self._settle(wait=True)
+        if step in self._manager.all_steps():
+            return False
+        items = {
+            "data": {"position": position, "skips": [list(each) for each in skips]},
+            "config": as_json(config),
+            "metadata": _metadata(config, data),
+        }
+        record = _record(state, items | ({_METRICS: metrics} if self._config.best_metric else {}))
+        parts = {name: ocp.args.JsonSave(item) for name, item in (items | {"record": record}).items()}
+        arguments = ocp.args.Composite(state=ocp.args.StandardSave(state), **parts)
+        try:
+            self._manager.save(step, args=arguments, metrics=metrics or None, force=True)
+        except (OSError, ValueError) as error:
+            self._failed(step, error)
+            return False
+        self._writing = step
+        return True
 
     def wait(self) -> None:
-        """Returns when all is written; an error of a background write is raised here."""
-        if self._open_manager is not None:
-            self._open_manager.wait_until_finished()
+        """Returns when all is written.
+
+        Raises:
+          UserError: the last checkpoint could not be.
+        """
+        self._settle(wait=True)
+        if self._failure is not None:
+            raise self._failure
 
     def close(self) -> None:
         """Waits as `wait` does, and ends the background threads."""
+        self._settle(wait=True)
+        self._close_manager()
         self.wait()
+
+    @property
+    def _manager(self) -> ocp.CheckpointManager:
+        """Orbax's manager, opened late: opening makes the folder, and a refused run must write nothing."""
+        if self._open_manager is None:
+            options = ocp.CheckpointManagerOptions(
+                save_decision_policy=_when(self._config),
+                preservation_policy=_which(self._config),
+                best_fn=_metric_of(self._config) if self._config.best_metric else None,
+                cleanup_tmp_directories=True,
+            )
+            try:
+                self._open_manager = ocp.CheckpointManager(self._folder, options=options, item_names=_ITEMS)
+            except OSError as error:
+                raise UserError(f"{self._folder} cannot be written: {error.strerror}; make that possible") from None
+        return self._open_manager
+
+    def _close_manager(self) -> None:
+        manager, self._open_manager = self._open_manager, None
+        if manager is not None:
+            with suppress(Exception):  # it raises again what was heard of before
+                manager.close()
+
+    def _settle(self, *, wait: bool) -> None:
+        """Hears of a background write that has ended, which Orbax keeps to itself until it is asked.
+
+        Several processes hear of it only at the next write, when all of them wait.
+        """
+        if self._writing is None or self._open_manager is None:
+            return
+        if not wait and (jax.process_count() > 1 or self._open_manager.is_saving_in_progress()):
+            return
+        step, self._writing = self._writing, None
+        error: Exception | None = None
+        try:
+            self._open_manager.wait_until_finished()
+        except Exception as raised:  # of any kind: it went through threads and file systems
+            error = raised
+        if _any_process(error is not None):
+            self._failed(step, error)
+        else:
+            self._failure = None
+
+    def _failed(self, step: int, error: Exception | None) -> None:
+        """Says that a write failed, and opens the manager anew: that removes what is left of it."""
+        reason = "another process failed" if error is None else _reason(error)
+        self._close_manager()
+        good = next(iter(self.steps()), None)
+        kept = "there is no older one" if good is None else f"the newest is of step {good}"
+        self._failure = UserError(
+            f"the checkpoint of step {step} could not be written to {self._folder}: {reason}; {kept}. Make room, and "
+            "start again with the same --workdir"
+        )
+        _LOG.warning("the checkpoint of step %d could not be written: %s; training goes on, and %s", step, reason, kept)
+
+    def _restore_newest(self, target: TrainState, *, before: int | None) -> tuple[int, Restored] | None:
+        while (step := self._newest(before)) is not None:
+            try:
+                restored = self.restore(step, target)
+            except DamagedError as error:
+                self._set_aside(step, "damaged", why=f"{error}; an older one is taken")
+            else:
+                self._check_older(step)
+                return step, restored
+        return None
+
+    def _check_older(self, step: int | None) -> None:
+        """Sets damaged ones aside, which Orbax cannot open or would take for the best; looks at no arrays.
+
+        What a deletion left that was killed stays: the next one ends it.
+        """
+        while (step := self._newest(step)) is not None:
+            try:
+                self._everywhere(functools.partial(self._read_contents, step))
+            except _IncompleteError:
+                pass
+            except DamagedError as error:
+                self._set_aside(step, "damaged", why=str(error))
+
+    def _newest(self, before: int | None) -> int | None:
+        """Returns the largest step below `before`, as process 0 sees the folder."""
+        step = next((step for step in self.steps() if before is None or step < before), -1)
+        if jax.process_count() > 1:
+            step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
+        return None if step == -1 else step
+
+    def _set_aside(self, step: int, prefix: str, *, why: str) -> None:
+        """Renames a checkpoint so that nobody takes it for one, with a warning; an empty directory is removed."""
+        folder = self._folder / str(step)
+        if jax.process_index() == 0:
+            numbers = ["", *(f"-{number}" for number in range(2, 1_000))]
+            names = (folder.with_name(f"{prefix}-{step}{number}") for number in numbers)
+            to = next(name for name in names if not name.exists())
+            with suppress(OSError):
+                folder.rmdir()
+            if folder.exists():
+                folder.rename(to)
+            _LOG.warning("checkpoint %s %s; it is %s now", folder, why, f"{to.name}" if to.exists() else "removed")
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"{folder} set aside")
         if self._open_manager is not None:
-            self._open_manager.close()
+            self._open_manager.reload()
 
+    def _read_contents(self, step: int) -> _Contents:
+        """Reads all of a checkpoint but its arrays.
 
-def check_same_state(saved: dict[str, Any], config: RunConfig, *, where: Path) -> None:
-    """Raises a UserError if a checkpoint holds another model than the config's, or more or less beside it.
+        Raises:
+          DamagedError: a part is missing, or is not what was written.
+        """
+        folder = self._folder / str(step)
+        if missing := [item for item in _ITEMS if not (folder / item).is_dir()]:
+            raise _IncompleteError(f"lacks {', '.join(missing)}")
+        record = _judged(lambda: dict(_read_json(folder / "record")), folder)
+        leaves, sums = record.get("leaves", {}), record.get("items", {})
+        if record.get("sha256") != _digest([leaves, sums]):
+            raise DamagedError("has changed in its record")
+        items = {name: _judged(lambda name=name: _read_json(folder / name), folder) for name in sums}
+        if changed := [name for name, item in items.items() if _digest(item) != sums[name]]:
+            raise DamagedError(f"has changed in {', '.join(changed)}")
+        return _Contents(**{name: items[name] for name in _JSON_ITEMS}, leaves=leaves)
 
-    Args:
-      saved: as `Checkpoints.read_config` gives it.
-      config: the run's.
-      where: the workdir, for the message.
-    """
-    changes = model_diff(saved["model"], as_json(config)["model"])
-    if changes:
-        raise UserError(
-            f"{where} holds checkpoints of another model: {describe_diff(changes)} (saved -> config); "
-            "use another --workdir, or the config that the run began with"
-        )
-    old, new = saved["optim"], as_json(config)["optim"]
-    for key in ("freeze", "mu_dtype"):
-        _check_same(f"optim.{key}", old.get(key), new[key], where)
-    _check_same("optim.ema_decay > 0", old.get("ema_decay", 0) > 0, new["ema_decay"] > 0, where)
+    def _read_state(self, step: int, target: TrainState) -> tuple[_Contents, TrainState]:
+        """Reads this process's part of a checkpoint, alone."""
+        contents, folder = self._read_contents(step), self._folder / str(step)
+        _check_same_leaves(contents.leaves, target, folder)
+        handler, arguments = ocp.StandardCheckpointHandler(), ocp.args.StandardRestore(target)
+        return contents, _judged(lambda: handler.restore(epath.Path(folder / "state"), args=arguments), folder)
 
-
-def _check_same(key: str, old: Any, new: Any, where: Path) -> None:
-    if old != new:
-        raise UserError(
-            f"{where} holds checkpoints of another optimizer state: {key} {old!r} -> {new!r} (saved -> config); "
-            "go on with what the run began with, or start another --workdir from its weights (config.init_from)"
-        )
+    def _everywhere(self, read: Callable[[], T]) -> T:
+        """Returns what `read` gives; raises a DamagedError in all processes if it does in one."""
+        try:
+            found = read()
+        except DamagedError:
+            _any_process(True)
+            raise
+        if _any_process(False):
+            raise DamagedError("could not be read by another process")
+        return found
 
 
 def read_run(workdir: Path) -> tuple[ModelConfig, Variables, Preprocess]:
-    """Returns the model of a run's newest whole checkpoint: sizes, variables as NumPy arrays, preprocessing.
+    """Returns the model of a run's newest good checkpoint: sizes, variables as NumPy arrays, preprocessing.
 
-    Where the run keeps an average of its parameters, these are it.
+    Where the run keeps an average of its parameters, these are it. Newer checkpoints that are not what was written are
+    passed over with a warning; nothing is written.
 
     Raises:
       UserError: there is none.
     """
     checkpoints = Checkpoints(workdir, CheckpointConfig())
-    step = checkpoints.latest()
-    if step is None:
-        raise UserError(f"{workdir} holds no whole checkpoint yet")
+    for step in checkpoints.steps():
+        try:
+            return _read_model(checkpoints, step)
+        except DamagedError as error:
+            _LOG.warning("checkpoint %d of %s %s; an older one is taken", step, workdir, error)
+    raise UserError(f"{workdir} holds no whole checkpoint yet")
+
+
+def _read_model(checkpoints: Checkpoints, step: int) -> tuple[ModelConfig, Variables, Preprocess]:
     run = from_config_dict(checkpoints.read_config(step))
-    config = run.model
-    shapes = jax.eval_shape(lambda: init_variables(CLIP(config), jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: init_variables(CLIP(run.model), jax.random.key(0)))
     variables = checkpoints.read_variables(step, shapes, ema=run.optim.ema_decay > 0)
-    return config, variables, checkpoints.read_preprocess(step)
+    return run.model, variables, Preprocess.from_dict(checkpoints.read_metadata(step)["preprocess"])
+
+
+def _when(config: CheckpointConfig) -> policies.AnySavePolicy:
+    """Returns Orbax's policy: by steps, which all processes count alike, or by process 0's clock, which it tells."""
+    chosen: list[Any] = [policies.FixedIntervalPolicy(config.every)]
+    if config.minutes:
+        chosen.append(policies.ContinuousCheckpointingPolicy(minimum_interval_secs=round(60 * config.minutes)))
+    return policies.AnySavePolicy(chosen)
+
+
+def _which(config: CheckpointConfig) -> policies.AnyPreservationPolicy:
+    """Returns Orbax's policy of what is kept."""
+    chosen: list[Any] = [policies.LatestN(config.keep)]
+    if config.keep_every:
+        chosen.append(policies.EveryNSteps(config.keep_every))
+    if config.best_metric:
+        chosen.append(policies.BestN(get_metric_fn=_metric_of(config), reverse=config.best_mode == "min", n=1))
+    return policies.AnyPreservationPolicy(chosen)
+
+
+def _metric_of(config: CheckpointConfig) -> Callable[[Mapping[str, float]], float]:
+    """Returns what orders checkpoints; those without the metric, or with NaN, are the worst."""
+    worst = math.inf if config.best_mode == "min" else -math.inf
+
+    def metric(metrics: Mapping[str, float]) -> float:
+        value = metrics.get(config.best_metric, worst)
+        return worst if math.isnan(value) else value
+
+    return metric
+
+
+def _record(state: TrainState, items: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what the leaves and the items must be when they are read, and a checksum of itself."""
+    sums = checksums(state)
+    leaves = {path: leaf | {"sum": sums[path]} for path, leaf in describe_leaves(state).items()}
+    digests = {name: _digest(item) for name, item in items.items()}
+    return {"leaves": leaves, "items": digests, "sha256": _digest([leaves, digests])}
+
+
+def _digest(value: Any) -> str:
+    """Returns the SHA-256 of a value as JSON holds it."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _read_json(folder: Path) -> Any:
+    return json.loads((folder / (_METRICS if folder.name == _METRICS else "metadata")).read_text())
+
+
+def _judged(read: Callable[[], T], where: Path) -> T:
+    """Returns what `read` gives; its failure is damage, unless its cause lies outside of the files.
+
+    Orbax, TensorStore and JSON raise classes of many kinds, `Exception` itself among them.
+    """
+    try:
+        return read()
+    except Exception as error:
+        outside = isinstance(error, (MemoryError, PermissionError, jax.errors.JaxRuntimeError))
+        if outside or any(word in str(error) for word in _NOT_DAMAGE):
+            raise UserError(f"{where} cannot be read: {_reason(error)}; it is left as it is") from error
+        raise DamagedError(f"cannot be read: {_reason(error)}") from error
+
+
+def _compare(found: Mapping[str, str], leaves: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises a DamagedError that names the leaves whose checksums are not those of the record."""
+    changed = [path for path, checksum in found.items() if leaves.get(path, {}).get("sum") != checksum]
+    if changed:
+        more = f" and {len(changed) - 3} more leaves" if len(changed) > 3 else ""
+        raise DamagedError(f"has changed in {', '.join(changed[:3])}{more}")
+
+
+def _check_same_leaves(leaves: Mapping[str, Mapping[str, Any]], target: TrainState, where: Path) -> None:
+    """Raises a UserError where a whole checkpoint is of another state: Orbax would cast what it can."""
+    expected = describe_leaves(target)
+    saved = {path: {key: leaf[key] for key in ("shape", "dtype")} for path, leaf in leaves.items()}
+    for path in [*expected, *saved]:
+        if saved.get(path) != expected.get(path):
+            raise UserError(
+                f"{where} holds another state than this run's: {path} is {saved.get(path)} there and "
+                f"{expected.get(path)} here; go on with what the run began with"
+            )
+
+
+def _any_process(flag: bool) -> bool:
+    """Returns whether it is so in any process; collective."""
+    return flag if jax.process_count() == 1 else bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+
+
+def _reason(error: Exception) -> str:
+    """Returns the operating system's words where there are any; TensorStore puts the code into its message."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    return os.strerror(int(code[1])) if code else one_line(error)[:200]
 
 
 def _metadata(config: RunConfig, data: dict[str, Any]) -> dict[str, Any]:

@@ -277,11 +277,20 @@ class CheckpointConfig:
 
     Attributes:
       every: steps between checkpoints; the last step is always saved.
+      minutes: minutes between checkpoints, besides; the first of a run is then written at once. 0 means by steps alone.
       keep: newest checkpoints to keep.
+      keep_every: those of the multiples of this step are kept for ever; 0 means none.
+      best_metric: name of an evaluation's number, such as `zero_shot/photo/top1`; the checkpoint with the best one is
+        kept too, and one is written at every evaluation. Empty means none.
+      best_mode: whether the largest or the smallest is the best.
     """
 
     every: int = 1_000
+    minutes: float = 0.0
     keep: int = 3
+    keep_every: int = 0
+    best_metric: str = ""
+    best_mode: Literal["max", "min"] = "max"
 
 
 @dataclass(frozen=True)
@@ -305,6 +314,11 @@ class EvalConfig:
     prompts: tuple[str, ...] = ("photo",)
     every: int = 0
     batch: int = 256
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the numbers that an evaluation gives."""
+        return tuple(f"zero_shot/{name}/top1" for name in self.prompts) if self.dataset else ()
 
 
 @dataclass(frozen=True)
@@ -456,6 +470,7 @@ def _contradictions(config: RunConfig) -> Iterator[tuple[bool, str]]:
     yield from _model_contradictions(config.model)
     yield from _data_contradictions(config.data, config.eval)
     yield from _distributed_contradictions(config.distributed)
+    yield from _checkpoint_contradictions(config.checkpoint, config.eval)
     optim, mesh = config.optim, config.mesh
     yield (
         config.model.bn_group > 0 and config.batch % config.model.bn_group != 0,
@@ -515,6 +530,7 @@ def _must_be_positive(config: RunConfig) -> Iterator[tuple[bool, str]]:
     for key in [*names.split(), *sizes]:
         yield values[key] <= 0, f"config.{key} is {values[key]}; it must be positive"
     names = "data.workers eval.every model.bn_group micro_batch optim.clip_norm optim.weight_decay seed"
+    names += " checkpoint.minutes checkpoint.keep_every"
     for key in names.split():
         yield values[key] < 0, f"config.{key} is {values[key]}; it must not be negative"
 
@@ -603,6 +619,25 @@ def _distributed_contradictions(distributed: DistributedConfig) -> Iterator[tupl
         not explicit and bool(distributed.coordinator or distributed.processes or distributed.process_id != -1),
         f"config.distributed.mode is {distributed.mode!r}, and only explicit uses coordinator, processes, process_id; "
         "set config.distributed.mode=explicit",
+    )
+
+
+def _checkpoint_contradictions(checkpoint: CheckpointConfig, evaluation: EvalConfig) -> Iterator[tuple[bool, str]]:
+    best, names = checkpoint.best_metric, evaluation.metrics
+    yield (
+        bool(best) and not (names and evaluation.every),
+        f"config.checkpoint.best_metric is {best!r}, and nothing is evaluated while training; set config.eval.dataset "
+        "and config.eval.every",
+    )
+    yield (
+        bool(best) and best not in names,
+        f"config.checkpoint.best_metric is {best!r}, which the evaluation does not give{did_you_mean(best, names)} "
+        f"({', '.join(names)})",
+    )
+    yield (
+        checkpoint.keep_every % checkpoint.every != 0,
+        f"config.checkpoint.keep_every is {checkpoint.keep_every}; it must be a multiple of config.checkpoint.every "
+        f"({checkpoint.every}), or 0",
     )
 
 

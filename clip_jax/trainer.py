@@ -15,20 +15,22 @@ import numpy as np
 from jax.sharding import Mesh
 
 from clip_jax.bad_records import BadRecords
-from clip_jax.checkpoint import Checkpoints, check_same_state
-from clip_jax.config import RunConfig, as_json, describe_diff, diff
+from clip_jax.checkpoint import Checkpoints, Restored
+from clip_jax.config import RunConfig, as_json
 from clip_jax.data.images import preprocess_of
 from clip_jax.data.loader import TrainingData, open_training_data
 from clip_jax.errors import UserError
 from clip_jax.evals.evaluation import Evaluated, Evaluation, scalars
 from clip_jax.evals.report import report_training, report_zero_shot
 from clip_jax.gradient_cache import check_micro_batch
+from clip_jax.lock import locked, unwritable
 from clip_jax.losses import chance_loss
 from clip_jax.models.clip import CLIP, Variables
 from clip_jax.models.variants import variant_name
 from clip_jax.monitor import Monitor
 from clip_jax.optim import make_optimizer
 from clip_jax.partition import check_batch, make_mesh, place_rows
+from clip_jax.resume import check_resumable, describe_resume
 from clip_jax.state import TrainState, abstract_state, count_parameters, create_state, start_from
 from clip_jax.step import TrainStep, make_train_step
 
@@ -77,37 +79,43 @@ def train(config: RunConfig, workdir: Path, *, data: TrainingData | None = None)
         train_step=make_train_step(model, optimizer, config, mesh=mesh, state=target),
         target=target,
     )
-    resumed = run.checkpoints.latest()
-    if resumed is not None:
-        note = _check_resumable(run, resumed)
+    newest = run.checkpoints.latest()
+    if newest is not None:
+        check_resumable(run.checkpoints.read_config(newest), config, where=workdir)
+    initial = _initial_variables(config) if newest is None else None
+    with locked(workdir):
+        resumed = run.checkpoints.restore_latest(target)
         prepare_workdir(workdir, config)
-        return _train_from(run, *run.checkpoints.restore(resumed, target), [note])
-    initial = _initial_variables(config)
-    prepare_workdir(workdir, config)
-    state = create_state(model, optimizer, seed=config.seed, **layout)
-    if initial is None:
-        return _train_from(run, state, 0, [])
-    return _train_from(run, start_from(state, initial), 0, [f"starting from {config.init_from}"])
+        if resumed is not None:
+            step, restored = resumed
+            return _train_from(run, restored, _describe_resume(run, step, restored.position))
+        state = create_state(model, optimizer, seed=config.seed, **layout)
+        if initial is None:
+            return _train_from(run, Restored(state, 0), [])
+        return _train_from(run, Restored(start_from(state, initial), 0), [f"starting from {config.init_from}"])
 
 
-def _train_from(run: Run, state: TrainState, position: int, notes: list[str]) -> TrainState:
+def _train_from(run: Run, start: Restored, notes: list[str]) -> TrainState:
     """Trains a fresh or restored state to the end, evaluates it and reports."""
     chance = chance_loss(run.config.loss.kind, run.config.batch)
     bad = BadRecords(run.workdir, run.data.where, max_share=run.config.data.max_bad_share)
     with (
-        closing(run.checkpoints),
-        Monitor(run.config, run.workdir, start_step=int(state.step), chance_loss=chance, bad_records=bad) as monitor,
+        run.checkpoints,
+        Monitor(
+            run.config, run.workdir, start_step=int(start.state.step), chance_loss=chance, bad_records=bad
+        ) as monitor,
     ):
         for line in [_describe(run), *notes]:
             monitor.print(line)
-        state = _loop(run, state, position, monitor, bad)
+        state = _loop(run, start, monitor, bad)
         evaluated = _evaluate(run, state, monitor)
     _report(run, state, evaluated)
     return state
 
 
-def _loop(run: Run, state: TrainState, position: int, monitor: Monitor, bad: BadRecords) -> TrainState:
+def _loop(run: Run, start: Restored, monitor: Monitor, bad: BadRecords) -> TrainState:
     config, last = run.config, run.config.steps
+    state, position, skips = start
     with closing(run.data.batches(position)) as batches:
         for step in range(int(state.step) + 1, last + 1):
             with monitor.waiting_for_data():
@@ -116,11 +124,20 @@ def _loop(run: Run, state: TrainState, position: int, monitor: Monitor, bad: Bad
             state, metrics = run.train_step(state, place_rows(_for_step(batch), run.mesh))
             position += config.batch
             monitor.finished(step, metrics)
-            if step % config.checkpoint.every == 0 or step == last:
-                run.checkpoints.save(step, state, position=position, config=config, data=run.data.fingerprint)
+            is_evaluated = config.eval.every and step % config.eval.every == 0 and step != last
+            found = _evaluate(run, state, monitor) if is_evaluated else None
+            saved = run.checkpoints.save(
+                step,
+                state,
+                position=position,
+                skips=skips,
+                config=config,
+                data=run.data.fingerprint,
+                metrics=None if found is None else scalars(found),
+                now=step == last,
+            )
+            if saved:
                 monitor.sync()
-            if config.eval.every and step % config.eval.every == 0 and step != last:
-                _evaluate(run, state, monitor)
     monitor.flush()
     return state
 
@@ -163,12 +180,11 @@ def _initial_variables(config: RunConfig) -> Variables | None:
     return weights.variables
 
 
-def _check_resumable(run: Run, step: int) -> str:
-    """Refuses checkpoints of another model; returns a line on what else changed since."""
-    saved = run.checkpoints.read_config(step)
-    check_same_state(saved, run.config, where=run.workdir)
-    changes = diff(saved, as_json(run.config))
-    return f"resuming at step {step}" + (f"; changed since: {describe_diff(changes)}" if changes else "")
+def _describe_resume(run: Run, step: int, position: int) -> list[str]:
+    saved, metadata = run.checkpoints.read_config(step), run.checkpoints.read_metadata(step)
+    return describe_resume(
+        saved, run.config, step=step, position=position, saved_data=metadata["data"], data=run.data.fingerprint
+    )
 
 
 def prepare_workdir(workdir: Path, config: RunConfig) -> None:
@@ -185,7 +201,7 @@ def prepare_workdir(workdir: Path, config: RunConfig) -> None:
         temporary.write_text(json.dumps(as_json(config), indent=2) + "\n")
         temporary.replace(workdir / "config.json")
     except OSError as error:
-        raise UserError(f"--workdir {workdir} cannot be written: {error.strerror}; name a folder that can") from None
+        raise unwritable(workdir, error) from None
 
 
 def _describe(run: Run) -> str:

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from tiny import TINY
 
-from clip_jax.checkpoint import Checkpoints, check_same_state, read_run
+from clip_jax.checkpoint import Checkpoints, read_run
 from clip_jax.config import CheckpointConfig, MeshConfig, as_json
 from clip_jax.errors import UserError
 from clip_jax.models.clip import CLIP
 from clip_jax.optim import make_optimizer
 from clip_jax.partition import make_mesh
+from clip_jax.resume import check_resumable
 from clip_jax.state import abstract_state, create_state
 
 MODEL, OPTIMIZER = CLIP(TINY.model), make_optimizer(TINY.optim, steps=TINY.steps)
@@ -25,7 +26,7 @@ def state_on(mesh_config: MeshConfig, *, seed: int = 0):
 
 
 def save(checkpoints: Checkpoints, step: int, state) -> None:
-    checkpoints.save(step, state, position=step * TINY.batch, config=TINY, data={"name": "made up"})
+    checkpoints.save(step, state, position=step * TINY.batch, config=TINY, data={"name": "made up"}, now=True)
 
 
 def assert_same_bits(one, two) -> None:
@@ -47,7 +48,7 @@ def test_any_mesh_restores_the_same_bits(tmp_path, mesh):
     save(writer, 3, state)
     writer.close()
     reader = Checkpoints(tmp_path, CheckpointConfig())
-    restored, position = reader.restore(3, abstract_state(MODEL, OPTIMIZER, mesh=make_mesh(mesh)))
+    restored, position, _ = reader.restore(3, abstract_state(MODEL, OPTIMIZER, mesh=make_mesh(mesh)))
     assert position == 96
     assert_same_bits(state, restored)
     assert restored.params["text"]["projection"]["kernel"].sharding.mesh.shape["fsdp"] == mesh.fsdp
@@ -63,7 +64,7 @@ def test_the_state_may_be_donated_while_it_is_written(checkpoints):
         state = double(state)
     jax.block_until_ready(state)
     checkpoints.wait()
-    restored, _ = checkpoints.restore(1, abstract_state(MODEL, OPTIMIZER, mesh=make_mesh(MeshConfig())))
+    restored, _, _ = checkpoints.restore(1, abstract_state(MODEL, OPTIMIZER, mesh=make_mesh(MeshConfig())))
     assert_same_bits(kept, restored)
 
 
@@ -85,8 +86,8 @@ def test_what_is_not_whole_is_passed_over(checkpoints, tmp_path, caplog):
     (tmp_path / "checkpoints" / "8" / "state").mkdir(parents=True)
     with caplog.at_level(logging.WARNING):
         assert checkpoints.latest() == 2
-    assert f"{tmp_path / 'checkpoints' / '9'} lacks state, data, config, metadata" in caplog.text
-    assert f"{tmp_path / 'checkpoints' / '8'} lacks data, config, metadata" in caplog.text
+    assert f"{tmp_path / 'checkpoints' / '9'} lacks state, data, config, metadata, record" in caplog.text
+    assert f"{tmp_path / 'checkpoints' / '8'} lacks data, config, metadata, record" in caplog.text
 
 
 def test_config_and_metadata_travel(checkpoints, tmp_path):
@@ -102,9 +103,9 @@ def test_another_model_is_refused_by_name():
     deeper = dataclasses.replace(TINY.model, text=dataclasses.replace(TINY.model.text, layers=2))
     other = dataclasses.replace(TINY, model=deeper)
     with pytest.raises(UserError, match=r"^w holds checkpoints of another model: text.layers 1 -> 2 \(saved"):
-        check_same_state(as_json(TINY), other, where=Path("w"))
+        check_resumable(as_json(TINY), other, where=Path("w"))
     harmless = dataclasses.replace(TINY, model=dataclasses.replace(TINY.model, dtype="bfloat16", init="scaled"))
-    check_same_state(as_json(TINY), harmless, where=Path("w"))
+    check_resumable(as_json(TINY), harmless, where=Path("w"))
 
 
 @pytest.mark.parametrize(
@@ -118,9 +119,9 @@ def test_another_model_is_refused_by_name():
 def test_another_optimizer_state_is_refused_by_key(changes, message):
     other = dataclasses.replace(TINY, optim=dataclasses.replace(TINY.optim, **changes))
     with pytest.raises(UserError, match=rf"^w holds checkpoints of another optimizer state: {message}"):
-        check_same_state(as_json(TINY), other, where=Path("w"))
+        check_resumable(as_json(TINY), other, where=Path("w"))
     harmless = dataclasses.replace(TINY, optim=dataclasses.replace(TINY.optim, clip_norm=1.0, lr_multipliers=("a=1",)))
-    check_same_state(as_json(TINY), harmless, where=Path("w"))
+    check_resumable(as_json(TINY), harmless, where=Path("w"))
 
 
 def test_what_a_run_gives_is_its_average(tmp_path):
@@ -128,7 +129,7 @@ def test_what_a_run_gives_is_its_average(tmp_path):
     state = create_state(MODEL, OPTIMIZER, mesh=make_mesh(MeshConfig()), seed=0, ema=True)
     state = state.replace(params=jax.tree.map(lambda x: x + 1, state.params))
     checkpoints = Checkpoints(tmp_path, run.checkpoint)
-    checkpoints.save(1, state, position=0, config=run, data={})
+    checkpoints.save(1, state, position=0, config=run, data={}, now=True)
     checkpoints.close()
     _, variables, _ = read_run(tmp_path)
     for a, b in zip(*map(jax.tree.leaves, (variables["params"], state.ema)), strict=True):

@@ -115,7 +115,7 @@ def test_a_runs_newest_whole_checkpoint_is_loaded(vision, tmp_path):
     states = [jax.device_put(random_like(target, dtype=np.float32, seed=seed), shardings) for seed in (0, 1)]
     checkpoints = Checkpoints(tmp_path, CheckpointConfig())
     for step, state in enumerate(states, 1):
-        checkpoints.save(step, state, position=0, config=run, data={})
+        checkpoints.save(step, state, position=0, config=run, data={}, now=True)
         checkpoints.wait()
     checkpoints.close()
     before = sorted(tmp_path.rglob("*"))

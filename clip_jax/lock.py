@@ -1,0 +1,64 @@
+"""One run to a workdir: a lock that names its owner, and that dies with it.
+
+The lock is the kernel's (`flock`), so a process that is killed leaves none behind. On network file systems that pass it
+on, such as NFS 4, it holds between hosts as well.
+"""
+
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import jax
+
+from clip_jax.errors import UserError
+
+FILE = "lock"
+
+
+@contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Makes the workdir if need be, and keeps other runs out of it; process 0 does so for its whole run.
+
+    Raises:
+      UserError: another run is in it, or it cannot be written.
+    """
+    if jax.process_index() != 0:
+        yield
+        return
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = (workdir / FILE).open("a+")
+    except OSError as error:
+        raise unwritable(workdir, error) from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"--workdir {workdir} is in use by {_owner(workdir / FILE)}; let it end, or name another folder"
+            ) from None
+        except OSError:
+            pass  # a file system without locks: nothing can be said of other runs
+        owner = {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%F %T %Z")}
+        with suppress(OSError):  # a full disk: the lock holds without its owner's name
+            file.truncate(0)
+            os.write(file.fileno(), json.dumps(owner).encode())
+        yield
+
+
+def unwritable(workdir: Path, error: OSError) -> UserError:
+    """Returns the one line on a workdir that cannot be written."""
+    return UserError(f"--workdir {workdir} cannot be written: {error.strerror}; name a folder that can")
+
+
+def _owner(file: Path) -> str:
+    try:
+        owner = json.loads(file.read_text())
+        return f"process {owner['process']} on {owner['host']}, since {owner['since']}"
+    except (OSError, ValueError, KeyError):  # it has only just taken the lock
+        return "another run"
