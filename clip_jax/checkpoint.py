@@ -16,7 +16,9 @@ import logging
 import math
 import os
 import re
+import shutil
 import subprocess
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -69,8 +71,16 @@ class Restored(NamedTuple):
     skips: tuple[tuple[int, int], ...] = ()
 
 
-class _Contents(NamedTuple):
-    """The small parts of a checkpoint, agreed with its record; `leaves` is path -> shape, dtype and checksum."""
+class Contents(NamedTuple):
+    """All of a checkpoint but its arrays.
+
+    Attributes:
+      data: the data position, `position`, and `skips`, see `Restored`.
+      config: the config that it was written with, as nested dicts.
+      metadata: what a reader of the weights must know: `preprocess`, `tokenizer`, versions; and `data`, what identified
+        the training data.
+      leaves: path to shape, dtype and checksum.
+    """
 
     data: dict[str, Any]
     config: dict[str, Any]
@@ -112,19 +122,29 @@ class Checkpoints:
         """Returns the newest checkpoint's step whose parts are all there, or None; reads no arrays, writes nothing."""
         for step in self.steps():
             try:
-                self._read_contents(step)
+                self.read_contents(step)
                 return step
             except DamagedError as error:
                 _LOG.warning("checkpoint %s %s; it is passed over", self._folder / str(step), error)
         return None
 
-    def read_config(self, step: int) -> dict[str, Any]:
-        """Returns the config that a checkpoint was written with, as nested dicts; writes nothing."""
-        return self._read_contents(step).config
+    def read_contents(self, step: int) -> Contents:
+        """Reads all of a checkpoint but its arrays; writes nothing.
 
-    def read_metadata(self, step: int) -> dict[str, Any]:
-        """Returns what a reader of the weights must know, with the training data's fingerprint; writes nothing."""
-        return self._read_contents(step).metadata
+        Raises:
+          DamagedError: a part is missing, or is not what was written.
+        """
+        folder = self._folder / str(step)
+        if missing := [item for item in _ITEMS if not (folder / item).is_dir()]:
+            raise _IncompleteError(f"lacks {', '.join(missing)}")
+        record = _judged(lambda: dict(_read_json(folder / "record")), folder)
+        leaves, sums = record.get("leaves", {}), record.get("items", {})
+        if record.get("sha256") != _digest([leaves, sums]):
+            raise DamagedError("has changed in its record")
+        items = {name: _judged(lambda name=name: _read_json(folder / name), folder) for name in sums}
+        if changed := [name for name, item in items.items() if _digest(item) != sums[name]]:
+            raise DamagedError(f"has changed in {', '.join(changed)}")
+        return Contents(**{name: items[name] for name in _JSON_ITEMS}, leaves=leaves)
 
     def restore(self, step: int, target: TrainState) -> Restored:
         """Reads a checkpoint onto the mesh of `target`; collective over processes.
@@ -191,7 +211,7 @@ class Checkpoints:
         item = {params: target["params"], "batch_stats": target["batch_stats"]}
         as_numpy = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype), item)
         arguments = ocp.args.PyTreeRestore(item, restore_args=as_numpy, partial_restore=True)
-        leaves = self._read_contents(step).leaves
+        leaves = self.read_contents(step).leaves
         folder = self._folder / str(step)
         found = _judged(
             lambda: ocp.PyTreeCheckpointHandler().restore(epath.Path(folder / "state"), args=arguments), folder
@@ -247,7 +267,7 @@ class Checkpoints:
         parts = {name: ocp.args.JsonSave(item) for name, item in (items | {"record": record}).items()}
         arguments = ocp.args.Composite(state=ocp.args.StandardSave(state), **parts)
         try:
-            self._manager.save(step, args=arguments, metrics=metrics or None, force=True)
+            self._manager.save(step, args=arguments, metrics=metrics if self._config.best_metric else None, force=True)
         except (OSError, ValueError) as error:
             self._failed(step, error)
             return False
@@ -278,12 +298,14 @@ class Checkpoints:
                 save_decision_policy=_when(self._config),
                 preservation_policy=_which(self._config),
                 best_fn=_metric_of(self._config) if self._config.best_metric else None,
-                cleanup_tmp_directories=True,
             )
             try:
+                _remove_unfinished(self._folder)
                 self._open_manager = ocp.CheckpointManager(self._folder, options=options, item_names=_ITEMS)
             except OSError as error:
-                raise UserError(f"{self._folder} cannot be written: {error.strerror}; make that possible") from None
+                raise UserError(
+                    f"{self._folder} cannot be written: {error.strerror}; make that possible, or use another --workdir"
+                ) from None
         return self._open_manager
 
     def _close_manager(self) -> None:
@@ -342,7 +364,7 @@ class Checkpoints:
         """
         while (step := self._newest(step)) is not None:
             try:
-                self._everywhere(functools.partial(self._read_contents, step))
+                self._everywhere(functools.partial(self.read_contents, step))
             except _IncompleteError:
                 pass
             except DamagedError as error:
@@ -372,27 +394,9 @@ class Checkpoints:
         if self._open_manager is not None:
             self._open_manager.reload()
 
-    def _read_contents(self, step: int) -> _Contents:
-        """Reads all of a checkpoint but its arrays.
-
-        Raises:
-          DamagedError: a part is missing, or is not what was written.
-        """
-        folder = self._folder / str(step)
-        if missing := [item for item in _ITEMS if not (folder / item).is_dir()]:
-            raise _IncompleteError(f"lacks {', '.join(missing)}")
-        record = _judged(lambda: dict(_read_json(folder / "record")), folder)
-        leaves, sums = record.get("leaves", {}), record.get("items", {})
-        if record.get("sha256") != _digest([leaves, sums]):
-            raise DamagedError("has changed in its record")
-        items = {name: _judged(lambda name=name: _read_json(folder / name), folder) for name in sums}
-        if changed := [name for name, item in items.items() if _digest(item) != sums[name]]:
-            raise DamagedError(f"has changed in {', '.join(changed)}")
-        return _Contents(**{name: items[name] for name in _JSON_ITEMS}, leaves=leaves)
-
-    def _read_state(self, step: int, target: TrainState) -> tuple[_Contents, TrainState]:
+    def _read_state(self, step: int, target: TrainState) -> tuple[Contents, TrainState]:
         """Reads this process's part of a checkpoint, alone."""
-        contents, folder = self._read_contents(step), self._folder / str(step)
+        contents, folder = self.read_contents(step), self._folder / str(step)
         _check_same_leaves(contents.leaves, target, folder)
         handler, arguments = ocp.StandardCheckpointHandler(), ocp.args.StandardRestore(target)
         return contents, _judged(lambda: handler.restore(epath.Path(folder / "state"), args=arguments), folder)
@@ -428,10 +432,26 @@ def read_run(workdir: Path) -> tuple[ModelConfig, Variables, Preprocess]:
 
 
 def _read_model(checkpoints: Checkpoints, step: int) -> tuple[ModelConfig, Variables, Preprocess]:
-    run = from_config_dict(checkpoints.read_config(step))
+    contents = checkpoints.read_contents(step)
+    run = from_config_dict(contents.config)
     shapes = jax.eval_shape(lambda: init_variables(CLIP(run.model), jax.random.key(0)))
     variables = checkpoints.read_variables(step, shapes, ema=run.optim.ema_decay > 0)
-    return run.model, variables, Preprocess.from_dict(checkpoints.read_metadata(step)["preprocess"])
+    return run.model, variables, Preprocess.from_dict(contents.metadata["preprocess"])
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Removes what writes left that were killed or failed.
+
+    Orbax can do so too, but not while other threads of a write that failed still create files: its next save then fails
+    as well.
+    """
+    for _ in range(20):
+        left = list(folder.glob("*.orbax-checkpoint-tmp")) if jax.process_index() == 0 else []
+        if not left:
+            return
+        for path in left:
+            shutil.rmtree(path, ignore_errors=True)
+        time.sleep(0.1)
 
 
 def _when(config: CheckpointConfig) -> policies.AnySavePolicy:
@@ -524,7 +544,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     code = re.search(r"os_error_code='(\d+)'", str(error))
-    return os.strerror(int(code[1])) if code else one_line(error)[:200]
+    return os.strerror(int(code[1])) if code else one_line(error).partition(" See full TensorStore")[0][:200]
 
 
 def _metadata(config: RunConfig, data: dict[str, Any]) -> dict[str, Any]:

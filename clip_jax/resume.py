@@ -1,34 +1,85 @@
 """What may change between a checkpoint and the run that goes on with it: refused where it cannot be, else explained.
 
-Steps count updates, and the position counts pairs. `config.samples / config.batch` is the run's last step, so a batch
-of another size, in the middle of a run, changes how many pairs the run sees; the schedule goes by steps.
+Steps count updates, and the position counts pairs. A run ends at the step config.samples / config.batch, and its
+schedule goes by steps; so another batch in the middle of a run changes how many pairs it sees in all, which is said.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
+from clip_jax.checkpoint import Contents
 from clip_jax.config import RunConfig, as_json, describe_diff, diff, model_diff
 from clip_jax.errors import UserError
 
+_ORDER = ("seed", "data.order", "data.streams", "data.block", "data.window", "data.mixture", "data.weight")
+"""Keys that decide which pair is at a position, beside the data themselves."""
 
-def check_resumable(saved: dict[str, Any], config: RunConfig, *, where: Path) -> None:
-    """Raises a UserError if a checkpoint holds another model than the config's, or more or less beside it.
+
+def check_resumable(saved: Contents, config: RunConfig, *, step: int, where: Path) -> None:
+    """Raises a UserError if a checkpoint holds another model than the config's, or more or less beside it; or if a
+    batch of another size leaves nothing to do.
 
     Args:
-      saved: as `Checkpoints.read_config` gives it.
+      saved: as `Checkpoints.read_contents` gives it.
       config: the run's.
+      step: the checkpoint's.
       where: the workdir, for the message.
     """
-    changes = model_diff(saved["model"], as_json(config)["model"])
+    changes = model_diff(saved.config["model"], as_json(config)["model"])
     if changes:
         raise UserError(
             f"{where} holds checkpoints of another model: {describe_diff(changes)} (saved -> config); "
             "use another --workdir, or the config that the run began with"
         )
-    old, new = saved["optim"], as_json(config)["optim"]
+    old, new = saved.config["optim"], as_json(config)["optim"]
     for key in ("freeze", "mu_dtype"):
         _check_same(f"optim.{key}", old.get(key), new[key], where)
     _check_same("optim.ema_decay > 0", old.get("ema_decay", 0) > 0, new["ema_decay"] > 0, where)
+    if config.batch != saved.config["batch"] and config.steps <= step:
+        raise UserError(
+            f"config.batch is {config.batch}, and was {saved.config['batch']} for the {step} steps of {where}: the run "
+            f"has {config.steps} steps now (config.samples / config.batch), so nothing is left to do; "
+            f"{_samples_for_the_rest(saved, config, step)}"
+        )
+
+
+def describe_resume(saved: Contents, config: RunConfig, *, step: int, data: dict[str, Any]) -> list[str]:
+    """Returns lines on where a run goes on, what changed since, and what that means.
+
+    Args:
+      saved: as `Checkpoints.read_contents` gives it.
+      config: the run's.
+      step: the checkpoint's.
+      data: what identifies the training data.
+    """
+    changes = diff(saved.config, as_json(config))
+    lines = [f"resuming at step {step}" + (f"; changed since: {describe_diff(changes)}" if changes else "")]
+    if "batch" in changes:
+        lines.append(_describe_batch(saved, config, step))
+    other_data = saved.metadata["data"] != json.loads(json.dumps(data))
+    if other_data or any(key in changes for key in _ORDER):
+        what = "data" if other_data else "order of the data"
+        lines.append(
+            f"the {what} changed after {saved.data['position']:,} pairs: in the epoch that was begun some pairs may "
+            "come twice or not at all, and once in every later one"
+        )
+    return lines
+
+
+def _describe_batch(saved: Contents, config: RunConfig, step: int) -> str:
+    seen = saved.data["position"]
+    return (
+        f"config.batch is another after {step} steps and {seen:,} pairs: steps count updates, so the schedule goes on "
+        f"at step {step} of {config.steps} (config.samples / config.batch), and the run will have seen "
+        f"{seen + (config.steps - step) * config.batch:,} pairs; {_samples_for_the_rest(saved, config, step)}"
+    )
+
+
+def _samples_for_the_rest(saved: Contents, config: RunConfig, step: int) -> str:
+    total = saved.config["samples"]
+    rest = max(0, total - saved.data["position"]) // config.batch
+    return f"config.samples={(step + rest) * config.batch} would make it {total:,}, as planned"
 
 
 def _check_same(key: str, old: Any, new: Any, where: Path) -> None:
@@ -37,26 +88,3 @@ def _check_same(key: str, old: Any, new: Any, where: Path) -> None:
             f"{where} holds checkpoints of another optimizer state: {key} {old!r} -> {new!r} (saved -> config); "
             "go on with what the run began with, or start another --workdir from its weights (config.init_from)"
         )
-
-
-def describe_resume(
-    saved: dict[str, Any],
-    config: RunConfig,
-    *,
-    step: int,
-    position: int,
-    saved_data: dict[str, Any],
-    data: dict[str, Any],
-) -> list[str]:
-    """Returns lines on where a run goes on, what changed since, and what that means.
-
-    Args:
-      saved: the checkpoint's config, as nested dicts.
-      config: the run's.
-      step: updates done.
-      position: pairs consumed.
-      saved_data: what identified the training data.
-      data: what identifies them now.
-    """
-    changes = diff(saved, as_json(config))
-    return [f"resuming at step {step}" + (f"; changed since: {describe_diff(changes)}" if changes else "")]

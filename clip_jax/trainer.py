@@ -81,14 +81,15 @@ def train(config: RunConfig, workdir: Path, *, data: TrainingData | None = None)
     )
     newest = run.checkpoints.latest()
     if newest is not None:
-        check_resumable(run.checkpoints.read_config(newest), config, where=workdir)
+        check_resumable(run.checkpoints.read_contents(newest), config, step=newest, where=workdir)
     initial = _initial_variables(config) if newest is None else None
     with locked(workdir):
         resumed = run.checkpoints.restore_latest(target)
         prepare_workdir(workdir, config)
         if resumed is not None:
             step, restored = resumed
-            return _train_from(run, restored, _describe_resume(run, step, restored.position))
+            saved = run.checkpoints.read_contents(step)
+            return _train_from(run, restored, describe_resume(saved, config, step=step, data=run.data.fingerprint))
         state = create_state(model, optimizer, seed=config.seed, **layout)
         if initial is None:
             return _train_from(run, Restored(state, 0), [])
@@ -178,13 +179,6 @@ def _initial_variables(config: RunConfig) -> Variables | None:
             f"({weights.preprocess}) than this run would be ({preprocess_of(config.model)})"
         )
     return weights.variables
-
-
-def _describe_resume(run: Run, step: int, position: int) -> list[str]:
-    saved, metadata = run.checkpoints.read_config(step), run.checkpoints.read_metadata(step)
-    return describe_resume(
-        saved, run.config, step=step, position=position, saved_data=metadata["data"], data=run.data.fingerprint
-    )
 
 
 def prepare_workdir(workdir: Path, config: RunConfig) -> None:

@@ -1,0 +1,178 @@
+"""Checkpoints that cannot be written: a warning while a run trains, an error at its end, and nothing lost."""
+
+import contextlib
+import functools
+import json
+import logging
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from states import assert_same_bits, small_state, target_of
+from tiny import TINY
+
+from clip_jax.checkpoint import Checkpoints
+from clip_jax.config import CheckpointConfig
+from clip_jax.errors import UserError
+from clip_jax.lock import locked
+
+# what Orbax leaves of a write that failed
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+ROOT = Path(__file__).parent.parent
+STATE = small_state(1)
+
+
+def save(checkpoints: Checkpoints, step: int, state=STATE, *, now: bool = True) -> bool:
+    return checkpoints.save(step, state, position=32 * step, config=TINY, data={}, now=now)
+
+
+def names(workdir: Path) -> set[str]:
+    return {path.name for path in (workdir / "checkpoints").iterdir()}
+
+
+@contextlib.contextmanager
+def small_files(limit: int):
+    """No file of this process can grow over `limit` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))  # Python ignores SIGXFSZ: writes fail with EFBIG
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: str):
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_failed_write_costs_a_warning_and_the_next_one_succeeds(tmp_path, caplog):
+    """By a limit on the size of files, which any user may set; the error comes late, out of a background thread."""
+    with Checkpoints(tmp_path, CheckpointConfig(every=2)) as checkpoints, caplog.at_level(logging.WARNING):
+        assert save(checkpoints, 2)
+        checkpoints.wait()
+        with small_files(1_000):
+            save(checkpoints, 4)
+            with pytest.raises(
+                UserError, match=r"step 4 could not be written .*File too large; the newest is of step 2"
+            ):
+                checkpoints.wait()
+        assert checkpoints.latest() == 2
+        assert len([line for line in caplog.messages if "could not be written" in line]) == 1
+        assert "training goes on" in caplog.text
+        assert not save(checkpoints, 5, now=False)
+        assert save(checkpoints, 6, now=False)  # the schedule's next
+        checkpoints.wait()
+        assert names(tmp_path) == {"2", "6"}  # what was left of step 4 is gone
+        assert_same_bits(checkpoints.restore(6, target_of(STATE)).state, STATE)
+
+
+def test_the_run_ends_in_an_error_when_its_last_checkpoint_failed(tmp_path):
+    def run() -> None:
+        with small_files(1_000), Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
+            save(checkpoints, 3)
+
+    with pytest.raises(UserError, match=r"step 3 could not be written .*there is no older one\. Make room, and start"):
+        run()
+    assert not [name for name in names(tmp_path) if name.isdigit()]
+
+
+def test_another_error_is_not_hidden_by_that_of_a_failed_write(tmp_path):
+    def run() -> None:
+        with small_files(1_000), Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
+            save(checkpoints, 3)
+            raise ConnectionError("the store is gone")
+
+    with pytest.raises(ConnectionError):
+        run()
+
+
+def test_a_full_disk_is_heard_of_and_room_is_used_again(tmp_path, caplog):
+    large = small_state(1, extra=150_000)
+    caplog.set_level(logging.WARNING)
+    with small_disk(tmp_path / "disk", "2m") as disk, Checkpoints(disk, CheckpointConfig(keep=9)) as checkpoints:
+        for step in (1, 2, 3, 4):
+            save(checkpoints, step, large)
+            with contextlib.suppress(UserError):
+                checkpoints.wait()
+        assert "No space left on device; training goes on, and the newest is of step" in caplog.text
+        good = checkpoints.latest()
+        assert good in (1, 2, 3)
+        assert_same_bits(checkpoints.restore(good, target_of(large)).state, large)
+        shutil.rmtree(disk / "checkpoints" / "1")  # the user makes room
+        assert save(checkpoints, 5, large)
+        checkpoints.wait()
+        assert checkpoints.latest() == 5
+
+
+@pytest.mark.slow
+def test_train_ends_with_one_line_and_exit_code_2(tmp_path):
+    """And again, with room, from the start: nothing was lost that was there."""
+    command = [
+        sys.executable, "train.py", "--config=configs/demo.py:batch=16,samples=64,warmup_steps=1",
+        "--config.data.source=synthetic", "--config.eval.dataset=", f"--workdir={tmp_path}",
+    ]  # fmt: skip
+    limited = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+    failed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, preexec_fn=limited, timeout=400)
+    assert failed.returncode == 2
+    assert re.match(
+        "error: the checkpoint of step 4 could not be written to .*: File too large; ", failed.stderr.splitlines()[-1]
+    )
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    assert again.returncode == 0, again.stderr
+    assert "4" in names(tmp_path)
+
+
+def test_two_runs_in_one_workdir(tmp_path):
+    refused = pytest.raises(UserError, match=rf"is in use by process {os.getpid()} on \S+, since 20.*; let it end")
+    with locked(tmp_path), refused, locked(tmp_path):
+        pass
+    with locked(tmp_path):
+        pass
+
+
+def test_a_killed_owner_leaves_no_lock(tmp_path):
+    code = f"""
+import sys, time
+from pathlib import Path
+from clip_jax.lock import locked
+with locked(Path({str(tmp_path)!r})):
+    print("locked", flush=True)
+    time.sleep(100)
+"""
+    owner = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert owner.stdout is not None
+    assert owner.stdout.readline() == "locked\n"
+    with pytest.raises(UserError, match=rf"in use by process {owner.pid} on "), locked(tmp_path):
+        pass
+    owner.kill()
+    owner.wait()
+    owner.stdout.close()
+    with locked(tmp_path):
+        assert json.loads((tmp_path / "lock").read_text())["process"] == os.getpid()
+
+
+def test_a_read_only_workdir_is_one_line(tmp_path):
+    with small_disk(tmp_path / "disk", "1m") as disk:
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        with (
+            pytest.raises(
+                UserError, match=r"^--workdir .*disk cannot be written: Read-only file system; name a folder"
+            ),
+            locked(disk),
+        ):
+            pass
+        with pytest.raises(UserError, match=r"checkpoints cannot be written: Read-only file system"):
+            save(Checkpoints(disk, CheckpointConfig()), 1)
