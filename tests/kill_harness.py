@@ -4,7 +4,9 @@ A third of the kills is aimed at a save: the process is killed as soon as one is
 The others come while it starts and restores, or while it trains. To restart in a second and not in six, the processes
 are forked by one that has imported JAX and has never used it:
 
-    python tests/kill_harness.py      reads workdirs, a line each; answers with the process id, then its exit status
+    PYTHONPATH=.:tests python tests/kill_harness.py
+
+reads workdirs from its input, a line each, and answers with the process id, then its exit status
 """
 
 import collections
@@ -16,11 +18,12 @@ import subprocess
 import sys
 import time
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
-EPOCH, BATCH, EPOCHS, PAUSE_S = 1_000, 40, 2, 0.04
+EPOCH, BATCH, EPOCHS, PAUSE_S = 1_000, 50, 2, 0.04
 TMP = "*.orbax-checkpoint-tmp"
 
 
@@ -36,19 +39,19 @@ def train_recorded(workdir: Path) -> None:
     """A run of two epochs, with a checkpoint every second step; it writes down the samples of every batch."""
     from tiny import TINY
 
-    from clip_jax.config import CheckpointConfig, DataConfig, from_config_dict, to_config_dict
+    from clip_jax.config import CheckpointConfig, DataConfig
     from clip_jax.data.loader import open_training_data
+    from clip_jax.models.variants import TextConfig
     from clip_jax.trainer import train
 
-    values = to_config_dict(TINY).to_dict() | {"batch": BATCH, "samples": EPOCH * EPOCHS}
-    values["model"]["text"] |= {"vocab_size": 49_408, "context": 16}
-    config = from_config_dict(values)
-    config = config.__class__(
-        **(config.__dict__ | {
-            "data": DataConfig(source="synthetic", mixture=("source=synthetic",)),
-            "checkpoint": CheckpointConfig(every=2, keep=2),
-        })
-    )  # fmt: skip
+    config = replace(
+        TINY,
+        model=replace(TINY.model, text=TextConfig(width=32, heads=2, layers=1, context=16)),
+        data=DataConfig(source="synthetic", mixture=("source=synthetic",)),
+        checkpoint=CheckpointConfig(every=2, keep=2),
+        batch=BATCH,
+        samples=EPOCH * EPOCHS,
+    )
     data = open_training_data(config)
 
     def batches(position: int):
@@ -67,7 +70,7 @@ def outcome(workdir: Path) -> Outcome:
     """Reads what a run that has ended left: samples by position; where a position was read twice, they were equal."""
     from clip_jax import metrics
 
-    record = json.loads((max_step(workdir) / "record" / "metadata").read_text())
+    record = json.loads((_newest(workdir) / "record" / "metadata").read_text())
     by_position: dict[int, list[int]] = {}
     for line in (workdir / "samples.jsonl").read_text().splitlines():
         try:
@@ -82,7 +85,7 @@ def outcome(workdir: Path) -> Outcome:
     )
 
 
-def max_step(workdir: Path) -> Path:
+def _newest(workdir: Path) -> Path:
     return max((path for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()), key=lambda p: int(p.name))
 
 
@@ -93,6 +96,7 @@ class Processes:
         environment = os.environ | {
             "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
         }
         self._server = subprocess.Popen(
             [sys.executable, __file__],
@@ -119,25 +123,31 @@ class Processes:
         return int(self._server.stdout.readline())
 
 
-def run_with_kills(processes: Processes, workdir: Path, *, kills: int, rng: random.Random) -> collections.Counter:
-    """Trains in `workdir` to the end through up to `kills` kills; returns how many of which kind there were."""
+def run_with_kills(
+    processes: Processes, folder: Path, *, kills: int, rng: random.Random
+) -> tuple[collections.Counter, list[Path]]:
+    """Trains one run after the other to its end, until there were `kills` kills.
+
+    Returns:
+      How many kills there were of each kind, and the workdirs.
+    """
     done: collections.Counter = collections.Counter()
-    started = time.monotonic()
-    for number in range(kills):
-        process = processes.start(workdir)
-        kind = ("save", "training", "start")[number % 3] if number % 6 != 5 else "training"
-        hit = {"save": _until_save, "training": _until_training, "start": _until_start}[kind](process, workdir, rng)
-        if hit:
+    runs = [folder / "0"]
+    folder.mkdir()
+    waits = {"save": _until_save, "training": _until_training, "start": _until_start}
+    while done.total() < kills:
+        process = processes.start(runs[-1])
+        kind = ("save", "training", "start", "save", "training", "training")[done.total() % 6]
+        if waits[kind](process, runs[-1], rng):
             os.kill(process, signal.SIGKILL)
-        status = processes.wait()
-        if status == 0:
-            done["seconds"] = round(time.monotonic() - started)
-            return done
-        assert status == -signal.SIGKILL, status
-        done[kind] += 1
-    processes.start(workdir)
-    assert processes.wait() == 0
-    return done
+        if (status := processes.wait()) == -signal.SIGKILL:
+            done[kind] += 1
+        else:
+            assert status == 0, runs[-1].with_suffix(".log").read_text()
+            runs.append(folder / str(len(runs)))
+    processes.start(runs[-1])
+    assert processes.wait() == 0, runs[-1].with_suffix(".log").read_text()
+    return done, runs
 
 
 def _until_save(process: int, workdir: Path, rng: random.Random) -> bool:
@@ -213,5 +223,4 @@ def _serve() -> None:
 
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     _serve()

@@ -2,12 +2,13 @@
 
 import dataclasses
 import logging
+import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from states import assert_same_bits
+from states import assert_same_bits, small_state, target_of
 from tiny import TINY
 
 from clip_jax.checkpoint import Checkpoints, Contents, read_run
@@ -70,12 +71,94 @@ def test_the_state_may_be_donated_while_it_is_written(checkpoints):
 def test_the_newest_are_kept(checkpoints, tmp_path):
     assert checkpoints.latest() is None
     assert not (tmp_path / "checkpoints").exists()  # looking writes nothing
-    state = state_on(MeshConfig())
+    state = small_state(0)
     for step in (1, 2, 3):
         save(checkpoints, step, state)
     checkpoints.wait()
     assert checkpoints.latest() == 3
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()) == ["2", "3"]
+    assert steps_in(tmp_path) == [2, 3]
+
+
+def steps_in(workdir: Path) -> list[int]:
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
+
+
+def run_steps(workdir: Path, config: CheckpointConfig, metrics: dict[int, float], *, steps: int = 12) -> list[int]:
+    """Calls `save` after every step, as a run does; returns the steps that were written."""
+    written = []
+    with Checkpoints(workdir, config) as checkpoints:
+        for step in range(1, steps + 1):
+            measured = {"top1": metrics[step], "other": 0.0} if step in metrics else None
+            if checkpoints.save(
+                step, small_state(0), position=0, config=TINY, data={}, metrics=measured, now=step == steps
+            ):
+                written.append(step)
+                checkpoints.wait()
+    return written
+
+
+@pytest.mark.parametrize(
+    ("config", "metrics", "written", "kept"),
+    [
+        (CheckpointConfig(every=5, keep=9), {}, [5, 10, 12], [5, 10, 12]),
+        (CheckpointConfig(every=2, keep=1, keep_every=4), {}, [2, 4, 6, 8, 10, 12], [4, 8, 12]),
+        (
+            CheckpointConfig(every=4, keep=1, best_metric="top1"),
+            {3: 0.2, 6: 0.9, 9: float("nan")},
+            [3, 4, 6, 8, 9, 12],
+            [6, 12],
+        ),
+        (
+            CheckpointConfig(every=4, keep=1, best_metric="top1", best_mode="min"),
+            {3: 0.2, 6: 0.9},
+            [3, 4, 6, 8, 12],
+            [3, 12],
+        ),
+    ],
+    ids=["every", "keep_every", "best", "smallest"],
+)
+def test_when_checkpoints_are_written_and_which_are_kept(tmp_path, config, metrics, written, kept):
+    assert run_steps(tmp_path, config, metrics) == written
+    assert steps_in(tmp_path) == kept
+
+
+def test_the_best_is_known_after_a_restart(tmp_path):
+    config = CheckpointConfig(every=100, keep=1, best_metric="top1")
+    run_steps(tmp_path, config, {2: 0.9}, steps=3)
+    with Checkpoints(tmp_path, config) as checkpoints:
+        step, _ = checkpoints.restore_latest(target_of(small_state(0)))
+        assert step == 3
+        for step, top1 in ((4, 0.3), (5, 0.4)):
+            checkpoints.save(step, small_state(0), position=0, config=TINY, data={}, metrics={"top1": top1})
+    assert steps_in(tmp_path) == [2, 5]
+
+
+def test_the_clock_decides_too(tmp_path):
+    config = CheckpointConfig(every=1_000, minutes=1 / 60, keep=9)
+    with Checkpoints(tmp_path, config) as checkpoints:
+        written = []
+        for step in range(1, 26):
+            written += [step] * checkpoints.save(step, small_state(0), position=0, config=TINY, data={})
+            time.sleep(0.1)
+    assert written[0] == 1
+    assert 2 <= len(written) <= 4
+    assert steps_in(tmp_path) == written
+
+
+@pytest.mark.parametrize("minutes", [0.0, 60.0])
+def test_what_it_costs_to_ask_after_every_step(tmp_path, minutes):
+    """Nothing is due: printed, not asserted, beside the time that a save takes away from training."""
+    with Checkpoints(tmp_path, CheckpointConfig(every=1_000_000, minutes=minutes)) as checkpoints:
+        arguments = {"position": 0, "config": TINY, "data": {}}
+        began = time.perf_counter()
+        checkpoints.save(1, small_state(0), **arguments, now=True)
+        saving = time.perf_counter() - began
+        checkpoints.wait()
+        state = small_state(0)
+        began = time.perf_counter()
+        assert not any(checkpoints.save(step, state, **arguments) for step in range(2, 1_002))
+        asking = (time.perf_counter() - began) / 1_000
+    print(f"minutes={minutes}: {1e6 * asking:.0f} us to ask, {1e3 * saving:.0f} ms to start a save")
 
 
 def test_what_is_not_whole_is_passed_over(checkpoints, tmp_path, caplog):
