@@ -110,8 +110,7 @@ class Processes:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._server.stdin.close()
-        self._server.wait(timeout=60)
+        self._server.communicate(timeout=60)
 
     def start(self, workdir: Path) -> int:
         """Returns the process id."""

@@ -11,13 +11,11 @@ import pytest
 from states import assert_same_bits, small_state, target_of
 from tiny import TINY
 
-from clip_jax.checkpoint import Checkpoints, Contents, read_run
+from clip_jax.checkpoint import Checkpoints, read_run
 from clip_jax.config import CheckpointConfig, MeshConfig, as_json
-from clip_jax.errors import UserError
 from clip_jax.models.clip import CLIP
 from clip_jax.optim import make_optimizer
 from clip_jax.partition import make_mesh
-from clip_jax.resume import check_resumable
 from clip_jax.state import abstract_state, create_state
 
 MODEL, OPTIMIZER = CLIP(TINY.model), make_optimizer(TINY.optim, steps=TINY.steps)
@@ -29,9 +27,6 @@ def state_on(mesh_config: MeshConfig, *, seed: int = 0):
 
 def save(checkpoints: Checkpoints, step: int, state) -> None:
     checkpoints.save(step, state, position=step * TINY.batch, config=TINY, data={"name": "made up"}, now=True)
-
-
-SAVED = Contents({"position": 96, "skips": []}, as_json(TINY), {"data": {"name": "made up"}}, {})
 
 
 @pytest.fixture
@@ -147,18 +142,18 @@ def test_the_clock_decides_too(tmp_path):
 
 @pytest.mark.parametrize("minutes", [0.0, 60.0])
 def test_what_it_costs_to_ask_after_every_step(tmp_path, minutes):
-    """Nothing is due: printed, not asserted, beside the time that a save takes away from training."""
+    """Nothing is due: printed, not asserted, in CPU time, beside what it takes to start a save."""
     with Checkpoints(tmp_path, CheckpointConfig(every=1_000_000, minutes=minutes)) as checkpoints:
         arguments = {"position": 0, "config": TINY, "data": {}}
-        began = time.perf_counter()
+        began = time.thread_time()
         checkpoints.save(1, small_state(0), **arguments, now=True)
-        saving = time.perf_counter() - began
+        saving = time.thread_time() - began
         checkpoints.wait()
         state = small_state(0)
-        began = time.perf_counter()
+        began = time.thread_time()
         assert not any(checkpoints.save(step, state, **arguments) for step in range(2, 1_002))
-        asking = (time.perf_counter() - began) / 1_000
-    print(f"minutes={minutes}: {1e6 * asking:.0f} us to ask, {1e3 * saving:.0f} ms to start a save")
+        asking = (time.thread_time() - began) / 1_000
+    print(f"minutes={minutes}: {1e6 * asking:.0f} us to ask, {1e3 * saving:.0f} ms to start a save (CPU time)")
 
 
 def test_what_is_not_whole_is_passed_over(checkpoints, tmp_path, caplog):
@@ -179,31 +174,6 @@ def test_config_and_metadata_travel(checkpoints, tmp_path):
     metadata = (tmp_path / "checkpoints" / "2" / "metadata" / "metadata").read_text()
     for word in ('"quick_gelu"', '"tokenizer": "clip"', '"git_revision"', '"made up"', '"size": 16', '"mean"', '"jax"'):
         assert word in metadata
-
-
-def test_another_model_is_refused_by_name():
-    deeper = dataclasses.replace(TINY.model, text=dataclasses.replace(TINY.model.text, layers=2))
-    other = dataclasses.replace(TINY, model=deeper)
-    with pytest.raises(UserError, match=r"^w holds checkpoints of another model: text.layers 1 -> 2 \(saved"):
-        check_resumable(SAVED, other, step=3, where=Path("w"))
-    harmless = dataclasses.replace(TINY, model=dataclasses.replace(TINY.model, dtype="bfloat16", init="scaled"))
-    check_resumable(SAVED, harmless, step=3, where=Path("w"))
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"freeze": ("^image/",)}, r"optim.freeze \[\] -> \['\^image/'\] \(saved"),
-        ({"ema_decay": 0.9}, r"optim.ema_decay > 0 False -> True"),
-        ({"mu_dtype": "bfloat16"}, r"optim.mu_dtype 'float32' -> 'bfloat16'"),
-    ],
-)
-def test_another_optimizer_state_is_refused_by_key(changes, message):
-    other = dataclasses.replace(TINY, optim=dataclasses.replace(TINY.optim, **changes))
-    with pytest.raises(UserError, match=rf"^w holds checkpoints of another optimizer state: {message}"):
-        check_resumable(SAVED, other, step=3, where=Path("w"))
-    harmless = dataclasses.replace(TINY, optim=dataclasses.replace(TINY.optim, clip_norm=1.0, lr_multipliers=("a=1",)))
-    check_resumable(SAVED, harmless, step=3, where=Path("w"))
 
 
 def test_what_a_run_gives_is_its_average(tmp_path):

@@ -1,0 +1,82 @@
+"""What may change when a run is resumed: refused where it cannot be, else explained."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from tiny import TINY
+
+from clip_jax.checkpoint import Contents
+from clip_jax.config import as_json
+from clip_jax.errors import UserError
+from clip_jax.resume import check_resumable, describe_resume
+
+DATA = {"name": "made up", "files": (1, 2)}
+SAVED = Contents({"position": 320, "skips": []}, as_json(TINY), {"data": {"name": "made up", "files": [1, 2]}}, {})
+
+
+def lines(**changes) -> list[str]:
+    config = dataclasses.replace(TINY, **changes)
+    check_resumable(SAVED, config, step=10, where=Path("w"))
+    return describe_resume(SAVED, config, step=10, data=DATA)
+
+
+def test_another_model_is_refused_by_name():
+    deeper = dataclasses.replace(TINY.model, text=dataclasses.replace(TINY.model.text, layers=2))
+    with pytest.raises(UserError, match=r"^w holds checkpoints of another model: text.layers 1 -> 2 \(saved"):
+        lines(model=deeper)
+    lines(model=dataclasses.replace(TINY.model, dtype="bfloat16", init="scaled"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"freeze": ("^image/",)}, r"optim.freeze \[\] -> \['\^image/'\] \(saved"),
+        ({"ema_decay": 0.9}, r"optim.ema_decay > 0 False -> True"),
+        ({"mu_dtype": "bfloat16"}, r"optim.mu_dtype 'float32' -> 'bfloat16'"),
+    ],
+)
+def test_another_optimizer_state_is_refused_by_key(changes, message):
+    with pytest.raises(UserError, match=rf"^w holds checkpoints of another optimizer state: {message}"):
+        lines(optim=dataclasses.replace(TINY.optim, **changes))
+    lines(optim=dataclasses.replace(TINY.optim, clip_norm=1.0, lr_multipliers=("a=1",)))
+
+
+def test_nothing_changed():
+    assert lines() == ["resuming at step 10"]
+
+
+def test_learning_rate_and_schedule_may_change():
+    optim = dataclasses.replace(TINY.optim, lr=1e-4, warmup_steps=3)
+    assert lines(optim=optim, samples=32 * 40) == [
+        "resuming at step 10; changed since: optim.lr 0.001 -> 0.0001, optim.warmup_steps 5 -> 3, samples 640 -> 1280"
+    ]
+
+
+def test_another_batch_is_explained():
+    """640 pairs were planned, 320 are seen; with 16 a step the 320 others would take 20 more steps."""
+    first, second = lines(batch=16)
+    assert first == "resuming at step 10; changed since: batch 32 -> 16"
+    assert "goes on at step 10 of 40" in second
+    assert "will have seen 800 pairs" in second
+    assert second.endswith("config.samples=480 would make it 640, as planned")
+    planned = dataclasses.replace(TINY, batch=16, samples=480)
+    assert 320 + (planned.steps - 10) * planned.batch == 640
+
+
+def test_a_batch_that_leaves_nothing_to_do_is_refused():
+    with pytest.raises(UserError, match=r"config.batch is 64, and was 32.*10 steps now.*config.samples=960 would make"):
+        lines(batch=64)
+    assert "of 15" in lines(batch=64, samples=960)[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "data", "expected"),
+    [
+        ({"seed": 1}, DATA, "the order of the data changed after 320 pairs: in the epoch"),
+        ({}, DATA | {"name": "other"}, "the data changed after 320 pairs: in the epoch"),
+    ],
+)
+def test_another_order_or_other_data_are_said(changes, data, expected):
+    found = describe_resume(SAVED, dataclasses.replace(TINY, **changes), step=10, data=data)
+    assert found[1].startswith(expected)
