@@ -126,6 +126,23 @@ def test_overrides_that_are_refused(key, text, message):
             "config.distributed.process_id is 2 of config.distributed.processes=2",
         ),
         ({"distributed": {"processes": 2}}, "config.distributed.mode is 'auto', and only explicit uses"),
+        ({"checkpoint": {"minutes": -1.0}}, "config.checkpoint.minutes is -1.0; it must not be negative"),
+        (
+            {"checkpoint": {"every": 1_000, "keep_every": 1_500}},
+            r"keep_every is 1500; it must be a multiple of config.checkpoint.every \(1000\)",
+        ),
+        (
+            {"checkpoint": {"best_metric": "zero_shot/photo/top1"}, "eval": {"dataset": "x"}},
+            "config.checkpoint.best_metric is 'zero_shot/photo/top1', and nothing is evaluated while training; set",
+        ),
+        (
+            {"checkpoint": {"best_metric": "zero_shot/photos/top1"}, "eval": {"dataset": "x", "every": 5}},
+            "which the evaluation does not give; did you mean 'zero_shot/photo/top1'",
+        ),
+        (
+            {"checkpoint": {"best_mode": "least"}},
+            "config.checkpoint.best_mode is 'least'; it must be one of 'max', 'min'",
+        ),
         ({"samples": 5}, "config.samples is 5, less than one config.batch"),
         ({"samples": 32_768 * 10}, "config.optim.warmup_steps is 2000; .* less than the run's 10 steps"),
         ({"mesh": {"data": 0}}, "config.mesh.data is 0; it must be positive, or -1"),

@@ -25,6 +25,7 @@ from clip_jax.data.loader import TrainingData, open_training_data
 from clip_jax.errors import UserError
 from clip_jax.interop.open_clip import write_open_clip
 from clip_jax.interop.weights import Weights
+from clip_jax.lock import locked
 from clip_jax.models.clip import CLIP, init_variables
 from clip_jax.models.resolution import change_resolution
 from clip_jax.models.variants import ResNetConfig, TextConfig
@@ -129,6 +130,7 @@ def test_a_run_leaves_what_a_person_looks_at(digits_dir, tmp_path, capsys):
     assert result["prompts"] == "digits_unseen"
     assert np.sum(result["confusion"]) == 300
     assert set(series(tmp_path, "zero_shot/digits_unseen/top1")) == {6, 12}
+    assert config.eval.metrics == ("zero_shot/digits_unseen/top1",)  # what config.checkpoint.best_metric may be
     assert series(tmp_path, "zero_shot/digits_unseen/top1")[12] == result["acc1"]
     for name in ("training.png", "confusion.png", "retrieval.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
@@ -165,6 +167,27 @@ def test_what_changed_since_the_checkpoint_is_said(tmp_path, capsys):
     capsys.readouterr()
     train(dataclasses.replace(SYNTHETIC, optim=dataclasses.replace(SYNTHETIC.optim, lr=2e-3)), tmp_path)
     assert "resuming at step 5; changed since: optim.lr 0.001 -> 0.002" in capsys.readouterr().out
+
+
+def test_a_run_with_a_damaged_checkpoint_goes_on_from_the_one_before(tmp_path, caplog):
+    straight = train(SYNTHETIC, tmp_path / "straight")
+    with pytest.raises(ConnectionError):
+        train(SYNTHETIC, tmp_path / "broken", data=interrupted(open_training_data(SYNTHETIC), after=11))
+    position = tmp_path / "broken" / "checkpoints" / "10" / "data" / "metadata"
+    position.write_text(position.read_text().replace("160", "161"))
+    resumed = train(SYNTHETIC, tmp_path / "broken")
+    assert "checkpoints/10 has changed in data; an older one is taken; it is damaged-10 now" in caplog.text
+    assert series(tmp_path / "straight") == series(tmp_path / "broken")
+    for a, b in zip(jax.tree.leaves(straight), jax.tree.leaves(resumed), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def test_a_workdir_in_use_is_refused_and_kept(tmp_path):
+    with locked(tmp_path):
+        before = snapshot(tmp_path)
+        with pytest.raises(UserError, match=r"^--workdir .* is in use by process \d+ on "):
+            train(SYNTHETIC, tmp_path)
+        assert snapshot(tmp_path) == before
 
 
 def test_a_checkpoint_of_another_model_is_refused_and_kept(tmp_path):
