@@ -386,9 +386,12 @@ class Checkpoints:
             to = next(name for name in names if not name.exists())
             with suppress(OSError):
                 folder.rmdir()
-            if folder.exists():
-                folder.rename(to)
-            _LOG.warning("checkpoint %s %s; it is %s now", folder, why, f"{to.name}" if to.exists() else "removed")
+            try:
+                if folder.exists():
+                    folder.rename(to)
+            except OSError as error:
+                raise UserError(f"{folder} {why}, and it cannot be renamed: {error.strerror}") from None
+            _LOG.warning("checkpoint %s %s; it is %s now", folder, why, to.name if to.exists() else "removed")
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"{folder} set aside")
         if self._open_manager is not None:

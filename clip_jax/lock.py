@@ -6,6 +6,7 @@ on, such as NFS 4, it holds between hosts as well.
 
 import fcntl
 import json
+import logging
 import os
 import socket
 import time
@@ -18,6 +19,7 @@ import jax
 from clip_jax.errors import UserError
 
 FILE = "lock"
+_LOG = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -42,8 +44,8 @@ def locked(workdir: Path) -> Iterator[None]:
             raise UserError(
                 f"--workdir {workdir} is in use by {_owner(workdir / FILE)}; let it end, or name another folder"
             ) from None
-        except OSError:
-            pass  # a file system without locks: nothing can be said of other runs
+        except OSError as error:
+            _LOG.warning("%s has no locks (%s): another run in it would not be noticed", workdir, error.strerror)
         owner = {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%F %T %Z")}
         with suppress(OSError):  # a full disk: the lock holds without its owner's name
             file.truncate(0)

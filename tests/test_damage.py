@@ -176,6 +176,17 @@ def test_directories_that_are_no_checkpoints(tmp_path):
         assert checkpoints.latest() == 9
 
 
+def test_an_older_damaged_checkpoint_is_never_the_best_and_stops_nothing(tmp_path):
+    """Orbax reads the metrics of all when it opens a folder, and dies of one that is cut."""
+    states = {step: small_state(step) for step in (1, 2)}
+    write(tmp_path, states)
+    truncate(tmp_path / "checkpoints" / "1" / "metrics" / "metrics", random.Random(0))
+    with Checkpoints(tmp_path, KEPT) as checkpoints:
+        assert checkpoints.restore_latest(target_of(states[2]))[0] == 2
+        assert checkpoints.save(3, states[1], position=96, config=TINY, data={}, now=True)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"2", "3", "damaged-1"}
+
+
 def test_no_good_checkpoint_is_an_error_and_no_fresh_start(tmp_path):
     states = {step: small_state(step) for step in (1, 2)}
     write(tmp_path, states)

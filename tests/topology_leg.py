@@ -42,7 +42,7 @@ def leg(workdir: Path, model: str, mesh_config: MeshConfig, *, until: int):
         mesh=mesh_config,
         data=DataConfig(source="synthetic", mixture=("source=synthetic",)),
         optim=dataclasses.replace(TINY.optim, ema_decay=0.5),
-        checkpoint=CheckpointConfig(keep=9),
+        checkpoint=CheckpointConfig(keep=9, minutes=60.0),  # by process 0's clock, which the others must hear
     )
     module, optimizer = CLIP(run.model), make_optimizer(run.optim, steps=run.steps)
     count = mesh_config.data * mesh_config.fsdp
@@ -66,7 +66,8 @@ def leg(workdir: Path, model: str, mesh_config: MeshConfig, *, until: int):
                 state, metrics = step_function(state, place_rows(rows, mesh))
                 position += run.batch
                 losses[step] = float(metrics["loss"])
-        checkpoints.save(until, state, position=position, config=run, data=data.fingerprint, now=True)
+                last = step == until
+                checkpoints.save(step, state, position=position, config=run, data=data.fingerprint, now=last)
     return losses, begun, state
 
 
