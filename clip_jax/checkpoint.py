@@ -187,13 +187,12 @@ class Checkpoints:
         Those from `step` on are set aside as `abandoned-<step>`: a later start must not find them.
 
         Returns:
-          Its step and what it holds, or None where there is none; nothing is set aside then.
+          Its step and what it holds, or None where there is none.
         """
         self._settle(wait=True)
         found = self._restore_newest(target, before=step)
-        if found is not None:
-            for later in [later for later in self.steps() if later >= step]:
-                self._set_aside(later, "abandoned", why=f"is abandoned for that of step {found[0]}")
+        for later in [later for later in self.steps() if later >= step]:
+            self._set_aside(later, "abandoned", why=f"is abandoned for that of step {found[0] if found else 0}")
         return found
 
     def read_variables(self, step: int, target: Variables, *, ema: bool) -> Variables:

@@ -17,19 +17,19 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from clip_jax.config import RunConfig, from_config_dict, override
-from clip_jax.errors import ConfigError, UserError
+from clip_jax.errors import ConfigError, RestartError, UserError, one_line
 
 Overrides = list[tuple[str, str]]
 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Ends the program with one line on stderr and exit code 2 where the user made a mistake."""
+    """Ends the program with one line on stderr, and exit code 2 where a person must act, or a `RestartError`'s."""
     try:
         yield
-    except UserError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+    except (UserError, RestartError) as error:
+        print("error:", one_line(error), file=sys.stderr)
+        sys.exit(error.code if isinstance(error, RestartError) else 2)
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:

@@ -261,6 +261,7 @@ class DistributedConfig:
       process_id: this one's, from 0.
       bind: address:port on which process 0 listens; empty means all addresses of its host.
       timeout: seconds to wait for the others at the start.
+      heartbeat: seconds of silence after which a process counts as lost, and the others end.
     """
 
     mode: Literal["auto", "explicit", "off"] = "auto"
@@ -269,6 +270,7 @@ class DistributedConfig:
     process_id: int = -1
     bind: str = ""
     timeout: int = 300
+    heartbeat: int = 60
 
 
 @dataclass(frozen=True)
@@ -339,6 +341,37 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
+class HealthConfig:
+    """What a run does when it goes wrong; see docs/operations.md.
+
+    Attributes:
+      max_skipped: a step whose loss or gradient is not finite changes no parameter; after more of them in a row than
+        this, the run goes back to the checkpoint before the first, and passes over their pairs from then on.
+      max_rewinds: how often a run goes back, in its whole life; instead of the next time it ends with exit code 2.
+      spike_window: steps whose losses a loss is compared with.
+      spike_deviations: standard deviations over their median from which on a loss raises `alarm/loss_spike`; 0 means
+        never.
+      clamp_steps: steps in a row with the logit scale at `optim.max_scale` that raise `alarm/logit_scale`; 0 means
+        never.
+      collapse_cosine: mean cosine between images, or texts, of different pairs that raises `alarm/collapse` after the
+        warm-up; 1 means never.
+      hang_minutes: without a step, or another sign of progress, after which the run ends with exit code 75; compiling
+        the first step counts. 0 means never.
+      grace_s: seconds from SIGTERM after which the process ends, its checkpoint written or not; less than what the
+        scheduler gives.
+    """
+
+    max_skipped: int = 10
+    max_rewinds: int = 2
+    spike_window: int = 100
+    spike_deviations: float = 8.0
+    clamp_steps: int = 1_000
+    collapse_cosine: float = 0.95
+    hang_minutes: float = 30.0
+    grace_s: float = 25.0
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """A training run.
 
@@ -362,6 +395,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     batch: int = 32_768
     micro_batch: int = 0
     samples: int = 12_800_000_000
@@ -471,6 +505,8 @@ def _contradictions(config: RunConfig) -> Iterator[tuple[bool, str]]:
     yield from _data_contradictions(config.data, config.eval)
     yield from _distributed_contradictions(config.distributed)
     yield from _checkpoint_contradictions(config.checkpoint, config.eval)
+    cosine = config.health.collapse_cosine
+    yield not 0 < cosine <= 1, f"config.health.collapse_cosine is {cosine}; it must be over 0 and at most 1"
     optim, mesh = config.optim, config.mesh
     yield (
         config.model.bn_group > 0 and config.batch % config.model.bn_group != 0,
@@ -525,12 +561,13 @@ def _must_be_positive(config: RunConfig) -> Iterator[tuple[bool, str]]:
     names = "batch samples loss.tile optim.lr optim.eps optim.max_scale mesh.fsdp mesh.dcn_data checkpoint.every"
     names += " data.streams data.block data.window data.connections data.retry_s"
     names += " distributed.timeout checkpoint.keep eval.batch log.every data.threads data.prefetch model.embed_dim"
-    names += " model.temperature"
+    names += " model.temperature distributed.heartbeat health.spike_window health.grace_s"
     sizes = [key for key in values if key.startswith(("model.vision.", "model.text.")) and type(values[key]) is int]
     for key in [*names.split(), *sizes]:
         yield values[key] <= 0, f"config.{key} is {values[key]}; it must be positive"
     names = "data.workers eval.every model.bn_group micro_batch optim.clip_norm optim.weight_decay seed"
     names += " checkpoint.minutes checkpoint.keep_every"
+    names += " health.max_skipped health.max_rewinds health.spike_deviations health.clamp_steps health.hang_minutes"
     for key in names.split():
         yield values[key] < 0, f"config.{key} is {values[key]}; it must not be negative"
 

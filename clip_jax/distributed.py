@@ -2,7 +2,8 @@
 
 JAX itself finds its peers under SLURM, on Cloud TPUs, under Open MPI and in Kubernetes jobs; what is here decides
 whether to ask it, checks what it would die of without a word (a port in use: SIGSEGV; a coordinator that is not there:
-SIGABRT), and ends a process whose peers are gone, which an ordinary exit would leave hanging.
+SIGABRT), and ends a process whose peers are gone, which an ordinary exit would leave hanging. `clip_jax.peers` sees
+to it that they notice.
 """
 
 import os
@@ -12,16 +13,20 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import jax
 
 from clip_jax.config import DistributedConfig
-from clip_jax.errors import UserError
-
-LOST_PEERS = 75
-"""Exit code of a process that stopped because a run of several processes failed; a scheduler may start it again."""
+from clip_jax.errors import RESTART, RestartError, UserError, one_line
+from clip_jax.peers import Addresses, Peers, join_peers
+from clip_jax.preemption import PreemptedError
 
 SLURM = ("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NODELIST")
+_JAX_LATER_S = 10
+"""How much later JAX's own heartbeats give up on a peer, by aborting."""
+_VERDICT_S = 0.5
+"""How long an exception waits, so that where its cause is a lost peer that is what is said."""
 _KUBERNETES = ("KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX")
 
 
@@ -29,28 +34,29 @@ _KUBERNETES = ("KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX")
 def processes(config: DistributedConfig) -> Iterator[None]:
     """Joins this process to its peers, if it has any, before JAX is used; leaves them at the end.
 
-    Where something fails inside, all processes of the run end: this one at once, with the exit code of a user's mistake
-    or LOST_PEERS, and the others when they miss it.
+    Where something fails inside, all processes of the run end with the same exit code: a user's mistake's, or RESTART.
+    A preemption, which all processes raise together, is passed on when they have left each other in order.
 
     Raises:
       UserError: the coordinator's port is taken, or nobody answers there.
+      PreemptedError: was raised inside.
     """
     cluster = detect(config, os.environ)
     if cluster is None:
         yield
         return
     _initialize(config)
+    peers = _join_peers(float(config.heartbeat))
     try:
         yield
+    except PreemptedError:
+        _part(peers)
+        raise
     except BaseException as error:
-        if isinstance(error, UserError):
-            print("error:", " ".join(str(error).split()), file=sys.stderr)
-        else:
-            traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(2 if isinstance(error, UserError) else LOST_PEERS)  # an exit in order would wait for the others
-    jax.distributed.shutdown()
+        time.sleep(_VERDICT_S)
+        _explain(error)
+        peers.fail(2 if isinstance(error, UserError) else RESTART)  # an exit in order would wait for the others
+    _part(peers)
 
 
 def detect(config: DistributedConfig, environment: Mapping[str, str]) -> str | None:
@@ -89,8 +95,9 @@ def free_port() -> int:
 
 
 def _initialize(config: DistributedConfig) -> None:
+    patience = config.heartbeat + _JAX_LATER_S
     if config.mode == "auto":
-        jax.distributed.initialize(initialization_timeout=config.timeout)
+        jax.distributed.initialize(initialization_timeout=config.timeout, heartbeat_timeout_seconds=patience)
         return
     host, _, port = config.coordinator.rpartition(":")
     if config.process_id == 0:
@@ -102,8 +109,38 @@ def _initialize(config: DistributedConfig) -> None:
         config.processes,
         config.process_id,
         initialization_timeout=config.timeout,
+        heartbeat_timeout_seconds=patience,
         coordinator_bind_address=config.bind or None,
     )
+
+
+def _join_peers(heartbeat: float) -> Peers:
+    """Connects the processes; JAX's key-value store, which has no public name, tells them where."""
+    from jax._src.distributed import global_state
+
+    client: Any = global_state.client
+    host = str(global_state.coordinator_address).rpartition(":")[0].strip("[]")
+    addresses = Addresses(
+        host,
+        publish=lambda line: client.key_value_set("clip_jax/peers", line),
+        read=lambda: client.blocking_key_value_get("clip_jax/peers", 60_000),
+    )
+    return join_peers(global_state.process_id, global_state.num_processes, heartbeat=heartbeat, addresses=addresses)
+
+
+def _part(peers: Peers) -> None:
+    peers.close()
+    jax.distributed.shutdown()
+
+
+def _explain(error: BaseException) -> None:
+    if isinstance(error, UserError | RestartError):
+        print("error:", one_line(error), file=sys.stderr)
+    else:
+        traceback.print_exc()
+        print("error: the run failed, see above; started again, it goes on from its newest checkpoint", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
 
 
 def _check_free(port: int) -> None:

@@ -1,7 +1,10 @@
-"""Errors that a user can cause: one line says what was wrong, where, and what to do."""
+"""Errors that a user can cause, or must know of: one line says what was wrong, where, and what to do."""
 
 import difflib
 from collections.abc import Iterable
+
+RESTART = 75
+"""Exit code of a run that should be started again as it was (EX_TEMPFAIL in sysexits.h)."""
 
 
 class UserError(Exception):
@@ -10,6 +13,15 @@ class UserError(Exception):
 
 class ConfigError(UserError):
     """A config value that cannot be used: an unknown key, a wrong type, or values that contradict each other."""
+
+
+class RestartError(Exception):
+    """What ended a run is nobody's mistake; started again, it goes on from its newest checkpoint.
+
+    `train.py` prints its one line and exits with its `code`.
+    """
+
+    code = RESTART
 
 
 def one_line(error: BaseException) -> str:

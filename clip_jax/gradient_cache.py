@@ -16,12 +16,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from clip_jax.config import RunConfig
 from clip_jax.errors import ConfigError
-from clip_jax.losses import LossOutput
 from clip_jax.models.clip import CLIPOutput
 from clip_jax.partition import AXES, ROWS, check_batch
 
 Forward = Callable[[Any, Any], tuple[CLIPOutput, Any]]
-Loss = Callable[[CLIPOutput, jax.Array], LossOutput]
+Loss = Callable[[CLIPOutput, jax.Array], Any]
+"""Features and weights of a batch to what has the loss as its attribute `loss`."""
 
 
 def check_micro_batch(config: RunConfig, mesh: Mesh) -> None:
@@ -44,12 +44,12 @@ def check_micro_batch(config: RunConfig, mesh: Mesh) -> None:
 
 def cached_gradients(
     forward: Forward, loss: Loss, params: Any, batch: dict[str, jax.Array], *, parts: int, mesh: Mesh
-) -> tuple[LossOutput, Any, Any]:
+) -> tuple[Any, Any, Any]:
     """Returns the loss, the gradients on the parameters, and what else `forward` gives, averaged.
 
     Args:
       forward: (params, micro-batch) to the features and, as training's by-product, a tree of means over samples.
-      loss: (features, weight) of the whole batch to the loss.
+      loss: (features, weight) of the whole batch to the loss, and what else is said of it.
       params: what the gradients are on.
       batch: arrays whose first axis is the batch.
       parts: micro-batches.
@@ -63,7 +63,7 @@ def cached_gradients(
     _, every = jax.lax.scan(embed, None, micro)
     features = CLIPOutput(_join(every.image, mesh), _join(every.text, mesh), every.scale[0], every.bias[0])
 
-    def value(features: CLIPOutput) -> tuple[jax.Array, LossOutput]:
+    def value(features: CLIPOutput) -> tuple[jax.Array, Any]:
         output = loss(features, batch["weight"])
         return output.loss, output
 

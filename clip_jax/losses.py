@@ -95,6 +95,20 @@ def chance_loss(kind: Literal["softmax", "sigmoid"], batch: int) -> float:
     return math.log(batch) - (batch - 1) * math.log1p(-1 / batch)
 
 
+def mean_cosine(features: Float[Array, "b e"], weight: Float[Array, " b"]) -> Float[Array, ""]:
+    """Returns the mean cosine between the features of different pairs that count.
+
+    Σ_{i≠k} u_i·u_k = ‖Σ u_i‖² - Σ ‖u_i‖²: exact, in O(b·e), without the matrix of cosines.
+
+    Args:
+      features: unit rows; float32 or wider.
+      weight: per pair; those of weight 0 are left out. Fewer than two others give 0.
+    """
+    kept = jnp.where(weight[:, None] > 0, features, 0)
+    count = jnp.sum(weight > 0).astype(features.dtype)
+    return (jnp.square(kept.sum(0)).sum() - jnp.square(kept).sum()) / jnp.maximum(count * (count - 1), 1)
+
+
 def shares_of(weight: Float[Array, " b"]) -> Float[Array, " b"]:
     """Returns weight / Σ weight; zeros where no pair counts."""
     total = jnp.sum(weight)

@@ -2,18 +2,24 @@
 already running while they are fetched.
 """
 
+import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from clip_jax.bad_records import BadRecords
 from clip_jax.config import LogConfig, RunConfig, as_json
 from clip_jax.console import Progress
+from clip_jax.errors import one_line
+from clip_jax.health import Health
 from clip_jax.metrics import MetricWriter
+
+_LOG = logging.getLogger(__name__)
 
 
 class Monitor:
@@ -26,15 +32,24 @@ class Monitor:
       workdir: where metrics go.
       start_step: updates done before this process.
       chance_loss: the loss of a model that knows nothing.
-      bad_records: counts the pairs that could not be used, and ends the run where there are too many.
+      where: record number to what to call it in messages.
     """
 
     def __init__(
-        self, config: RunConfig, workdir: Path, *, start_step: int, chance_loss: float, bad_records: BadRecords
+        self,
+        config: RunConfig,
+        workdir: Path,
+        *,
+        start_step: int,
+        chance_loss: float,
+        where: Callable[[int], str],
     ) -> None:
         self._config, self._workdir = config, workdir
         self._start_step, self._chance_loss = start_step, chance_loss
-        self._bad_records = bad_records
+        self._bad_records = BadRecords(workdir, where, max_share=config.data.max_bad_share)
+        self._health = Health(config, workdir, where, say=self.print)
+        self._failed_evaluations = 0
+        self._alarms: dict[str, float] = {}
         self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
         self._progress: Progress | None = None
         self._writer: MetricWriter | None = None
@@ -72,22 +87,44 @@ class Monitor:
         yield
         self._waited += time.perf_counter() - began
 
+    def started(self, step: int, position: int, batch: Mapping[str, np.ndarray]) -> None:
+        """Takes this process's rows of a step's batch, which begins at `position`, to name those that go wrong."""
+        self._bad_records.note(step, batch)
+        self._health.note(step, position, batch)
+
     def finished(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
-        """Takes the metrics of a step that was just started, and reads those of the step before."""
+        """Takes the metrics of a step that was just started, and reads those of the step before.
+
+        Raises:
+          UserError: too many pairs could not be used.
+          Rewind: too many steps were skipped.
+        """
         previous, self._pending = self._pending, (step, metrics)
         if previous is not None:
             self._read(*previous)
 
     def flush(self) -> None:
         """Reads the metrics that are still on the device."""
-        if self._pending is not None:
-            self._read(*self._pending)
-            self._pending = None
+        previous, self._pending = self._pending, None
+        if previous is not None:
+            self._read(*previous)
+
+    def rewound(self, step: int) -> None:
+        """Forgets what is pending: the run goes on from an earlier step."""
+        self._pending, self._start_step = None, step
+        self._begin_window()
 
     def record(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes other numbers of a step, such as an evaluation's."""
         if self._writer is not None:
             self._writer.write(step, scalars)
+
+    def evaluation_failed(self, step: int, error: Exception) -> None:
+        """Logs an evaluation's error, the first one with its traceback, and counts it in the metrics."""
+        self._failed_evaluations += 1
+        first = self._failed_evaluations == 1
+        _LOG.error("the evaluation after step %d failed: %s", step, one_line(error), exc_info=error if first else None)
+        self.record(step, {"evaluation_failed": self._failed_evaluations})
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -110,6 +147,8 @@ class Monitor:
     def _read(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         values = self._bad_records.count(values, self._config.batch)
+        values = self._health.judge(step, values)
+        values |= self._since_last_row(values)
         self._window_steps += 1
         values |= self._speed()
         if self._progress is not None:
@@ -118,7 +157,14 @@ class Monitor:
             self.record(step, values)
             self._begin_window()
 
+    def _since_last_row(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Returns the alarms, 1 if one was on at any step that has no row of its own."""
+        on = {name: value for name, value in values.items() if name.startswith("alarm/")}
+        self._alarms = {name: max(value, self._alarms.get(name, 0.0)) for name, value in on.items()}
+        return self._alarms
+
     def _begin_window(self) -> None:
+        self._alarms = {}
         self._window_began, self._window_steps, self._waited = time.perf_counter(), 0, 0.0
 
     def _speed(self) -> dict[str, float]:

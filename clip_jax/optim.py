@@ -32,6 +32,11 @@ def learning_rate(config: OptimConfig, *, steps: int) -> optax.Schedule:
     return optax.warmup_cosine_decay_schedule(0.0, config.lr, config.warmup_steps, steps, 0.0)
 
 
+def is_schedule(node: Any) -> bool:
+    """Whether a part of an optimizer's state is the schedule's counter of steps."""
+    return isinstance(node, optax.ScaleByScheduleState)
+
+
 def make_optimizer(config: OptimConfig, *, steps: int) -> optax.GradientTransformation:
     """Returns AdamW over float32 parameters, with the config's clipping, freezing and multipliers.
 

@@ -173,20 +173,38 @@ def report(plan: Plan, *, mfu: float, memory: int, images_per_core: float) -> st
 
 def lever(plan: Plan) -> str:
     """Returns the first thing to change where a run does not fit, as config keys."""
-    config, memory = plan.config, plan.memory
+    lasting = sum(size for kind, size in plan.memory.items() if kind in ("parameters", "optimizer state", "average"))
+    state_first = lasting > plan.memory["total"] / 2
+    return f"try {levers(plan.config, chips=plan.topology.chips, state_first=state_first)[0]}"
+
+
+def levers(config: RunConfig, *, chips: int, state_first: bool = False) -> list[str]:
+    """Returns what to change where a run does not fit, as config keys, what costs least first.
+
+    Args:
+      config: the run's.
+      chips: that it is on.
+      state_first: most of the memory is parameters and optimizer state.
+    """
     policies = ("none", "dots", "block", "full")
-    at = policies.index(config.model.remat)
-    lasting = sum(size for kind, size in memory.items() if kind in ("parameters", "optimizer state", "average"))
-    if lasting > memory["total"] / 2 and config.mesh.fsdp < plan.topology.chips:
-        return f"try mesh.fsdp={min(8, plan.topology.chips)} (more chips share parameters and optimizer state)"
-    if at < 2:
-        return f"try model.remat={policies[at + 1]} (keep less for the backward pass)"
-    chips, batch = plan.topology.chips, config.micro_batch or config.batch
+    remat = policies.index(config.model.remat)
+    batch = config.micro_batch or config.batch
     resnet = isinstance(config.model.vision, ResNetConfig)
     group = f" with model.bn_group={batch // 2 // chips}" if resnet and not config.model.bn_group else ""
-    if batch // 2 % chips == 0 and batch // 2 >= chips:
-        return f"try micro_batch={batch // 2}{group} (exact gradients in parts of the batch)"
-    return "try model.remat=full, or more chips"
+    shards = f"mesh.fsdp={min(8, chips)} (more chips share parameters and optimizer state)"
+    found = [
+        (state_first and config.mesh.fsdp < chips, shards),
+        (config.loss.form == "reference", "loss.form=chunked (no device holds its rows of the logits)"),
+        (remat < 2, f"model.remat={policies[min(remat + 1, 3)]} (keep less for the backward pass)"),
+        (
+            batch // 2 % chips == 0 and batch // 2 >= chips,
+            f"micro_batch={batch // 2}{group} (exact gradients in parts of the batch)",
+        ),
+        (True, "model.remat=full, or more chips" if remat < 3 else "more chips"),
+        (not state_first and config.mesh.fsdp < chips, shards),
+        (True, "a smaller batch"),
+    ]
+    return [text for is_left, text in found if is_left]
 
 
 def _time_rows(plan: Plan, *, mfu: float, images_per_core: float) -> list[tuple[str, str]]:

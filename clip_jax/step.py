@@ -1,7 +1,11 @@
-"""One optimizer step: normalise on device, both towers, contrastive loss, AdamW, clamp of the temperature."""
+"""One optimizer step: normalise on device, both towers, contrastive loss, AdamW, clamp of the temperature.
+
+A step whose loss or gradient is not finite changes nothing but the step counter and the schedule's, so that both stay
+functions of the data position.
+"""
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +16,9 @@ from clip_jax.config import LossConfig, RunConfig
 from clip_jax.data.images import normalize, preprocess_of
 from clip_jax.data.records import REASONS
 from clip_jax.gradient_cache import Forward, Loss, cached_gradients
-from clip_jax.losses import LossOutput, sigmoid_loss, softmax_loss
+from clip_jax.losses import LossOutput, mean_cosine, sigmoid_loss, softmax_loss
 from clip_jax.models.clip import CLIP, CLIPOutput, forward_train
-from clip_jax.optim import clamp_scale, frozen, global_norm, learning_rate, moving_average, stop_frozen
+from clip_jax.optim import clamp_scale, frozen, global_norm, is_schedule, learning_rate, moving_average, stop_frozen
 from clip_jax.partition import replicated, row_sharding
 from clip_jax.state import TrainState
 from clip_jax.tiled_loss import tiled_loss
@@ -22,6 +26,22 @@ from clip_jax.tiled_loss import tiled_loss
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+class JudgedFeatures(NamedTuple):
+    """What a step learns from a batch's features; scalars.
+
+    Attributes:
+      loss: what is minimised.
+      accuracy: mean over images choosing a text and texts choosing an image.
+      image_cosine: mean cosine between the images of different pairs; near 1 where the embeddings have collapsed.
+      text_cosine: the same of the texts.
+    """
+
+    loss: jax.Array
+    accuracy: jax.Array
+    image_cosine: jax.Array
+    text_cosine: jax.Array
 
 
 def make_train_step(
@@ -50,8 +70,11 @@ def make_train_step(
     optim, parts = config.optim, config.batch // (config.micro_batch or config.batch)
     random_patches = config.model.patch_dropout > 0
 
-    def loss(output: CLIPOutput, weight: jax.Array) -> LossOutput:
-        return contrastive_loss(config.loss, output, weight, mesh=mesh)
+    def loss(features: CLIPOutput, weight: jax.Array) -> JudgedFeatures:
+        output = contrastive_loss(config.loss, features, weight, mesh=mesh)
+        accuracy = (output.image_accuracy + output.text_accuracy) / 2
+        cosines = [mean_cosine(side, weight) for side in (features.image, features.text)]
+        return JudgedFeatures(output.loss, accuracy, *cosines)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         if random_patches:
@@ -64,17 +87,23 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = clamp_scale(cast(dict, optax.apply_updates(state.params, updates)), optim.max_scale)
         ema = moving_average(state.ema, params, decay=optim.ema_decay) if state.ema else state.ema
+        norm = global_norm(grads)
+        finite = jnp.isfinite(output.loss) & jnp.isfinite(norm)
         metrics = {
             "loss": output.loss,
-            "accuracy": (output.image_accuracy + output.text_accuracy) / 2,
+            "accuracy": output.accuracy,
             "logit_scale": jnp.exp(state.params["logit_scale"]),
             "learning_rate": jnp.asarray(learning_rate(optim, steps=config.steps)(state.step)),
-            "gradient_norm": global_norm(grads),
+            "gradient_norm": norm,
             "pairs": batch["weight"].sum(),
+            "image_cosine": output.image_cosine,
+            "text_cosine": output.text_cosine,
+            "skipped": 1 - finite.astype(jnp.int32),
         }
         if "bad" in batch:
             metrics |= {f"bad/{reason}": (batch["bad"] == code).sum() for code, reason in enumerate(REASONS, start=1)}
-        return TrainState(state.step + 1, params, batch_stats, opt_state, ema), metrics
+        updated = TrainState(state.step + 1, params, batch_stats, opt_state, ema)
+        return keep_unless(finite, updated, state), metrics
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     return jax.jit(
@@ -83,6 +112,18 @@ def make_train_step(
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
     )
+
+
+def keep_unless(finite: jax.Array, updated: TrainState, state: TrainState) -> TrainState:
+    """Returns the updated state, or where `finite` is false the old one with the updated counters of steps.
+
+    A choice for each element, so that it is fused with the update and the state's memory is used again.
+    """
+
+    def choose(new: Any, old: Any) -> Any:
+        return new if is_schedule(new) else jnp.where(finite, new, old)
+
+    return jax.tree.map(choose, updated, state, is_leaf=is_schedule).replace(step=updated.step)
 
 
 def contrastive_loss(config: LossConfig, output: CLIPOutput, weight: jax.Array, *, mesh: Mesh | None) -> LossOutput:
@@ -132,10 +173,10 @@ def _forward(model: CLIP, config: RunConfig, batch_stats: Any, mesh: Mesh) -> Fo
     return forward
 
 
-def _gradients(forward: Forward, loss: Loss, params: Any, batch: Batch) -> tuple[LossOutput, Any, Any]:
+def _gradients(forward: Forward, loss: Loss, params: Any, batch: Batch) -> tuple[Any, Any, Any]:
     """Returns the loss, the gradients on the parameters, and the updated `batch_stats`, of a whole batch at once."""
 
-    def value(params: Any) -> tuple[jax.Array, tuple[LossOutput, Any]]:
+    def value(params: Any) -> tuple[jax.Array, tuple[Any, Any]]:
         features, batch_stats = forward(params, batch)
         output = loss(features, batch["weight"])
         return output.loss, (output, batch_stats)

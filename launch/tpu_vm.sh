@@ -14,4 +14,6 @@ gcloud compute tpus tpu-vm scp "$archive" "$name":clip_jax.tar.gz --zone="$zone"
 everywhere 'mkdir -p clip_jax && tar -C clip_jax -xf clip_jax.tar.gz && cd clip_jax &&
   python3 -m venv .venv && .venv/bin/pip install --quiet -r requirements.txt "jax[tpu]"'
 everywhere "cd clip_jax && .venv/bin/python -m clip_jax.cli doctor"
-everywhere "cd clip_jax && .venv/bin/python train.py --config=$config --workdir=$workdir $(printf '%q ' "$@")"
+# Every host starts its process again where that ends with 75, or by a signal (docs/operations.md).
+everywhere "cd clip_jax && while .venv/bin/python train.py --config=$config --workdir=$workdir $(printf '%q ' "$@")
+  code=\$?; [ \$code = 75 ] || [ \$code -ge 128 ]; do sleep 10; done; exit \$code"

@@ -24,6 +24,26 @@ def test_scripts_parse_and_refuse_to_run_without_arguments(name):
     assert re.search(r"(config file|TPU name)$", found.stderr.strip())
 
 
+@pytest.mark.parametrize(("code", "requeued"), [(0, 0), (2, 0), (1, 0), (75, 1), (134, 1), (137, 1), (143, 0)])
+def test_slurm_queues_a_run_again_that_should_go_on(tmp_path, code, requeued):
+    """The script itself, with a srun that ends with a given code."""
+    for name, body in (
+        ("srun", f'case "$*" in *train.py*) exit {code};; esac'),
+        ("scontrol", f'echo "$@" >> {tmp_path}/asked'),
+    ):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "activate").write_text("")
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "VENV": str(tmp_path), "SLURM_JOB_ID": "7"}
+    for restarts, expected in (("0", requeued), ("50", 0)):
+        (tmp_path / "asked").write_text("")
+        command = ["bash", LAUNCH / "slurm.sbatch", "configs/vit_b32.py", "runs/b32"]
+        ended = subprocess.run(command, env=environment | {"SLURM_RESTART_COUNT": restarts})
+        assert ended.returncode == code
+        assert (tmp_path / "asked").read_text() == "requeue 7\n" * expected
+
+
 def test_the_jobset_has_what_its_schema_requires():
     jobset = yaml.safe_load((LAUNCH / "jobset.yaml").read_text())
     assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
@@ -36,6 +56,16 @@ def test_the_jobset_has_what_its_schema_requires():
     (container,) = pod["containers"]
     assert set(container) >= {"name", "image", "args"}
     assert f"--config.mesh.dcn_data={job['completions']}" in container["args"]
+    grace = to_config_dict(TINY).health.grace_s
+    assert pod["terminationGracePeriodSeconds"] > grace + 10
+    # Exit code 2 fails the job for its pods' policy, and that fails the JobSet; after all others it starts again.
+    (rule,) = job["podFailurePolicy"]["rules"]
+    assert (rule["action"], rule["onExitCodes"]["values"]) == ("FailJob", [2])
+    assert rule["onExitCodes"]["containerName"] == container["name"]
+    assert pod["restartPolicy"] == "Never"
+    assert jobset["spec"]["failurePolicy"]["rules"] == [
+        {"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
+    ]
     volumes = {volume["name"] for volume in pod["volumes"]}
     assert {mount["name"] for mount in container["volumeMounts"]} == volumes
 

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 from tiny import TINY
 
 from clip_jax.chips import parse_topology
-from clip_jax.config import MeshConfig
+from clip_jax.config import LossConfig, MeshConfig
 from clip_jax.data.synthetic import synthetic_batches
 from clip_jax.errors import UserError
 from clip_jax.hlo import Collective, collectives
@@ -23,7 +23,7 @@ from clip_jax.models.flops import image_flops, loss_flops, text_flops
 from clip_jax.models.variants import model_config
 from clip_jax.optim import make_optimizer
 from clip_jax.partition import AXES, make_mesh, place_rows
-from clip_jax.plan import Plan, lever, make_plan, report
+from clip_jax.plan import Plan, lever, levers, make_plan, report
 from clip_jax.state import create_state
 from clip_jax.step import make_train_step
 
@@ -183,6 +183,9 @@ def test_the_first_lever_is_what_holds_most():
     assert lever(plan_of(config=blocks)).startswith("try micro_batch=16 ")
     smallest = dataclasses.replace(blocks, micro_batch=4)
     assert lever(plan_of(config=smallest)) == "try model.remat=full, or more chips"
+    reference = dataclasses.replace(run, loss=LossConfig(form="reference"))
+    found = [text.split(" ")[0] for text in levers(reference, chips=4)]
+    assert found == ["loss.form=chunked", "model.remat=dots", "micro_batch=16", "model.remat=full,", "mesh.fsdp=4", "a"]
 
 
 @pytest.mark.parametrize(

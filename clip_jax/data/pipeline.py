@@ -26,7 +26,7 @@ from clip_jax.data.images import ImageError, Preprocess, eval_image
 from clip_jax.data.order import Mixture, position_of_row, rows_of_process
 from clip_jax.data.reading import MixedReader, Part, where
 from clip_jax.data.records import REASONS, Record, RecordError, Source
-from clip_jax.errors import UserError
+from clip_jax.errors import RestartError, UserError, one_line
 
 Example = dict[str, np.ndarray]
 Batch = dict[str, np.ndarray]
@@ -313,6 +313,13 @@ def _iterate(
     iterator = iter(dataset)
     try:
         yield from iterator
+    except RuntimeError as error:
+        if "Worker process was terminated" not in str(error):
+            raise
+        raise RestartError(  # going on would leave out the batches that the worker had ready
+            f"a data worker died ({one_line(error)[:120]}), for want of memory perhaps (config.data.workers, "
+            "config.data.prefetch); started again, the run goes on from its newest checkpoint"
+        ) from error
     finally:
         batches.close()
         iterator.close()

@@ -1,9 +1,11 @@
 """The evaluation that a run's config asks for: zero-shot classification of held-out images, and retrieval by prompt."""
 
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from clip_jax.config import RunConfig
@@ -75,9 +77,18 @@ class Evaluation:
         """Returns the evaluation that the config asks for, or None."""
         return cls(config, model, mesh=mesh) if config.eval.dataset else None
 
-    def run(self, variables: Variables) -> Evaluated:
-        """Embeds all images once and classifies them with each template set; collective over processes."""
-        images = self._embedder.images(variables, self._batches())
+    def run(self, variables: Variables, *, progress: Callable[[], None] = lambda: None) -> Evaluated:
+        """Embeds all images once and classifies them with each template set; collective over processes.
+
+        Images that cannot be read raise an exception in all processes, at the same place.
+
+        Args:
+          variables: of the model, on the mesh.
+          progress: called after every batch.
+        """
+        reading = _InStep(self._batches(), self._blank(), count=-(-len(self._source) // self._batch))
+        images = self._embedder.images(variables, reading.batches(progress))
+        reading.check()
         classes = self._source.classes
         results = []
         for name, prompts in self.templates.items():
@@ -96,6 +107,15 @@ class Evaluation:
         pixels = np.stack([[self._transform(self._source[int(i)])["image"] for i in row] for row in index])
         return RetrievalSheet(captions, pixels, labels == np.arange(len(classes))[:, None])
 
+    def _blank(self) -> dict[str, np.ndarray]:
+        rows, size = self._batch // jax.process_count(), self._transform.preprocess.size
+        return {
+            "image": np.zeros((rows, size, size, 3), np.uint8),
+            "label": np.zeros(rows, np.int32),
+            "weight": np.zeros(rows, np.float32),
+            "index": np.full(rows, -1, np.int64),
+        }
+
     def _batches(self):
         return eval_batches(
             self._source,
@@ -104,6 +124,38 @@ class Evaluation:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
+
+
+class _InStep:
+    """Batches that keep the processes in step where one of them cannot read its own: blank ones stand in for these.
+
+    Args:
+      batches: this process's.
+      blank: of their shapes, without a row that counts.
+      count: of every process.
+    """
+
+    def __init__(self, batches: Iterator[dict[str, np.ndarray]], blank: dict[str, np.ndarray], *, count: int) -> None:
+        self._batches, self._blank, self._count = batches, blank, count
+        self._error: Exception | None = None
+
+    def batches(self, progress: Callable[[], None]) -> Iterator[dict[str, np.ndarray]]:
+        """Yields them, calling `progress` before each."""
+        for _ in range(self._count):
+            progress()
+            try:
+                batch = self._blank if self._error else next(self._batches)
+            except Exception as error:  # of any kind: all that is known is that this process has no batch
+                self._error, batch = error, self._blank
+            yield batch
+
+    def check(self) -> None:
+        """Raises what went wrong, in every process."""
+        failed = self._error is not None
+        if jax.process_count() > 1:
+            failed = bool(multihost_utils.process_allgather(np.asarray(failed)).any())
+        if failed:
+            raise self._error or RuntimeError("another process could not read its images")
 
 
 def scalars(evaluated: Evaluated) -> dict[str, float]:

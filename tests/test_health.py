@@ -1,0 +1,301 @@
+"""Steps that go wrong: skipped to the bit, named, passed over after a rewind; alarms both ways."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from test_step import batches, setup
+from tiny import TINY
+
+from clip_jax import metrics, step
+from clip_jax.config import CheckpointConfig, HealthConfig, MeshConfig, OptimConfig
+from clip_jax.data.loader import open_training_data
+from clip_jax.data.skips import batches_between, next_position
+from clip_jax.errors import UserError
+from clip_jax.health import Alarms
+from clip_jax.hlo import collectives
+from clip_jax.losses import mean_cosine
+from clip_jax.partition import place_rows
+from clip_jax.trainer import train
+
+EVERYTHING = dataclasses.replace(
+    TINY,
+    mesh=MeshConfig(4, 2, zero1=True),
+    micro_batch=16,
+    optim=OptimConfig(lr=1e-3, warmup_steps=2, ema_decay=0.9, clip_norm=1.0),
+)
+
+
+def poisoned(batch):
+    """The batch with a weight that makes loss and gradients NaN."""
+    weight = batch["weight"].copy()
+    weight[0] = np.inf
+    return batch | {"weight": weight}
+
+
+def bits(tree):
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
+
+
+def learned(state):
+    """What a step must not touch; all but the counters of steps."""
+    adam = optax.tree.get(state.opt_state, "mu"), optax.tree.get(state.opt_state, "nu")
+    return state.params, state.batch_stats, state.ema, adam
+
+
+def test_a_skipped_step_changes_nothing_but_the_counters_of_steps():
+    mesh, state, train_step = setup(EVERYTHING, 8)
+    rows = batches(EVERYTHING, 3)
+    state, _ = train_step(state, place_rows(rows[0], mesh))
+    before = bits(learned(state))
+    state, found = train_step(state, place_rows(poisoned(rows[1]), mesh))
+    assert np.isnan(found["loss"])
+    assert int(found["skipped"]) == 1
+    assert bits(learned(state)) == before
+    state, found = train_step(state, place_rows(rows[2], mesh))
+    assert int(found["skipped"]) == 0
+    assert bits(learned(state)) != before
+    assert np.isfinite(jax.flatten_util.ravel_pytree(state.params)[0]).all()
+    counts = {type(path[-2]).__name__: None for path, _ in jax.tree_util.tree_leaves_with_path(state.opt_state)}
+    assert counts
+    schedule = [node for node in jax.tree.leaves(state.opt_state, is_leaf=step.is_schedule) if step.is_schedule(node)]
+    assert [int(node.count) for node in schedule] == [3] == [int(state.step)]
+    (adam,) = (
+        node
+        for node in jax.tree.leaves(state.opt_state, is_leaf=lambda node: isinstance(node, optax.ScaleByAdamState))
+        if isinstance(node, optax.ScaleByAdamState)
+    )
+    assert int(adam.count) == 2
+
+
+def unguarded(monkeypatch):
+    monkeypatch.setattr(step, "keep_unless", lambda finite, updated, state: updated)
+    setup.__globals__["compiled"].cache_clear()
+
+
+@pytest.mark.parametrize("run", [EVERYTHING, TINY], ids=["everything", "plain"])
+def test_finite_steps_are_those_of_a_step_without_the_guard(monkeypatch, run):
+    """Bit for bit, with no collective and no argument more."""
+    found = []
+    for guarded in (True, False):
+        if not guarded:
+            unguarded(monkeypatch)
+        mesh, state, train_step = setup(run, 8)
+        for batch in batches(run, 3):
+            state, _ = train_step(state, place_rows(batch, mesh))
+        compiled = train_step.lower(state, place_rows(batches(run, 1)[0], mesh)).compile()
+        memory, exchanged = compiled.memory_analysis(), collectives(compiled.as_text(), devices=8)
+        print(
+            f"guard {guarded}: temporaries {memory.temp_size_in_bytes:,}, donated {memory.alias_size_in_bytes:,} bytes;"
+            f" {exchanged}"
+        )
+        found.append((bits(state), memory.alias_size_in_bytes, {(each.kind, each.bytes) for each in exchanged}))
+    setup.__globals__["compiled"].cache_clear()
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.1, 3.0])
+def test_mean_cosine_is_that_of_the_matrix(spread):
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=8) + spread * rng.normal(size=(20, 8))
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    weight = np.ones(20)
+    weight[[3, 7]] = 0
+    dirty = rows.copy()
+    dirty[3] = np.nan  # a row that does not count may hold anything
+    kept = rows[weight > 0]
+    matrix = kept @ kept.T
+    expected = matrix[~np.eye(18, dtype=bool)].mean()
+    found = mean_cosine(jnp.asarray(dirty, jnp.float32), jnp.asarray(weight, jnp.float32))
+    assert float(found) == pytest.approx(expected, abs=1e-5)
+    assert float(mean_cosine(jnp.ones((1, 8)), jnp.ones(1))) == 0
+
+
+def test_mean_cosine_costs_one_small_all_reduce(monkeypatch):
+    counts = []
+    for is_on in (True, False):
+        if not is_on:
+            monkeypatch.setattr(step, "mean_cosine", lambda features, weight: jnp.zeros(()))
+        setup.__globals__["compiled"].cache_clear()
+        mesh, state, train_step = setup(dataclasses.replace(TINY, mesh=MeshConfig(2, 4)), 8)
+        text = train_step.lower(state, place_rows(batches(TINY, 1)[0], mesh)).compile().as_text()
+        counts.append({each.kind: (each.count, each.bytes) for each in collectives(text, devices=8)})
+    setup.__globals__["compiled"].cache_clear()
+    reduced, without = counts[0].pop("all-reduce"), counts[1].pop("all-reduce")
+    assert counts[0] == counts[1]
+    print(f"the cosines' all-reduces: {reduced[0] - without[0]}, {reduced[1] - without[1]} bytes")
+    assert reduced[0] - without[0] <= 1
+    assert 0 < reduced[1] - without[1] <= 4 * (2 * TINY.model.embed_dim + 8)
+
+
+RUN = dataclasses.replace(
+    TINY,
+    optim=OptimConfig(lr=1e-3, warmup_steps=2),
+    checkpoint=CheckpointConfig(every=3, keep=2),
+    health=HealthConfig(max_skipped=2, max_rewinds=1),
+    batch=16,
+    samples=16 * 14,
+)
+
+
+def spoiled(run, bad):
+    """A run's data in which every batch that meets a range of `bad` makes NaN."""
+    data = open_training_data(run)
+
+    def spoiled_batches(position):
+        with_end = data.batches(position)
+        for number, batch in enumerate(with_end):
+            begin = position + number * run.batch
+            meets = any(begin < high and low < begin + run.batch for low, high in bad)
+            yield poisoned(batch) if meets else batch
+
+    return data._replace(batches=spoiled_batches)
+
+
+def rows_of(workdir, name):
+    return {row["step"]: row[name] for row in metrics.read(workdir) if name in row}
+
+
+def skipped_lines(workdir):
+    return [json.loads(line) for line in (workdir / "skipped-0.jsonl").read_text().splitlines()]
+
+
+def test_a_few_bad_steps_are_skipped_counted_and_named(tmp_path, capsys):
+    state = train(RUN, tmp_path, data=spoiled(RUN, [(48, 64), (80, 96)]))
+    assert int(state.step) == 14
+    assert rows_of(tmp_path, "skipped") == {i: float((i >= 4) + (i >= 6)) for i in range(1, 15)}
+    assert [(line["step"], line["begin"], line["end"]) for line in skipped_lines(tmp_path)] == [
+        (4, 48, 64),
+        (6, 80, 96),
+    ]
+    assert skipped_lines(tmp_path)[0]["records"] == [f"record {i}" for i in range(48, 64)]
+    assert "step 4 is skipped: loss nan" in capsys.readouterr().out
+    assert not list((tmp_path / "checkpoints").glob("abandoned-*"))
+
+
+@pytest.mark.parametrize("first", [7, 2], ids=["checkpoint", "beginning"])
+def test_more_in_a_row_rewind_and_pass_over_their_pairs(tmp_path, capsys, first):
+    """The run that comes of it is one whose data never held these pairs, to the bit; before a checkpoint too."""
+    begin, end = (first - 1) * 16, (first + 2) * 16
+    bad = [(begin, end)]
+    state = train(RUN, tmp_path / "run", data=spoiled(RUN, bad))
+    out = capsys.readouterr().out
+    assert f"back to step {0 if first == 2 else 6}; positions passed over from here on: [({begin}, {end})]" in out
+
+    data = open_training_data(RUN)
+
+    def without(position):
+        for _, batch in batches_between(data.batches, position, batch=16, skips=bad):
+            yield batch
+
+    clean = train(RUN, tmp_path / "clean", data=data._replace(batches=without))
+    assert bits(state) == bits(clean)
+    assert rows_of(tmp_path / "run", "loss") == rows_of(tmp_path / "clean", "loss")
+    saved = json.loads((tmp_path / "run" / "checkpoints" / "14" / "data" / "metadata").read_text())
+    assert saved == {"position": 17 * 16, "skips": [[begin, end]]}
+
+
+def test_a_resumed_run_goes_on_passing_over(tmp_path):
+    """Killed after its rewind, between two checkpoints: the same bits as the uninterrupted one."""
+    bad = [(96, 144)]
+    straight = train(RUN, tmp_path / "straight", data=spoiled(RUN, bad))
+    data, calls = spoiled(RUN, bad), []
+
+    def failing(position):
+        calls.append(position)
+        for number, batch in enumerate(data.batches(position)):
+            if len(calls) == 2 and number == 7:
+                raise ConnectionError("the store is gone")
+            yield batch
+
+    with pytest.raises(ConnectionError):
+        train(RUN, tmp_path / "broken", data=data._replace(batches=failing))
+    assert calls[1] == 144  # past the range, in the first process
+    resumed = train(RUN, tmp_path / "broken", data=data)
+    assert bits(straight) == bits(resumed)
+
+
+def test_a_run_that_goes_wrong_again_ends_with_a_report(tmp_path):
+    bad = [(96, 144), (160, 10_000)]
+    with pytest.raises(UserError, match=r"more than 2 steps in a row, from \d+ on.*gone back 1 time.*\[\(96, 144\)\]"):
+        train(RUN, tmp_path, data=spoiled(RUN, bad))
+    with pytest.raises(UserError, match="gone back 1 time"):  # a restart does not forget
+        train(RUN, tmp_path, data=spoiled(RUN, bad))
+
+
+@pytest.mark.parametrize(
+    ("position", "expected"),
+    [(0, 0), (16, 16), (32, 64), (48, 64), (64, 64), (65, 65), (90, 140), (100, 140), (139, 140), (140, 140)],
+)
+def test_the_next_position_is_past_the_ranges(position, expected):
+    skips = ((100, 130), (40, 64), (130, 140))
+    assert next_position(position, batch=16, skips=skips) == expected
+
+
+def test_no_batch_of_any_size_meets_a_range():
+    skips, consumed = ((64, 96), (96, 128), (300, 316)), {}
+
+    def stream(position):
+        while True:
+            yield position
+            position += size
+
+    for size in (8, 16, 24, 64):
+        found = batches_between(stream, 0, batch=size, skips=skips)
+        consumed[size] = [next(found) for _ in range(20)]
+        for begin, batch in consumed[size]:
+            assert begin == batch
+            assert not any(begin < high and low < begin + size for low, high in skips)
+        gaps = np.diff([begin for begin, _ in consumed[size]])
+        assert gaps.min() == size
+    assert [begin for begin, _ in consumed[16]][3:6] == [48, 128, 144]
+
+
+HEALTHY = {"skipped": 0.0, "loss": 5.0, "logit_scale": 20.0, "image_cosine": 0.4, "text_cosine": 0.5}
+
+
+def judged(values, **config):
+    alarms = Alarms(HealthConfig(**config), warmup=10, max_scale=100.0)
+    return [{name: on for name, (on, _) in alarms.judge(i, HEALTHY | value).items()} for i, value in enumerate(values)]
+
+
+def test_the_alarm_of_a_loss_spike():
+    rng = np.random.default_rng(0)
+    falling = [{"loss": 8 * 0.995**i + 0.05 * rng.normal()} for i in range(300)]
+    assert not any(each["alarm/loss_spike"] for each in judged(falling))
+    spike = [*falling, {"loss": falling[-1]["loss"] + 1.0}, *falling[-3:]]
+    assert [i for i, each in enumerate(judged(spike)) if each["alarm/loss_spike"]] == [300]
+    assert not any(each["alarm/loss_spike"] for each in judged(spike, spike_deviations=0.0))
+    lower = [*falling, {"loss": falling[-1]["loss"] - 1.0}]
+    assert not any(each["alarm/loss_spike"] for each in judged(lower))
+
+
+def test_the_alarm_of_a_scale_at_its_clamp():
+    clamped = float(np.exp(np.log(np.float32(100))))
+    on = [each["alarm/logit_scale"] for each in judged([{"logit_scale": clamped}] * 6, clamp_steps=5)]
+    assert on == [False] * 4 + [True] * 2
+    free = [{"logit_scale": clamped}] * 4 + [{"logit_scale": 99.0}] + [{"logit_scale": clamped}] * 4
+    assert not any(each["alarm/logit_scale"] for each in judged(free, clamp_steps=5))
+    assert not any(each["alarm/logit_scale"] for each in judged([{"logit_scale": clamped}] * 9, clamp_steps=0))
+
+
+@pytest.mark.parametrize("side", ["image_cosine", "text_cosine"])
+def test_the_alarm_of_collapsed_embeddings(side):
+    on = [each["alarm/collapse"] for each in judged([{side: 0.99}] * 13)]
+    assert on == [False] * 11 + [True] * 2  # a run begins like this, so not in its warm-up
+    assert not any(each["alarm/collapse"] for each in judged([{side: 0.9}] * 13))
+
+
+def test_alarms_are_in_the_metrics_and_said_once(tmp_path, capsys):
+    """Embeddings that all point the same way: a run whose limit is below what it has."""
+    health = HealthConfig(collapse_cosine=0.01, clamp_steps=3)
+    optim = OptimConfig(lr=1e-6, warmup_steps=2, max_scale=1 / 0.07)
+    run = dataclasses.replace(RUN, health=health, optim=optim, samples=16 * 6)
+    train(run, tmp_path)
+    assert rows_of(tmp_path, "alarm/collapse") == {1: 0, 2: 0, 3: 1, 4: 1, 5: 1, 6: 1}
+    assert rows_of(tmp_path, "image_cosine")[6] > 0.01
+    assert capsys.readouterr().out.count("alarm/collapse at step 3: the embeddings of different pairs lie") == 1

@@ -1,0 +1,337 @@
+"""What a run does when it is told to end, and when something around it fails: real processes, real signals.
+
+docs/operations.md promises what is tested here.
+"""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import pytest
+from test_distributed import lines, peers, start
+from test_health import RUN, bits, rows_of
+
+from clip_jax.data.loader import open_training_data
+from clip_jax.errors import RESTART, UserError
+from clip_jax.evals.evaluation import Evaluation
+from clip_jax.trainer import train
+from clip_jax.watchdog import Watchdog
+
+LONG = ("--config.data.source=synthetic", "--config.eval.dataset=", "--config.log.tensorboard=false")
+
+
+def steps_of(workdir):
+    try:
+        return [line["step"] for line in lines(workdir) if "loss" in line]
+    except FileNotFoundError:
+        return []
+
+
+def wait_for_step(workdir, step, *processes):
+    end = time.monotonic() + 300
+    while max(steps_of(workdir), default=0) < step and time.monotonic() < end:
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.02)
+
+
+def test_sigterm_saves_and_the_run_goes_on_where_it_was(tmp_path):
+    """At a step where no checkpoint was due; the second part of the run is that of one that was never stopped."""
+    long = (*LONG, "--config.samples=9600", "--config.checkpoint.every=10000", f"--workdir={tmp_path / 'a'}")
+    process = start(*long, devices=1)
+    wait_for_step(tmp_path / "a", 5, process)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == RESTART
+    (saved,) = [int(path.name) for path in (tmp_path / "a" / "checkpoints").iterdir() if path.name.isdecimal()]
+    assert f"error: stopped by SIGTERM after step {saved}, which is saved" in errors
+    assert steps_of(tmp_path / "a") == list(range(1, saved + 1))
+    again = start(*long[:-1], f"--config.samples={48 * (saved + 3)}", f"--workdir={tmp_path / 'a'}", devices=1)
+    out, errors = again.communicate(timeout=200)
+    assert again.returncode == 0, errors
+    assert f"resuming at step {saved}" in out
+
+
+def preempting(run, at, *, number=signal.SIGTERM):
+    """The run's data, with a signal to this process before a batch."""
+    data = open_training_data(run)
+
+    def batches(position):
+        for step, batch in enumerate(data.batches(position), position // run.batch + 1):
+            if step == at:
+                os.kill(os.getpid(), number)
+            yield batch
+
+    return data._replace(batches=batches)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_stopped_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, number, code):
+    handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+    straight = train(RUN, tmp_path / "straight")
+    with pytest.raises(Exception, match=r"stopped by SIG\w+ after step 5, which is saved") as caught:
+        train(RUN, tmp_path / "stopped", data=preempting(RUN, 5, number=number))
+    assert caught.value.code == code
+    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == handlers
+    resumed = train(RUN, tmp_path / "stopped")
+    assert bits(straight) == bits(resumed)
+    assert rows_of(tmp_path / "straight", "loss") == rows_of(tmp_path / "stopped", "loss")
+
+
+STUCK = """
+import os, signal, sys, time
+from clip_jax.preemption import Preemption
+with Preemption({grace}):
+    os.kill(os.getpid(), signal.SIGTERM)
+    {then}
+    time.sleep(30)
+"""
+
+
+@pytest.mark.parametrize(
+    ("grace", "then", "said"),
+    [
+        (0.2, "", "no checkpoint was written within config.health.grace_s=0.2 s; the one before holds"),
+        (60.0, "os.kill(os.getpid(), signal.SIGTERM)", "stopped by a second signal; the newest whole checkpoint holds"),
+    ],
+    ids=["grace", "second"],
+)
+def test_a_process_that_cannot_save_ends_all_the_same(grace, then, said):
+    began = time.monotonic()
+    code = STUCK.format(grace=grace, then=then)
+    root = Path(__file__).parent.parent
+    ended = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert ended.returncode == RESTART
+    assert said in ended.stderr
+    assert time.monotonic() - began < 25
+
+
+def test_a_hang_ends_with_the_stacks_of_all_threads(tmp_path, capfd):
+    left = []
+    with Watchdog(0.5 / 60, tmp_path / "hang-0.txt", leave=left.append) as watchdog:
+        for _ in range(8):
+            time.sleep(0.1)
+            watchdog.progress()
+        assert left == []
+        time.sleep(1.5)
+    assert left == [RESTART]
+    err = capfd.readouterr().err
+    for text in (err, (tmp_path / "hang-0.txt").read_text()):
+        assert "test_a_hang_ends_with_the_stacks_of_all_threads" in text
+    assert "no step has ended for 0.00833333 minutes (config.health.hang_minutes)" in err
+    with Watchdog(0.0, tmp_path / "none.txt", leave=left.append):
+        time.sleep(0.1)
+    assert left == [RESTART]
+
+
+HANGS = """
+import sys, threading, time
+from pathlib import Path
+import dataclasses
+sys.path[:0] = ["tests"]
+from test_health import RUN
+from clip_jax.config import HealthConfig
+from clip_jax.data.loader import open_training_data
+from clip_jax.trainer import train
+data = open_training_data(RUN)
+def batches(position):
+    for number, batch in enumerate(data.batches(position)):
+        if number == 4:
+            time.sleep(100)
+        yield batch
+health = HealthConfig(hang_minutes=0.5)
+train(dataclasses.replace(RUN, health=health), Path(sys.argv[1]), data=data._replace(batches=batches))
+"""
+
+
+@pytest.mark.slow
+def test_a_data_stream_that_blocks_ends_the_run(tmp_path):
+    root = Path(__file__).parent.parent
+    ended = subprocess.run([sys.executable, "-c", HANGS, tmp_path], cwd=root, capture_output=True, text=True)
+    assert ended.returncode == RESTART, ended.stderr
+    assert "in batches" in (tmp_path / "hang-0.txt").read_text()
+    assert "no step has ended for 0.5 minutes" in ended.stderr
+    assert steps_of(tmp_path) == [1, 2, 3]
+
+
+class Failing(Evaluation):
+    """An evaluation that can be opened, and fails."""
+
+    def __init__(self):
+        self.runs = 0
+
+    def run(self, variables, *, progress=None):
+        self.runs += 1
+        raise OSError("the evaluation's data are gone")
+
+
+def test_an_evaluation_that_fails_ends_no_training(tmp_path, monkeypatch, caplog):
+    failing = Failing()
+    monkeypatch.setattr(Evaluation, "open", lambda *_, **__: failing)
+    run = dataclasses.replace(RUN, eval=dataclasses.replace(RUN.eval, every=4))
+    with pytest.raises(UserError, match="the evaluation at the end failed, see above; the run is trained, and its wei"):
+        train(run, tmp_path)
+    assert failing.runs == 4
+    assert list(rows_of(tmp_path, "loss")) == list(range(1, 15))
+    assert rows_of(tmp_path, "evaluation_failed") == {4: 1, 8: 2, 12: 3, 14: 4}
+    assert (tmp_path / "checkpoints" / "14").is_dir()
+    records = [record for record in caplog.records if "evaluation after step" in record.message]
+    assert [record.exc_info is not None for record in records] == [True, False, False, False]
+
+
+def test_images_that_cannot_be_read_are_an_error_when_all_batches_are_through():
+    """The batches go on, blank: the other processes wait for this one at each of them."""
+    from clip_jax.evals.evaluation import _InStep
+
+    def reading():
+        yield {"image": "first"}
+        raise OSError("gone")
+
+    seen, reading = [], _InStep(reading(), {"image": "blank"}, count=4)
+    assert [batch["image"] for batch in reading.batches(lambda: seen.append(1))] == ["first", *["blank"] * 3]
+    assert len(seen) == 4
+    with pytest.raises(OSError, match="gone"):
+        reading.check()
+
+
+def test_too_little_memory_names_what_to_change(tmp_path, monkeypatch):
+    def step(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.")
+
+    monkeypatch.setattr("clip_jax.trainer.make_train_step", lambda *_, **__: step)
+    expected = r"out of memory on 8 x cpu \(RESOURCE_EXHAUSTED: .* 9 bytes.*model.remat=dots.*micro_batch=8.*fsdp=8"
+    with pytest.raises(UserError, match=expected):
+        train(RUN, tmp_path)
+    monkeypatch.setattr(
+        "clip_jax.trainer.make_train_step",
+        lambda *_, **__: lambda *_: (_ for _ in ()).throw(jax.errors.JaxRuntimeError("INTERNAL: x")),
+    )
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        train(RUN, tmp_path / "other")
+
+
+def test_stdout_that_is_closed_stops_no_run(tmp_path):
+    process = start(*LONG, f"--workdir={tmp_path}", devices=1)
+    process.stdout.readline()
+    process.stdout.close()
+    errors = process.stderr.read()
+    assert process.wait(timeout=300) == 0, errors
+    assert steps_of(tmp_path) == list(range(1, 7))
+    process.stderr.close()
+
+
+def children(pid):
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        found.setdefault(int(fields[1]), []).append(int(path.parent.name))
+    return found.get(pid, [])
+
+
+def workers_of(pid):
+    return [child for child in children(pid) if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+@pytest.mark.slow
+def test_a_data_worker_that_dies_ends_the_run_for_a_restart(digits_dir, tmp_path):
+    more = ("--config.eval.dataset=", "--config.samples=480000", "--config.data.workers=2")
+    process = start(f"--config.data.data_dir={digits_dir}", *more, f"--workdir={tmp_path}", devices=1)
+    wait_for_step(tmp_path, 3, process)
+    workers = workers_of(process.pid)
+    assert len(workers) == 2
+    os.kill(workers[0], signal.SIGKILL)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == RESTART, errors
+    assert "error: a data worker died (" in errors
+    assert "started again, the run goes on from its newest checkpoint" in errors
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_process_saves_both_at_the_same_step(tmp_path):
+    """The pair that goes on after it has the losses of one that was never stopped."""
+    keys = (*LONG, "--config.checkpoint.every=10000")
+    both = peers(*keys, "--config.samples=480000", f"--workdir={tmp_path / 'a'}", devices=1)
+    wait_for_step(tmp_path / "a", 4, *both)
+    both[1].send_signal(signal.SIGTERM)
+    out = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [RESTART, RESTART], out
+    (saved,) = [int(path.name) for path in (tmp_path / "a" / "checkpoints").iterdir() if path.name.isdecimal()]
+    assert all(f"stopped by SIGTERM after step {saved}, which is saved" in errors for _, errors in out)
+    assert steps_of(tmp_path / "a") == list(range(1, saved + 1))
+    for name, begun in (("a", saved), ("straight", 0)):
+        both = peers(*keys, f"--config.samples={48 * (saved + 4)}", f"--workdir={tmp_path / name}", devices=1)
+        out = [process.communicate(timeout=200) for process in both]
+        assert [process.returncode for process in both] == [0, 0], out
+        assert not begun or f"resuming at step {begun}" in out[0][0]
+    # Their schedules differ in length, so what was trained before the signal is not compared.
+    assert len(steps_of(tmp_path / "a")) == len(steps_of(tmp_path / "straight")) == saved + 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_is_killed_ends_the_other_within_a_second(tmp_path, victim):
+    both = peers(*LONG, "--config.samples=480000", f"--workdir={tmp_path}", devices=1)
+    wait_for_step(tmp_path, 4, *both)
+    both[victim].kill()
+    began = time.monotonic()
+    other = both[1 - victim]
+    code = other.wait(timeout=60)
+    took = time.monotonic() - began
+    errors = [process.communicate()[1] for process in both][1 - victim]
+    print(f"process {victim} killed: the other exits with {code} after {took:.2f} s: {errors.splitlines()[-1]}")
+    assert code == RESTART, errors
+    assert f"process {victim} of the run is gone; started again, the run goes on from its newest checkpoint" in errors
+    both = peers(*LONG, f"--workdir={tmp_path}", "--config.samples=480000", devices=1)
+    reached = max(steps_of(tmp_path))
+    wait_for_step(tmp_path, reached + 3, *both)
+    for process in both:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_stands_still_ends_the_other(tmp_path, victim):
+    more = ("--config.samples=480000", "--config.distributed.heartbeat=10")
+    both = peers(*LONG, *more, f"--workdir={tmp_path}", devices=1)
+    wait_for_step(tmp_path, 4, *both)
+    both[victim].send_signal(signal.SIGSTOP)
+    began = time.monotonic()
+    other = both[1 - victim]
+    code = other.wait(timeout=60)
+    took = time.monotonic() - began
+    both[victim].send_signal(signal.SIGCONT)
+    both[victim].wait(timeout=60)
+    errors = [process.communicate()[1] for process in both][1 - victim]
+    print(f"process {victim} stopped: the other exits with {code} after {took:.1f} s")
+    assert code == RESTART, errors
+    assert took < 10 + 15
+    assert f"process {victim} of the run is silent for 10 s" in errors
+
+
+@pytest.mark.slow
+def test_a_run_killed_with_its_workers_leaves_no_process(digits_dir, tmp_path):
+    more = ("--config.eval.dataset=", "--config.samples=480000", "--config.data.workers=2")
+    before = set(os.listdir("/dev/shm"))
+    process = start(f"--config.data.data_dir={digits_dir}", *more, f"--workdir={tmp_path}", devices=1)
+    wait_for_step(tmp_path, 3, process)
+    below = children(process.pid)
+    assert len(workers_of(process.pid)) == 2
+    process.kill()
+    process.communicate()
+    end = time.monotonic() + 20
+    while time.monotonic() < end and any(Path(f"/proc/{pid}").exists() for pid in below):
+        time.sleep(0.1)
+    left = [pid for pid in below if Path(f"/proc/{pid}").exists()]
+    print(f"after {time.monotonic() - end + 20:.1f} s: {len(left)} processes left of {len(below)}")
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left
+    assert not {name for name in set(os.listdir("/dev/shm")) - before if name.startswith("psm_")}
