@@ -9,6 +9,7 @@ to it that they notice.
 import os
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
@@ -25,6 +26,8 @@ from clip_jax.preemption import PreemptedError
 SLURM = ("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NODELIST")
 _JAX_LATER_S = 10
 """How much later JAX's own heartbeats give up on a peer, by aborting."""
+_PART_S = 10.0
+"""How long processes that were told to end wait for each other."""
 _VERDICT_S = 0.5
 """How long an exception waits, so that where its cause is a lost peer that is what is said."""
 _KUBERNETES = ("KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX")
@@ -49,8 +52,12 @@ def processes(config: DistributedConfig) -> Iterator[None]:
     peers = _join_peers(float(config.heartbeat))
     try:
         yield
-    except PreemptedError:
+    except PreemptedError as error:
+        timer = threading.Timer(_PART_S, os._exit, (error.code,))
+        timer.daemon = True
+        timer.start()
         _part(peers)
+        timer.cancel()
         raise
     except BaseException as error:
         time.sleep(_VERDICT_S)

@@ -44,7 +44,7 @@ class Preemption:
     def __init__(self, grace_s: float) -> None:
         self._grace_s = grace_s
         self._signal: signal.Signals | None = None
-        self._steps, self._saved = 0, False
+        self._steps = 0
         self._handlers: dict[signal.Signals, object] = {}
         self._timer: threading.Timer | None = None
 
@@ -56,8 +56,8 @@ class Preemption:
     def __exit__(self, *exception: object) -> None:
         for each, handler in self._handlers.items():
             signal.signal(each, handler)  # pyrefly: ignore
-        if self._timer is not None and not (exception and isinstance(exception[1], PreemptedError)):
-            self._timer.cancel()  # else it bounds the way out, too
+        if self._timer is not None:
+            self._timer.cancel()
 
     def noticed(self) -> bool:
         """Whether the run shall end after this step; every process must ask after every step.
@@ -71,7 +71,6 @@ class Preemption:
 
     def ended(self, step: int) -> PreemptedError:
         """Returns what is raised when the checkpoint of that step is written."""
-        self._saved = True
         name, code = (self._signal or signal.SIGTERM).name, _CODES[self._signal or signal.SIGTERM]
         return PreemptedError(f"stopped by {name} after step {step}, which is saved", code=code)
 
@@ -88,7 +87,6 @@ class Preemption:
         self._timer.start()
 
     def _expire(self) -> None:
-        if not self._saved:
-            limit = f"config.health.grace_s={self._grace_s:g} s"
-            print(f"error: no checkpoint was written within {limit}; the one before holds", file=sys.stderr, flush=True)
+        limit = f"config.health.grace_s={self._grace_s:g} s"
+        print(f"error: no checkpoint was written within {limit}; the one before holds", file=sys.stderr, flush=True)
         os._exit(_CODES[self._signal or signal.SIGTERM])
