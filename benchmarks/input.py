@@ -35,7 +35,7 @@ from clip_jax.data.reading import Part
 from clip_jax.data.records import Record
 from clip_jax.data.tar_source import TarSource
 from clip_jax.data.tokenizer import Tokenizer
-from clip_jax.models.flops import training_flops
+from clip_jax.models.flops import pair_flops
 from clip_jax.models.variants import model_config
 from tests.references import import_open_clip
 
@@ -127,7 +127,7 @@ def beside_webdataset(pattern: str, index_dir: str, size: tuple[int, int], cores
     one_core = in_turn(ways, workers=0, rounds=3)
     os.sched_setaffinity(0, cores)
     one, two = (in_turn(ways, workers=workers, rounds=2) for workers in (1, 2))
-    rate = CHIPS[CHIP].peak * MFU / training_flops(model_config(MODEL), 32_768, tiled=True)
+    rate = CHIPS[CHIP].peak * MFU / pair_flops(model_config(MODEL), 32_768, tiled=True)
     waits = {}
     for name, way in ways.items():
         with closing(way(2)) as batches:

@@ -48,7 +48,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise UserError(" ".join(dict.fromkeys((lines[0], lines[-1])))) from None
     except Exception as error:
-        raise ConfigError(_describe_failure(error)) from error
+        raise ConfigError(describe_failure(error, where="--config")) from error
 
 
 def take_overrides(argv: Sequence[str]) -> tuple[list[str], Overrides]:
@@ -113,7 +113,7 @@ def load_config(argument: str, overrides: Overrides, *, without_data: bool = Fal
     except UserError:
         raise
     except Exception as error:
-        raise ConfigError(_describe_failure(error)) from error
+        raise ConfigError(describe_failure(error, where="--config")) from error
     values, file = known.config, config_flags.get_config_filename(known["config"])
     if without_data and isinstance(values, ConfigDict) and not values.data.dataset:
         overrides = [("data.source", "synthetic"), *overrides]
@@ -135,6 +135,17 @@ def simulate_devices(count: int) -> None:
         os.environ.setdefault(name, value)
 
 
+def describe_failure(error: Exception, *, where: str) -> str:
+    """Returns a line on where in a user's Python file an exception came from.
+
+    Args:
+      error: the exception.
+      where: the flag or the file that brought it in.
+    """
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{where}: {type(error).__name__} in {Path(frame.filename).name}, line {frame.lineno}: {error}"
+
+
 def _not_a_config(values: Any) -> str:
     """Says what came instead of a ConfigDict; config_flags hands over a missing file as an object that raises."""
     try:
@@ -144,9 +155,3 @@ def _not_a_config(values: Any) -> str:
     except AttributeError:
         pass
     return f"get_config returned {type(values).__name__}; it must return a ConfigDict"
-
-
-def _describe_failure(error: Exception) -> str:
-    """Says where in a config file an exception came from."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"--config: {type(error).__name__} in {Path(frame.filename).name}, line {frame.lineno}: {error}"

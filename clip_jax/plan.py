@@ -22,7 +22,7 @@ from clip_jax.errors import UserError, one_line
 from clip_jax.gradient_cache import check_micro_batch
 from clip_jax.hlo import Collective, collectives
 from clip_jax.models.clip import CLIP
-from clip_jax.models.flops import image_flops, text_flops, training_flops
+from clip_jax.models.flops import image_flops, pair_flops, text_flops
 from clip_jax.models.variants import ResNetConfig, variant_name
 from clip_jax.optim import make_optimizer
 from clip_jax.partition import check_batch, make_mesh, row_sharding
@@ -87,7 +87,7 @@ def make_plan(config: RunConfig, topology: Topology) -> Plan:
         topology=topology,
         parameters=count_parameters(state.params),
         sample_flops=flops,
-        step_flops=float(config.batch * training_flops(model, config.batch, tiled=tiled)),
+        step_flops=float(config.batch * pair_flops(model, config.batch, tiled=tiled)),
         memory=memory,
         collectives=tuple(found),
     )

@@ -25,7 +25,7 @@ from clip_jax.data.reading import Part
 from clip_jax.data.records import REASONS, Record, RecordError
 from clip_jax.data.storage import requests_made
 from clip_jax.errors import UserError, did_you_mean
-from clip_jax.models.flops import training_flops
+from clip_jax.models.flops import pair_flops
 
 MOST_WAITING = 0.05
 """Accelerators that wait for a larger share of the time starve."""
@@ -129,7 +129,7 @@ def demand_of(config: RunConfig, *, accelerators: int, chip: str, mfu: float, ra
     if chip not in CHIPS or not CHIPS[chip].peak:
         known = [name for name, each in CHIPS.items() if each.peak]
         raise UserError(f"--chip={chip}: unknown peak{did_you_mean(chip, known)} ({', '.join(known)}); or say --rate")
-    flops = training_flops(config.model, config.batch, tiled=config.loss.form != "reference")
+    flops = pair_flops(config.model, config.batch, tiled=config.loss.form != "reference")
     each = CHIPS[chip].peak * mfu / flops
     return Demand(accelerators * each, f"{accelerators} x {chip} at {mfu:.0%} of the peak")
 

@@ -30,15 +30,22 @@ def text_flops(config: ModelConfig) -> int:
     return _transformer(config.text, config.text.context) + 2 * config.text.width * config.embed_dim
 
 
-def training_flops(config: ModelConfig, batch: int, *, tiled: bool) -> int:
-    """Returns operations of a training step on one pair of a batch: three forward passes' worth, and the loss."""
-    towers = image_flops(config, train=True) + text_flops(config)
-    return 3 * towers + loss_flops(config.embed_dim, batch, tiled=tiled)
-
-
 def loss_flops(embed_dim: int, batch: int, *, tiled: bool) -> int:
     """Returns operations of the loss and its gradients, a pair: each logit once and twice again, or twice and so on."""
     return (8 if tiled else 6) * batch * embed_dim
+
+
+def pair_flops(config: ModelConfig, batch: int, *, tiled: bool, frozen_image: bool = False) -> int:
+    """Returns operations of training on one pair, its share of the loss included; a backward pass is two forward ones.
+
+    Args:
+      config: the model.
+      batch: pairs that the loss compares.
+      tiled: the loss is computed in tiles.
+      frozen_image: the image tower has no backward pass.
+    """
+    image = image_flops(config, train=True) * (1 if frozen_image else 3)
+    return image + 3 * text_flops(config) + loss_flops(config.embed_dim, batch, tiled=tiled)
 
 
 def _transformer(config: ViTConfig | TextConfig, tokens: int) -> int:

@@ -1,0 +1,1 @@
+"""The room of ablations: many runs from one file, and what they say together."""

@@ -1,0 +1,305 @@
+"""Sweeps: one config, several arms that each change something in it, and seeds that every arm is trained with.
+
+A sweep file has `get_sweep()`, which returns a `Sweep`. Arms are made by `product`, `zip_`, `arm` and plain dicts, and
+are added to each other with `+`. Every run of a sweep is checked before any of them starts, and is the same as the
+command that is printed for it. Imports no JAX.
+"""
+
+import dataclasses
+import itertools
+import re
+import runpy
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from clip_jax.command_line import Overrides, describe_failure, load_config
+from clip_jax.config import RunConfig
+from clip_jax.errors import ConfigError, UserError
+from clip_jax.typed import flatten, leaf_types, resolve_key
+
+LONGEST_NAME = 200
+"""Letters of an arm's name, which is a folder's name."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A setting that is compared with others.
+
+    Attributes:
+      parts: (name, {key: value}); a part without a name is called after its values. `product` gives an arm a part of
+        each factor.
+    """
+
+    parts: tuple[tuple[str, Mapping[str, Any]], ...]
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """What the arm changes, by the keys that its parts give."""
+        return {key: value for _, values in self.parts for key, value in values.items()}
+
+
+Arms = Sequence[Arm | Mapping[str, Any]]
+
+
+def arm(name: str, overrides: Mapping[str, Any]) -> Arm:
+    """Returns an arm with a name of its own, such as `arm("siglip", {"loss.kind": "sigmoid", "logit_bias": True})`."""
+    return Arm(((name, dict(overrides)),))
+
+
+def product(*factors: Mapping[str, Sequence[Any]] | Arms) -> list[Arm]:
+    """Returns every combination of the factors' arms.
+
+    Args:
+      *factors: {key: values}, each key a factor, or a list of arms, as one factor.
+
+    Raises:
+      ConfigError: two factors set the same key, or values are no list.
+
+    Example:
+      >>> product({"loss.kind": ["softmax", "sigmoid"]}, [{"optim.lr": 1e-3}, {"optim.lr": 2e-3, "warmup_steps": 80}])
+    """
+    lists = [each for factor in factors for each in _arms_of_factor(factor)]
+    return [_joined(parts) for parts in itertools.product(*lists)]
+
+
+def zip_(values: Mapping[str, Sequence[Any]]) -> list[Arm]:
+    """Returns one arm for each position of the lists, which are of one length.
+
+    Example:
+      >>> zip_({"batch": [120, 240], "optim.lr": [5e-4, 1e-3]})
+    """
+    lists = {key: _values(key, each) for key, each in values.items()}
+    lengths = {key: len(each) for key, each in lists.items()}
+    if len(set(lengths.values())) > 1:
+        raise ConfigError(f"zip_ needs lists of one length, and these have {lengths}")
+    return [Arm((("", dict(zip(lists, row, strict=True))),)) for row in zip(*lists.values(), strict=True)]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A study: arms × seeds.
+
+    Attributes:
+      config: the config file that all start from, and after a colon what it is given.
+      arms: what is compared; see `product`, `zip_`, `arm`. A dict is an arm, and an empty one is the config itself.
+      seeds: each arm is trained with each; the same seed means the same initial weights and data order in all arms,
+        but for what an arm changes of them.
+      common: what all arms change in the config.
+      name: of the folder of its runs; empty means the file's.
+    """
+
+    config: str
+    arms: Arms
+    seeds: Sequence[int] = (0,)
+    common: Mapping[str, Any] = field(default_factory=dict)
+    name: str = ""
+
+
+class Job(NamedTuple):
+    """A run of a sweep: an arm with a seed.
+
+    Attributes:
+      arm: its name.
+      seed: `config.seed`.
+      overrides: (key, text) behind the sweep's config file; the whole difference from it.
+      config: the checked result.
+    """
+
+    arm: str
+    seed: int
+    overrides: Overrides
+    config: RunConfig
+
+    @property
+    def folder(self) -> str:
+        """Its workdir within the sweep's folder."""
+        return f"{self.arm}/seed{self.seed}"
+
+    @property
+    def arguments(self) -> list[str]:
+        """The overrides as train.py takes them."""
+        return [f"--config.{key}={text}" for key, text in self.overrides]
+
+
+def load_sweep(file: Path) -> Sweep:
+    """Returns what `get_sweep()` of a sweep file returns, with a name.
+
+    Raises:
+      UserError: no such file, or one that fails.
+    """
+    if not file.is_file():
+        raise UserError(f"{file}: no such sweep file; it is a Python file with get_sweep(), as in configs/sweeps")
+    sys.path.insert(0, str(Path.cwd()))  # as for config files
+    try:
+        found = runpy.run_path(str(file))["get_sweep"]()
+    except UserError as error:
+        raise ConfigError(f"{file}: {error}") from None
+    except Exception as error:
+        raise ConfigError(describe_failure(error, where=str(file))) from error
+    if not isinstance(found, Sweep):
+        raise ConfigError(f"{file}: get_sweep returned {type(found).__name__}; it must return a Sweep")
+    name = found.name or file.stem
+    if name != file_name(name):
+        raise ConfigError(f"{file}: the sweep's name {name!r} is no plain folder's name; {file_name(name)!r} would be")
+    return dataclasses.replace(found, name=name)
+
+
+def expand(sweep: Sweep, overrides: Overrides = ()) -> list[Job]:
+    """Returns the runs of a sweep, seed by seed, and within a seed in the order of its arms.
+
+    So an interrupted sweep has compared all arms with the seeds that it has come to.
+
+    Args:
+      sweep: as `load_sweep` gives it.
+      overrides: of all arms, from the command line.
+
+    Raises:
+      ConfigError: an arm's config is refused, two arms are the same or have the same name, or the command line sets
+        what arms set; the line names the arm.
+    """
+    if not sweep.arms or not sweep.seeds or len(set(sweep.seeds)) < len(sweep.seeds):
+        raise ConfigError(f"sweep {sweep.name}: it needs at least one arm, and seeds that differ: {sweep.seeds}")
+    common = [(key, as_text(value)) for key, value in sweep.common.items()] + list(overrides)
+    base = load_config(sweep.config, common)
+    leaves = list(leaf_types(dataclasses.asdict(base), RunConfig))
+    arms = [_resolved(_as_arm(each), leaves) for each in sweep.arms]
+    _check_not_overridden([resolve_key(key, leaves) for key, _ in overrides if key != "model"], arms)
+    names = _names(arms, leaves)
+    configs = [_arm_config(sweep, common, each.overrides, name=name) for name, each in zip(names, arms, strict=True)]
+    return [
+        _job(sweep, common, each.overrides, name=name, config=config, seed=seed)
+        for seed in sweep.seeds
+        for name, each, config in zip(names, arms, configs, strict=True)
+    ]
+
+
+def as_text(value: Any) -> str:
+    """Returns a value as it is written on the command line."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple | list):
+        return f"({','.join(map(as_text, value))})"
+    return str(value)
+
+
+def short_key(key: str, leaves: Sequence[str]) -> str:
+    """Returns the shortest ending of a dotted key that no other key has: `lr` for `optim.lr`."""
+    parts = key.split(".")
+    endings = [".".join(parts[-count:]) for count in range(1, len(parts))]
+    for ending in endings:
+        if ending not in leaves and sum(leaf.endswith("." + ending) for leaf in leaves) == 1:
+            sections = {leaf.split(".")[0] for leaf in leaves}
+            if ending not in sections:
+                return ending
+    return key
+
+
+def file_name(text: str) -> str:
+    """Returns text without the letters that folders, shells and schedulers stumble over."""
+    return re.sub(r"[^A-Za-z0-9.+=,-]+", "_", text).strip("_")
+
+
+def _arms_of_factor(factor: Mapping[str, Sequence[Any]] | Arms) -> list[list[Arm]]:
+    if isinstance(factor, Mapping):
+        return [[Arm((("", {key: value}),)) for value in _values(key, values)] for key, values in factor.items()]
+    return [[_as_arm(each) for each in factor]]
+
+
+def _values(key: str, values: Any) -> Sequence[Any]:
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise ConfigError(f"{key} is given {values!r}, which is no list of values")
+    return values
+
+
+def _as_arm(given: Arm | Mapping[str, Any]) -> Arm:
+    if isinstance(given, Arm):
+        return given
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"an arm is a dict of keys and values, or made by arm(), product() or zip_(), not {given!r}")
+    return Arm((("", dict(given)),))
+
+
+def _joined(arms: Sequence[Arm]) -> Arm:
+    joined = Arm(tuple(part for each in arms for part in each.parts))
+    keys = [key for each in arms for key in each.overrides]
+    if twice := sorted({key for key in keys if keys.count(key) > 1}):
+        raise ConfigError(f"{', '.join(twice)} is set by two factors of a product")
+    return joined
+
+
+def _resolved(given: Arm, leaves: Sequence[str]) -> Arm:
+    """The same arm with full keys."""
+    parts = tuple(
+        (name, {key if key == "model" else resolve_key(key, leaves): value for key, value in values.items()})
+        for name, values in given.parts
+    )
+    resolved = Arm(parts)
+    if "seed" in resolved.overrides:
+        raise ConfigError("an arm sets config.seed; seeds are the sweep's: Sweep(seeds=(0, 1, 2))")
+    return resolved
+
+
+def _check_not_overridden(keys: Sequence[str], arms: Sequence[Arm]) -> None:
+    for key in keys:
+        if key == "seed" or any(key in each.overrides for each in arms):
+            raise ConfigError(f"config.{key} is what the sweep varies; change the sweep's file instead")
+
+
+def _names(arms: Sequence[Arm], leaves: Sequence[str]) -> list[str]:
+    """Names of what differs between the arms."""
+    everything = [each.overrides for each in arms]
+    keys = {key for values in everything for key in values}
+    varying = {key for key in keys if len({as_text(values.get(key, _ABSENT)) for values in everything}) > 1}
+    names = [_name(each, varying, leaves) for each in arms]
+    for number, name in enumerate(names):
+        first = names.index(name)
+        if first != number:
+            raise ConfigError(
+                f"arms {first} and {number} are both called {name!r} ({everything[first]}, {everything[number]}); "
+                "remove one, or name them with arm(name, {…})"
+            )
+        if len(name) > LONGEST_NAME:
+            raise ConfigError(f"the arm {name[:60]}… has too long a name; give it one with arm(name, {{…}})")
+    return names
+
+
+_ABSENT = object()
+
+
+def _name(given: Arm, varying: set[str], leaves: Sequence[str]) -> str:
+    words = []
+    for name, values in given.parts:
+        named = [
+            f"{short_key(key, leaves)}={file_name(as_text(values[key])) or 'none'}" for key in values if key in varying
+        ]
+        words += [file_name(name)] if name else named
+    return ",".join(words) or "base"
+
+
+def _arm_config(sweep: Sweep, common: Overrides, overrides: Mapping[str, Any], *, name: str) -> RunConfig:
+    texts = [(key, as_text(value)) for key, value in overrides.items()]
+    try:
+        config = load_config(sweep.config, [*common, *texts])
+    except UserError as error:
+        raise ConfigError(f"arm {name}: {error}") from None
+    found = flatten(dataclasses.asdict(config))
+    for key, value in overrides.items():
+        wanted = tuple(value) if isinstance(value, list) else value
+        if key != "model" and found[key] != wanted:
+            raise ConfigError(f"arm {name}: config.{key}={value!r} would be read as {found[key]!r}; write it otherwise")
+    return config
+
+
+def _job(
+    sweep: Sweep, common: Overrides, overrides: Mapping[str, Any], *, name: str, config: RunConfig, seed: int
+) -> Job:
+    texts = [*common, *((key, as_text(value)) for key, value in overrides.items()), ("seed", str(seed))]
+    config = dataclasses.replace(config, seed=seed)
+    if config.log.wandb_project and not config.log.wandb_name:  # by default the workdir's, which is seed0 for all arms
+        title = f"{sweep.name}/{name}/seed{seed}"
+        texts.append(("log.wandb_name", title))
+        config = dataclasses.replace(config, log=dataclasses.replace(config.log, wandb_name=title))
+    return Job(name, seed, texts, config)
