@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -95,6 +96,18 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--prompts", default="photo", help="stablehlo: template set for the classes")
     export.add_argument("--image-size", type=int, help="resize positions for images of this side in pixels")
     export.set_defaults(run=_export)
+
+    interpolate = commands.add_parser("interpolate", help="weights between two models (WiSE-FT), and their curve")
+    interpolate.add_argument("first", help="the model that the second was fine-tuned from; as for inspect")
+    interpolate.add_argument("second", help="a model of the same sizes")
+    interpolate.add_argument("--alpha", default="0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1", help="shares of the second")
+    interpolate.add_argument("--config", help="config file whose evaluation gives the curve")
+    interpolate.add_argument("--out", type=Path, help="write the curve's interpolation.json and .png into this folder")
+    interpolate.add_argument(
+        "--export", type=Path, help="write the weights of one alpha into this folder; must not exist"
+    )
+    interpolate.add_argument("--layout", default="open_clip", help="of --export (default: open_clip)")
+    interpolate.set_defaults(run=_interpolate)
 
     plan = commands.add_parser("plan", help="say what a run needs: does it fit, how long does it take")
     plan.add_argument("--config", required=True, help="config file, such as configs/vit_b32.py[:key=value,...]")
@@ -231,6 +244,33 @@ def _export(arguments: argparse.Namespace) -> None:
     print(arguments.folder)
 
 
+def _interpolate(arguments: argparse.Namespace) -> None:
+    alphas = [_number("--alpha", text) for text in arguments.alpha.split(",")]
+    if arguments.export is None and arguments.config is None:
+        raise UserError("name what to evaluate with --config=file, or where to write weights with --export=folder")
+    if arguments.export is not None and len(alphas) != 1:
+        raise UserError(f"--export writes the weights of one alpha, and --alpha={arguments.alpha}; choose one")
+    if arguments.out is not None and arguments.config is None:
+        raise UserError("--out is for the curve; name what to evaluate with --config=file")
+    from clip_jax.command_line import load_config
+    from clip_jax.console import print_table
+    from clip_jax.interop.export import export
+    from clip_jax.interop.read import read_weights
+    from clip_jax.interpolation import curve_rows, evaluate_curve, interpolate, write_curve
+
+    config = load_config(arguments.config, arguments.overrides) if arguments.config else None
+    first, second = read_weights(arguments.first), read_weights(arguments.second)
+    if config is not None:
+        curve = evaluate_curve(first, second, alphas, config)
+        print_table(f"{arguments.first} to {arguments.second}", *curve_rows(curve))
+        if arguments.out is not None:
+            write_curve(curve, arguments.out, sources={"first": arguments.first, "second": arguments.second})
+    if arguments.export is not None:
+        source = f"{1 - alphas[0]:g} · {arguments.first} + {alphas[0]:g} · {arguments.second}"
+        export(interpolate(first, second, alphas[0]), arguments.export, arguments.layout, source=source)
+        print(arguments.export)
+
+
 def _plan(arguments: argparse.Namespace) -> None:
     from clip_jax.chips import parse_topology
     from clip_jax.command_line import load_config, simulate_devices
@@ -323,6 +363,16 @@ def _read_config(path: Path) -> dict:
         return json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{file} is not a run's config: {error}") from None
+
+
+def _number(flag: str, text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"{flag} holds {text!r}, which is no number")
+    return number
 
 
 def _read_lines(path: Path) -> list[str]:

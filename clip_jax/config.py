@@ -384,6 +384,11 @@ class RunConfig:
       seed: of initial weights, data order and augmentation.
       init_from: trained weights to start from, in any layout that `clip_jax.load` reads; of another resolution, the
         image positions are resized. Empty means random weights. A run that is resumed does not read them again.
+      init_part: what is taken of them: `whole`, or the `image` or `text` tower with its projection.
+      init_rename: `regex=>replacement` for paths of the weights' parameters, such as
+        `("^text/transformer/block_11/=>text/transformer/block_5/",)`; the first that is found in a path is used, once.
+      init_skip: regexes; parameters of the run in whose path one is found stay as initialised, such as
+        `("^logit_scale$", "/projection/")`.
     """
 
     model: ModelConfig
@@ -401,6 +406,9 @@ class RunConfig:
     samples: int = 12_800_000_000
     seed: int = 0
     init_from: str = ""
+    init_part: Literal["whole", "image", "text"] = "whole"
+    init_rename: tuple[str, ...] = ()
+    init_skip: tuple[str, ...] = ()
 
     @property
     def steps(self) -> int:
@@ -545,6 +553,7 @@ def _contradictions(config: RunConfig) -> Iterator[tuple[bool, str]]:
         value = getattr(optim, name)
         yield not 0 <= value < 1, f"config.optim.{name} is {value}; it must be at least 0 and less than 1"
     yield from _optim_rule_contradictions(optim)
+    yield from _init_contradictions(config)
     yield (
         mesh.data < 1 and mesh.data != -1,
         f"config.mesh.data is {mesh.data}; it must be positive, or -1 for all devices that the other axes leave",
@@ -581,6 +590,22 @@ def _optim_rule_contradictions(optim: OptimConfig) -> Iterator[tuple[bool, str]]
             not _is_regex(regex) or not _is_factor(factor),
             f"config.optim.lr_multipliers holds {rule!r}; it must be regex=factor, such as ^image/=0.1, with a "
             "factor of at least 0",
+        )
+
+
+def _init_contradictions(config: RunConfig) -> Iterator[tuple[bool, str]]:
+    yield (
+        not config.init_from and (config.init_part != "whole" or bool(config.init_rename or config.init_skip)),
+        "config.init_part, init_rename or init_skip is set, and config.init_from names no weights to start from",
+    )
+    for regex in config.init_skip:
+        yield not _is_regex(regex), f"config.init_skip holds {regex!r}, which is not a regular expression"
+    for rule in config.init_rename:
+        regex, arrow, _ = rule.partition("=>")
+        yield (
+            not arrow or not _is_regex(regex),
+            f"config.init_rename holds {rule!r}; it must be regex=>replacement, such as "
+            "^text/transformer/block_11/=>text/transformer/block_5/",
         )
 
 

@@ -1,15 +1,18 @@
 """The train state, born sharded: shapes first, then shardings, then one jitted initialisation into them."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from clip_jax.models.clip import CLIP, Variables, init_variables
 from clip_jax.partition import split_over_data, state_shardings
+from clip_jax.rules import leaf_paths
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -82,15 +85,22 @@ def create_state(
     return jax.jit(lambda: new_state(model, optimizer, seed, ema=ema), out_shardings=shardings)()
 
 
-def start_from(state: TrainState, variables: Variables) -> TrainState:
-    """Returns a fresh state with other variables, laid out as the state's own are.
+def start_from(state: TrainState, arrays: Mapping[str, np.ndarray]) -> TrainState:
+    """Returns a fresh state with some of its variables replaced, laid out as the state's own are.
 
     Args:
       state: as `create_state` gives it.
-      variables: `params` and `batch_stats` of the same model, float32 NumPy arrays; the same in every process.
+      arrays: float32, by path within `params` or `batch_stats`; the same in every process.
     """
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state.variables)
-    placed = jax.device_put(variables, shardings)
+
+    def replaced(tree: Any) -> Any:
+        leaves = [
+            jax.device_put(arrays[path], leaf.sharding) if path in arrays else leaf
+            for path, leaf in zip(leaf_paths(tree), jax.tree.leaves(tree), strict=True)
+        ]
+        return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+
+    placed = {name: replaced(tree) for name, tree in state.variables.items()}
     average = jax.tree.map(jnp.copy, placed["params"]) if state.ema else {}
     return state.replace(**placed, ema=average)
 

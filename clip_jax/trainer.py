@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import numpy as np
@@ -18,7 +18,6 @@ from jax.sharding import Mesh
 
 from clip_jax.checkpoint import Checkpoints, Restored
 from clip_jax.config import RunConfig, as_json
-from clip_jax.data.images import preprocess_of
 from clip_jax.data.loader import TrainingData, open_training_data
 from clip_jax.data.skips import Skips, batches_between
 from clip_jax.errors import RestartError, UserError, one_line
@@ -28,7 +27,7 @@ from clip_jax.gradient_cache import check_micro_batch
 from clip_jax.health import Rewind
 from clip_jax.lock import locked, unwritable
 from clip_jax.losses import chance_loss
-from clip_jax.models.clip import CLIP, Variables
+from clip_jax.models.clip import CLIP
 from clip_jax.models.variants import variant_name
 from clip_jax.monitor import Monitor
 from clip_jax.optim import make_optimizer
@@ -38,6 +37,9 @@ from clip_jax.resume import check_resumable, describe_resume
 from clip_jax.state import TrainState, abstract_state, count_parameters, create_state, start_from
 from clip_jax.step import TrainStep, make_train_step
 from clip_jax.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from clip_jax.initial import Initial
 
 
 class Run(NamedTuple):
@@ -51,7 +53,7 @@ class Run(NamedTuple):
     checkpoints: Checkpoints
     train_step: TrainStep
     target: TrainState
-    fresh: Callable[[], TrainState]
+    fresh: "Callable[[Initial | None], TrainState]"
 
 
 class Watch(NamedTuple):
@@ -85,9 +87,9 @@ def train(config: RunConfig, workdir: Path, *, data: TrainingData | None = None)
     layout = {"mesh": mesh, "zero1": config.mesh.zero1, "ema": config.optim.ema_decay > 0}
     target = abstract_state(model, optimizer, **layout)
 
-    def fresh() -> TrainState:
-        state, initial = create_state(model, optimizer, seed=config.seed, **layout), _initial_variables(config)
-        return state if initial is None else start_from(state, initial)
+    def fresh(initial: "Initial | None") -> TrainState:
+        state = create_state(model, optimizer, seed=config.seed, **layout)
+        return state if initial is None else start_from(state, initial.arrays)
 
     run = Run(
         config=config,
@@ -100,11 +102,11 @@ def train(config: RunConfig, workdir: Path, *, data: TrainingData | None = None)
         target=target,
         fresh=fresh,
     )
-    newest = run.checkpoints.latest()
-    if newest is not None:
-        check_resumable(run.checkpoints.read_contents(newest), config, step=newest, where=workdir)
+    initial = None
+    if (newest := run.checkpoints.latest()) is None:
+        initial = _initial(config, target)
     else:
-        _initial_variables(config)  # what cannot be started from is refused before anything is written
+        check_resumable(run.checkpoints.read_contents(newest), config, step=newest, where=workdir)
     with locked(workdir):
         resumed = run.checkpoints.restore_latest(target)
         prepare_workdir(workdir, config)
@@ -112,7 +114,7 @@ def train(config: RunConfig, workdir: Path, *, data: TrainingData | None = None)
             step, restored = resumed
             saved = run.checkpoints.read_contents(step)
             return _train_from(run, restored, describe_resume(saved, config, step=step, data=run.data.fingerprint))
-        return _train_from(run, Restored(fresh(), 0), [f"starting from {config.init_from}"] if config.init_from else [])
+        return _train_from(run, Restored(fresh(initial), 0), [] if initial is None else initial.report())
 
 
 def _train_from(run: Run, start: Restored, notes: list[str]) -> TrainState:
@@ -190,7 +192,7 @@ def _go_back(run: Run, skips: Skips, rewind: Rewind, watch: Watch) -> Restored:
             f"need a look. Their pairs are in {run.workdir}/skipped-*.jsonl; passed over so far: {list(skips[:-1])}"
         )
     found = run.checkpoints.restore_before(rewind.first, run.target)
-    restored = Restored(run.fresh(), 0) if found is None else found[1]
+    restored = found[1] if found else Restored(run.fresh(_initial(run.config, run.target)), 0)
     step = int(restored.state.step)
     watch.monitor.rewound(step)
     watch.monitor.print(f"{what}: back to step {step}; positions passed over from here on: {list(skips)}")
@@ -251,19 +253,13 @@ def _report(run: Run, state: TrainState, evaluated: Evaluated | None) -> None:
         )
 
 
-def _initial_variables(config: RunConfig) -> Variables | None:
-    """Returns the weights that the config names to start from, refused where they are another model's."""
+def _initial(config: RunConfig, target: TrainState) -> "Initial | None":
+    """Returns the weights that the config names to start from, refused where they do not fit."""
     if not config.init_from:
         return None
-    from clip_jax.interop.read import read_weights  # a run from random weights does without the readers
+    from clip_jax.initial import read_initial  # a run from random weights does without the readers
 
-    weights = read_weights(config.init_from, expect=config.model, image_size=config.model.vision.image_size)
-    if weights.preprocess != preprocess_of(config.model):
-        raise UserError(
-            f"config.init_from={config.init_from!r}: its model was trained with other pixels "
-            f"({weights.preprocess}) than this run would be ({preprocess_of(config.model)})"
-        )
-    return weights.variables
+    return read_initial(config, target.variables)
 
 
 def prepare_workdir(workdir: Path, config: RunConfig) -> None:

@@ -14,6 +14,8 @@ from clip_jax.config import CheckpointConfig, DistributedConfig, LogConfig, RunC
 from clip_jax.errors import ConfigError, UserError
 
 CONFIG, RESULTS = "config.json", "zero_shot.json"
+EVALUATIONS = ("zero_shot/",)
+"""How the names of what evaluations measure begin."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,11 @@ class FinishedRun:
         return sum((step - last) * step_time for last, (step, step_time) in zip(before, timed, strict=False))
 
     def results(self) -> dict[str, float]:
-        """Returns the final numbers: `loss`, the mean over the last twentieth of the run, and each evaluation's last."""
+        """Returns final numbers: `loss`, the mean over the last twentieth of the run, and each evaluation's last."""
         last = [row["loss"] for row in self.rows if "loss" in row and row["step"] > 0.95 * self.steps]
         found = {"loss": sum(last) / len(last)} if last else {}
         for row in self.rows:
-            found |= {name: value for name, value in row.items() if "/" in name}
+            found |= {name: value for name, value in row.items() if name.startswith(EVALUATIONS)}
         return found
 
 

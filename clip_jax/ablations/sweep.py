@@ -147,7 +147,7 @@ def load_sweep(file: Path) -> Sweep:
     return dataclasses.replace(found, name=name)
 
 
-def expand(sweep: Sweep, overrides: Overrides = ()) -> list[Job]:
+def expand(sweep: Sweep, overrides: Sequence[tuple[str, str]] = ()) -> list[Job]:
     """Returns the runs of a sweep, seed by seed, and within a seed in the order of its arms.
 
     So an interrupted sweep has compared all arms with the seeds that it has come to.

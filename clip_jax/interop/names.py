@@ -157,7 +157,7 @@ def to_torch(variables: Variables, scheme: Scheme) -> dict[str, np.ndarray]:
       Contiguous arrays of the leaves' dtypes.
     """
     named: dict[str, np.ndarray] = {}
-    for path, leaf in _leaves(variables):
+    for path, leaf in leaves_by_path(variables).items():
         names, layout = source_of(path, scheme)
         whole = layout.to_torch(np.asarray(leaf))
         parts = [whole] if len(names) == 1 else np.split(whole, len(names))
@@ -182,7 +182,7 @@ def from_torch(tensors: Tensors, config: ModelConfig, scheme: Scheme, *, where: 
       WeightsError: missing, unknown or misshapen tensors, or values that are no finite numbers, all by name.
     """
     like = jax.eval_shape(lambda: init_variables(CLIP(config), jax.random.key(0)))
-    sources = [(source_of(path, scheme), leaf.shape) for path, leaf in _leaves(like)]
+    sources = [(source_of(path, scheme), leaf.shape) for path, leaf in leaves_by_path(like).items()]
     _check_names(tensors, {name for source, _ in sources for name in source.names}, where)
     filled = [_filled(tensors, source, shape, where) for source, shape in sources]
     return jax.tree.unflatten(jax.tree.structure(like), filled)
@@ -196,16 +196,16 @@ def _tensors(scheme: Scheme) -> dict[str, tuple[str, Layout]]:
     }
 
 
-def _leaves(variables: Variables) -> Iterable[tuple[str, Any]]:
-    """Yields (path within `params` or `batch_stats`, leaf), in the order of `jax.tree.leaves`."""
+def leaves_by_path(variables: Variables) -> dict[str, Any]:
+    """Returns leaves by their path within `params` or `batch_stats`, in the order of `jax.tree.leaves`."""
     paths = [re.sub("^(params|batch_stats)/", "", path) for path in leaf_paths(variables)]
-    return zip(paths, jax.tree.leaves(variables), strict=True)
+    return dict(zip(paths, jax.tree.leaves(variables), strict=True))
 
 
 def _check_names(tensors: Tensors, expected: set[str], where: object) -> None:
     unknown = {name for name in tensors.keys() - expected if not _IDLE.search(name)}
     wrong = [
-        f"{verb} {_listed(names)}"
+        f"{verb} {listed(names)}"
         for verb, names in (("lacks", expected - tensors.keys()), ("has unknown tensors:", unknown))
         if names
     ]
@@ -233,7 +233,8 @@ def _check_tensor(name: str, tensor: np.ndarray, shape: tuple[int, ...], where: 
         raise WeightsError(f"{where}: {wrong:,} of the {tensor.size:,} values in {name} are not finite numbers")
 
 
-def _listed(names: Iterable[str], *, most: int = 6) -> str:
+def listed(names: Iterable[str], *, most: int = 6) -> str:
+    """Returns the first names, sorted, and how many more there are."""
     ordered = sorted(names)
     more = f" and {len(ordered) - most:,} more" if len(ordered) > most else ""
     return ", ".join(ordered[:most]) + more

@@ -33,9 +33,9 @@ def read_weights(source: str | Path, *, expect: ModelConfig | None = None, image
     """
     weights = _read(source)
     if image_size is not None:
-        weights = _resized(weights, image_size)
+        weights = resized(weights, image_size)
     if expect is not None:
-        _check_same_model(weights.config, expect, source)
+        check_same_model(weights.config, expect, source)
     return weights
 
 
@@ -83,7 +83,12 @@ def _read_run(workdir: Path) -> Weights:
     return Weights(dataclasses.replace(config, dtype="float32"), variables, preprocess)  # a run may compute in less
 
 
-def _resized(weights: Weights, image_size: int) -> Weights:
+def resized(weights: Weights, image_size: int) -> Weights:
+    """Returns the weights for images of another side, in pixels.
+
+    Raises:
+      WeightsError: a side that the image tower cannot have.
+    """
     vision = dataclasses.replace(weights.config.vision, image_size=image_size)
     checked_model(dataclasses.asdict(dataclasses.replace(weights.config, vision=vision)), where="image_size")
     config, variables = change_resolution(weights.config, weights.variables, image_size)
@@ -97,7 +102,8 @@ def _known_name(source: str) -> str | None:
         return None
 
 
-def _check_same_model(found: ModelConfig, expected: ModelConfig, source: str | Path) -> None:
+def check_same_model(found: ModelConfig, expected: ModelConfig, source: str | Path) -> None:
+    """Raises a WeightsError where the weights of `source` are another architecture's or activation's."""
     changes = model_diff(dataclasses.asdict(found), dataclasses.asdict(expected))
     if changes:
         raise WeightsError(f"{source} holds another model ({describe(found)}) than asked for: {describe_diff(changes)}")
