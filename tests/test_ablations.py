@@ -229,7 +229,8 @@ def test_resolved_configs_are_written_beside_the_commands(tmp_path):
 
 
 FAKE = """
-import json, pathlib, sys, time
+import json, os, pathlib, sys, time
+pathlib.Path("pid").write_text(str(os.getpid()))
 options = dict(argument.split("=", 1) for argument in sys.argv[1:])
 workdir = pathlib.Path(options["--workdir"])
 config = json.loads(pathlib.Path("expanded", *workdir.parts[-2:]).with_suffix(".json").read_text())
@@ -288,26 +289,37 @@ def test_a_checkpoint_without_its_final_evaluation_is_not_the_end(study):
     assert (outcome.state, outcome.note[:11]) == ("failed", "exit code 0")
 
 
-def test_a_sweep_is_run_once_at_a_time_and_takes_its_runs_with_it(study, tmp_path):
-    """A second process is refused while the first, or a run that outlived it, is there; SIGTERM ends both."""
+@pytest.mark.parametrize("ended_by", [signal.SIGTERM, signal.SIGKILL])
+def test_a_sweep_is_run_once_at_a_time(study, tmp_path, ended_by):
+    """Another process is refused while the first is there. SIGTERM takes its run with it; SIGKILL cannot, and then the
+    sweep stays locked as long as that run goes on."""
     sweep, jobs, folder = study
     (tmp_path / "slow").touch()
     code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "from pathlib import Path\n"
         "from clip_jax.ablations.running import run_sweep\n"
         "from clip_jax.ablations.sweep import Sweep, expand\n"
-        f"s = Sweep(config={str(ROOT / DEMO)!r}, arms=[{{}}], name='study', common={{'eval.dataset': ''}})\n"
-        f"jobs = expand(s); job = jobs[0]._replace(arm='lr=0.001')\nrun_sweep(s, [job], Path({str(folder)!r}))\n"
+        f"sweep = Sweep(config={str(ROOT / DEMO)!r}, arms=[{{}}], name='study', common={{'eval.dataset': ''}})\n"
+        f"run_sweep(sweep, [expand(sweep)[0]._replace(arm='lr=0.001')], Path({str(folder)!r}))\n"
     )
-    first = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    first = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, env=environment)
     while not (tmp_path / "started").exists():
         assert first.poll() is None
         time.sleep(0.05)
     with pytest.raises(UserError, match="is in use: another process runs this sweep"):
         run_sweep(sweep, jobs, folder)
-    first.send_signal(signal.SIGTERM)
-    assert first.wait(30) == 128 + signal.SIGTERM
+    run = int((tmp_path / "pid").read_text())
+    first.send_signal(ended_by)
+    assert first.wait(30) == (128 + signal.SIGTERM if ended_by == signal.SIGTERM else -signal.SIGKILL)
+    if ended_by == signal.SIGKILL:
+        with pytest.raises(UserError, match="or one of its runs"):
+            run_sweep(sweep, jobs, folder)
+        os.kill(run, signal.SIGKILL)
+        while Path(f"/proc/{run}/fd/0").exists():
+            time.sleep(0.05)
+    else:
+        assert not Path(f"/proc/{run}/fd/0").exists()
     (tmp_path / "slow").unlink()
     assert run_sweep(sweep, jobs[:1], folder)[0].state == "finished"
 
@@ -333,7 +345,7 @@ def test_runs_at_once_have_their_own_cores(study, tmp_path):
         pytest.skip("one core")
     sweep, jobs, folder = study
     with (tmp_path / "train.py").open("a") as file:
-        file.write("import os\n(workdir / 'cores').write_text(str(sorted(os.sched_getaffinity(0))))\n")
+        file.write("(workdir / 'cores').write_text(str(sorted(os.sched_getaffinity(0))))\n")
     run_sweep(sweep, [jobs[0], jobs[2]], folder, at_once=2)
     found = {(folder / jobs[number].folder / "cores").read_text() for number in (0, 2)}
     half = len(cores) // 2

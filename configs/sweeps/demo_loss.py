@@ -1,7 +1,7 @@
 """Loss × temperature × initialisation on the demo's scans: 8 arms with 3 seeds.
 
   clip-jax sweep run configs/sweeps/demo_loss.py
-  clip-jax compare runs/demo_loss --out runs/demo_loss/compare
+  clip-jax compare runs/demo_loss --baseline softmax,learnt,init=released --out runs/demo_loss/compare
 
 Two CPU cores: 24 runs of about half a minute. The sigmoid loss comes with SigLIP's bias and first temperature
 (Zhai et al., 2023, §3.2). A fixed temperature stays where it began. See docs/ablations.md.
