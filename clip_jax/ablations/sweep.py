@@ -56,13 +56,13 @@ def product(*factors: Mapping[str, Sequence[Any]] | Arms) -> list[Arm]:
       *factors: {key: values}, each key a factor, or a list of arms, as one factor.
 
     Raises:
-      ConfigError: two factors set the same key, or values are no list.
+      ConfigError: values that are no list.
 
     Example:
       >>> product({"loss.kind": ["softmax", "sigmoid"]}, [{"optim.lr": 1e-3}, {"optim.lr": 2e-3, "warmup_steps": 80}])
     """
     lists = [each for factor in factors for each in _arms_of_factor(factor)]
-    return [_joined(parts) for parts in itertools.product(*lists)]
+    return [Arm(tuple(part for each in arms for part in each.parts)) for arms in itertools.product(*lists)]
 
 
 def zip_(values: Mapping[str, Sequence[Any]]) -> list[Arm]:
@@ -160,19 +160,17 @@ def expand(sweep: Sweep, overrides: Sequence[tuple[str, str]] = ()) -> list[Job]
       ConfigError: an arm's config is refused, two arms are the same or have the same name, or the command line sets
         what arms set; the line names the arm.
     """
-    if not sweep.arms or not sweep.seeds or len(set(sweep.seeds)) < len(sweep.seeds):
-        raise ConfigError(f"sweep {sweep.name}: it needs at least one arm, and seeds that differ: {sweep.seeds}")
+    seeds = set(sweep.seeds)
+    if not sweep.arms or not seeds or len(seeds) < len(sweep.seeds) or min(seeds) < 0:
+        raise ConfigError(f"sweep {sweep.name}: it needs an arm, and seeds from 0 that differ, not {sweep.seeds}")
     common = [(key, as_text(value)) for key, value in sweep.common.items()] + list(overrides)
-    base = load_config(sweep.config, common)
-    leaves = list(leaf_types(dataclasses.asdict(base), RunConfig))
-    arms = [_resolved(_as_arm(each), leaves) for each in sweep.arms]
-    _check_not_overridden([resolve_key(key, leaves) for key, _ in overrides if key != "model"], arms)
-    names = _names(arms, leaves)
-    configs = [_arm_config(sweep, common, each.overrides, name=name) for name, each in zip(names, arms, strict=True)]
+    resolved = [_resolved(sweep, common, _as_arm(each), number) for number, each in enumerate(sweep.arms)]
+    _check_not_overridden(overrides, resolved)
+    names = _names([each for each, _ in resolved], _leaves(resolved[0][1]))
     return [
         _job(sweep, common, each.overrides, name=name, config=config, seed=seed)
         for seed in sweep.seeds
-        for name, each, config in zip(names, arms, configs, strict=True)
+        for name, (each, config) in zip(names, resolved, strict=True)
     ]
 
 
@@ -187,13 +185,11 @@ def as_text(value: Any) -> str:
 
 def short_key(key: str, leaves: Sequence[str]) -> str:
     """Returns the shortest ending of a dotted key that no other key has: `lr` for `optim.lr`."""
-    parts = key.split(".")
-    endings = [".".join(parts[-count:]) for count in range(1, len(parts))]
-    for ending in endings:
-        if ending not in leaves and sum(leaf.endswith("." + ending) for leaf in leaves) == 1:
-            sections = {leaf.split(".")[0] for leaf in leaves}
-            if ending not in sections:
-                return ending
+    parts, top = key.split("."), {leaf.split(".")[0] for leaf in leaves}
+    for count in range(1, len(parts)):
+        ending = ".".join(parts[-count:])
+        if ending not in top and sum(leaf.endswith("." + ending) for leaf in leaves) == 1:
+            return ending
     return key
 
 
@@ -222,30 +218,49 @@ def _as_arm(given: Arm | Mapping[str, Any]) -> Arm:
     return Arm((("", dict(given)),))
 
 
-def _joined(arms: Sequence[Arm]) -> Arm:
-    joined = Arm(tuple(part for each in arms for part in each.parts))
-    keys = [key for each in arms for key in each.overrides]
+def _resolved(sweep: Sweep, common: Overrides, given: Arm, number: int) -> tuple[Arm, RunConfig]:
+    """Returns the arm with full keys, and its checked config."""
+    pairs = [(key, value) for _, values in given.parts for key, value in values.items()]
+    where = f"arm {number} {dict(pairs)}"
+    try:
+        config = load_config(sweep.config, [*common, *((key, as_text(value)) for key, value in pairs)])
+    except UserError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    leaves = _leaves(config)
+    keys = [_full_key(key, leaves) for key, _ in pairs]
     if twice := sorted({key for key in keys if keys.count(key) > 1}):
-        raise ConfigError(f"{', '.join(twice)} is set by two factors of a product")
-    return joined
-
-
-def _resolved(given: Arm, leaves: Sequence[str]) -> Arm:
-    """The same arm with full keys."""
+        raise ConfigError(f"{where}: config.{twice[0]} is set twice")
+    if "seed" in keys:
+        raise ConfigError(f"{where}: seeds are the sweep's, Sweep(seeds=(0, 1, 2))")
+    _check_read_back(where, dict(zip(keys, (value for _, value in pairs), strict=True)), config)
     parts = tuple(
-        (name, {key if key == "model" else resolve_key(key, leaves): value for key, value in values.items()})
-        for name, values in given.parts
+        (name, {_full_key(key, leaves): value for key, value in values.items()}) for name, values in given.parts
     )
-    resolved = Arm(parts)
-    if "seed" in resolved.overrides:
-        raise ConfigError("an arm sets config.seed; seeds are the sweep's: Sweep(seeds=(0, 1, 2))")
-    return resolved
+    return Arm(parts), config
 
 
-def _check_not_overridden(keys: Sequence[str], arms: Sequence[Arm]) -> None:
-    for key in keys:
-        if key == "seed" or any(key in each.overrides for each in arms):
-            raise ConfigError(f"config.{key} is what the sweep varies; change the sweep's file instead")
+def _check_read_back(where: str, values: Mapping[str, Any], config: RunConfig) -> None:
+    """Refuses a value that a command line cannot hold, such as a text in a tuple with a comma in it."""
+    found = flatten(dataclasses.asdict(config))
+    for key, value in values.items():
+        wanted = tuple(value) if isinstance(value, list) else value
+        if key != "model" and found[key] != wanted:
+            raise ConfigError(f"{where}: config.{key}={value!r} would be read as {found[key]!r}; write it otherwise")
+
+
+def _leaves(config: RunConfig) -> list[str]:
+    return list(leaf_types(dataclasses.asdict(config), RunConfig))
+
+
+def _full_key(key: str, leaves: Sequence[str]) -> str:
+    return key if key == "model" else resolve_key(key, leaves)
+
+
+def _check_not_overridden(overrides: Sequence[tuple[str, str]], arms: Sequence[tuple[Arm, RunConfig]]) -> None:
+    for each, config in arms:
+        for key in [_full_key(key, _leaves(config)) for key, _ in overrides]:
+            if key == "seed" or key in each.overrides:
+                raise ConfigError(f"config.{key} is what the sweep varies; change the sweep's file instead")
 
 
 def _names(arms: Sequence[Arm], leaves: Sequence[str]) -> list[str]:
@@ -277,20 +292,6 @@ def _name(given: Arm, varying: set[str], leaves: Sequence[str]) -> str:
         ]
         words += [file_name(name)] if name else named
     return ",".join(words) or "base"
-
-
-def _arm_config(sweep: Sweep, common: Overrides, overrides: Mapping[str, Any], *, name: str) -> RunConfig:
-    texts = [(key, as_text(value)) for key, value in overrides.items()]
-    try:
-        config = load_config(sweep.config, [*common, *texts])
-    except UserError as error:
-        raise ConfigError(f"arm {name}: {error}") from None
-    found = flatten(dataclasses.asdict(config))
-    for key, value in overrides.items():
-        wanted = tuple(value) if isinstance(value, list) else value
-        if key != "model" and found[key] != wanted:
-            raise ConfigError(f"arm {name}: config.{key}={value!r} would be read as {found[key]!r}; write it otherwise")
-    return config
 
 
 def _job(
