@@ -70,7 +70,10 @@ def test_the_sweep_in_the_page_expands(monkeypatch):
 
 @pytest.mark.slow
 def test_the_recipes_run_on_the_demo(tmp_path, digits_dir):
-    """The page's commands in their order, each run for 10 steps, and its lines of Python after them."""
+    """The page's commands in their order, each run for 10 steps, and its lines of Python after them.
+
+    What a tower of 10 steps sees in a scan is mostly its random projection: linearly separable, as the pixels are.
+    """
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     short = ["--config.samples=2400", "--config.optim.warmup_steps=2", f"--config.data.data_dir={digits_dir}"]
 
@@ -99,4 +102,4 @@ def test_the_recipes_run_on_the_demo(tmp_path, digits_dir):
     (curve,) = (text for text in shown if "alpha" in text)
     assert len(curve.splitlines()) == 2 + 11
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert 0.5 < float(run("-c", code)) <= 1
+    assert 0.8 < float(run("-c", code)) <= 1
