@@ -14,9 +14,9 @@ from clip_jax.errors import UserError, did_you_mean
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs one subcommand; a user's mistake is one line on stderr and exit code 2; a plan that does not fit, or
-    accelerators that would starve, are 3, and a machine that something is wrong with, or a sweep with a run that failed,
-    is 1."""
+    """Runs one subcommand. A user's mistake is one line on stderr and exit code 2; a plan that does not fit, or
+    accelerators that would starve, are 3; a machine that something is wrong with, or a sweep with a run that failed, 1.
+    """
     with one_line_errors():
         rest, overrides = take_overrides(sys.argv[1:] if argv is None else argv)
         arguments = _parser().parse_args(rest)

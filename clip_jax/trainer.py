@@ -114,7 +114,9 @@ def train(config: RunConfig, workdir: Path, *, data: TrainingData | None = None)
             step, restored = resumed
             saved = run.checkpoints.read_contents(step)
             return _train_from(run, restored, describe_resume(saved, config, step=step, data=run.data.fingerprint))
-        return _train_from(run, Restored(fresh(initial), 0), [] if initial is None else initial.report())
+        state, notes = fresh(initial), [] if initial is None else initial.report()
+        del initial  # whole weights, on the host
+        return _train_from(run, Restored(state, 0), notes)
 
 
 def _train_from(run: Run, start: Restored, notes: list[str]) -> TrainState:
