@@ -149,10 +149,20 @@ def data_sources(data: DataConfig) -> tuple[DataConfig, ...]:
     if not data.mixture:
         return (data,)
     base = dataclasses.replace(data, mixture=())
-    return tuple(_mixed_source(base, text, f"data.mixture[{number}]") for number, text in enumerate(data.mixture))
+    return tuple(parse_source(base, text, f"data.mixture[{number}]") for number, text in enumerate(data.mixture))
 
 
-def _mixed_source(base: DataConfig, text: str, where: str) -> DataConfig:
+def parse_source(base: DataConfig, text: str, where: str) -> DataConfig:
+    """Returns a source that is written as `key=value,...`.
+
+    Args:
+      base: what the text does not say.
+      text: values of SOURCE_KEYS.
+      where: dotted key that holds the text, for messages.
+
+    Raises:
+      ConfigError: an unknown key or a wrong value.
+    """
     types = leaf_types(dataclasses.asdict(base), DataConfig)
     values: dict[str, Any] = {}
     for part in split_outside_brackets(text):

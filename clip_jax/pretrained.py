@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import hashlib
+import json
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -11,12 +13,14 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from clip_jax.array_types import Array, Float
+from clip_jax.config import NOT_SIZES
 from clip_jax.data.tokenizer import Captions, tokenize
 from clip_jax.errors import UserError
 from clip_jax.interop.read import read_weights
 from clip_jax.interop.weights import Weights
 from clip_jax.models.clip import CLIP, unit
 from clip_jax.models.variants import ModelConfig, model_config
+from clip_jax.rules import leaf_paths
 
 
 class Pretrained:
@@ -47,6 +51,19 @@ class Pretrained:
     def scale(self) -> Float[Array, ""]:
         """exp(logit_scale), by which cosines are multiplied before a softmax."""
         return jnp.exp(self.params["logit_scale"])
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits of a SHA-256 over sizes, activation, preprocessing and weights.
+
+        Embeddings can be compared where it is the same.
+        """
+        sizes = {name: value for name, value in dataclasses.asdict(self.config).items() if name not in NOT_SIZES}
+        about = {"model": sizes, "preprocess": self.preprocess.to_dict(), "leaves": leaf_paths(self.variables)}
+        digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+        for leaf in jax.tree.leaves(self.variables):
+            digest.update(np.ascontiguousarray(leaf).data)
+        return digest.hexdigest()[:16]
 
     def encode_image(self, images: ArrayLike, *, normalize: bool = False) -> Float[Array, "b e"]:
         """Embeds images.

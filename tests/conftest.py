@@ -18,4 +18,4 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 from jaxtyping import install_import_hook
 
 _HOOK = install_import_hook("clip_jax", "beartype.beartype")
-pytest_plugins = ["data_fixtures"]
+pytest_plugins = ["data_fixtures", "search_fixtures"]

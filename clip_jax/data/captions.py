@@ -24,12 +24,14 @@ class CaptionFields:
       fields: `txt`, or `json.key` for a text or a list of texts in the `.json`, each with `=share` behind it for how
         often it is drawn, as in `("txt=0.3", "json.synthetic=0.7")`; without, equally often. A list shares its field's
         part; fields that a sample lacks are left out. Empty: `txt`, or where there is none, `json.caption`.
+      needed: refuse a sample without a caption, or with one that cannot be read.
 
     Raises:
       ConfigError: not such a field.
     """
 
-    def __init__(self, fields: tuple[str, ...] = ()) -> None:
+    def __init__(self, fields: tuple[str, ...] = (), *, needed: bool = True) -> None:
+        self._needed = needed
         self._fields = [_parse(field) for field in fields or DEFAULT]
         self._first_only = not fields
 
@@ -41,8 +43,16 @@ class CaptionFields:
           metadata: content of its `.json`.
 
         Raises:
-          RecordError: there is none, or one cannot be read.
+          RecordError: there is none, or one cannot be read; not where captions are not needed.
         """
+        try:
+            return self._find(text, metadata)
+        except RecordError:
+            if self._needed:
+                raise
+            return (), ()
+
+    def _find(self, text: bytes | None, metadata: bytes | None) -> tuple[tuple[str, ...], tuple[float, ...]]:
         captions: list[str] = []
         shares: list[float] = []
         values: Mapping[str, Any] | None = None

@@ -128,18 +128,20 @@ def decode(encoded: bytes) -> np.ndarray:
     return _with_pil(encoded, _to_rgb)
 
 
-def open_image(encoded: bytes) -> PILImage:
-    """Returns the image as PIL's, in the mode in which it is stored; as strict as `decode`.
+def open_image(image: bytes | np.ndarray) -> PILImage:
+    """Returns an encoded image, or uint8 [h, w, 3], as PIL's, in the mode in which it is stored; as strict as `decode`.
 
     Raises:
       ImageError: as `decode`.
     """
     from PIL import Image
 
-    if not encoded.startswith(_JPEG):
-        return _with_pil(encoded, lambda image: image.copy())
-    pixels = decode_jpeg(encoded)  # equal to PIL's, but strict
-    return _with_pil(encoded, lambda image: image.copy() if image.mode == "CMYK" else Image.fromarray(pixels))
+    if isinstance(image, np.ndarray):
+        return Image.fromarray(image)
+    if not image.startswith(_JPEG):
+        return _with_pil(image, lambda opened: opened.copy())
+    pixels = decode_jpeg(image)  # equal to PIL's, but strict
+    return _with_pil(image, lambda opened: opened.copy() if opened.mode == "CMYK" else Image.fromarray(pixels))
 
 
 def eval_image(image: ImageLike, preprocess: Preprocess) -> np.ndarray:
@@ -157,12 +159,8 @@ def eval_image(image: ImageLike, preprocess: Preprocess) -> np.ndarray:
     Raises:
       ImageError: as `decode`; or a strip so long that, resized, it has more than MAX_PIXELS pixels.
     """
-    from PIL import Image
-
-    if isinstance(image, bytes):
+    if isinstance(image, bytes | np.ndarray):
         image = open_image(image)
-    elif isinstance(image, np.ndarray):
-        image = Image.fromarray(image)
     size = preprocess.size
     resized = resize(image, *resized_size(*image.size, size))
     left, top = (round((side - size) / 2) for side in resized.size)
@@ -315,6 +313,17 @@ def resized_size(width: int, height: int, size: int) -> tuple[int, int]:
             f"the image is a strip of {width} x {height} pixels; enlarged to {size}, it is too large"
         )
     return new_width, new_height
+
+
+def to_jpeg(image: PILImage, *, longest: int) -> bytes:
+    """Returns a small JPEG for people to look at; its longer side has so many pixels at most."""
+    small = image.copy()
+    if small.mode == "P":
+        small = _drop_to_rgb(small)
+    small.thumbnail((longest, longest))
+    buffer = io.BytesIO()
+    _drop_to_rgb(small).save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()
 
 
 def resize(image: PILImage, width: int, height: int) -> PILImage:

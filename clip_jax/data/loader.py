@@ -73,12 +73,18 @@ def open_part(config: RunConfig, data: DataConfig, source: Source | None = None)
     return Part(source, order, data.weight)
 
 
-def open_source(config: RunConfig, data: DataConfig) -> Source:
-    """Opens one source; a TFDS dataset of ours is built first if the config says so."""
+def open_source(config: RunConfig, data: DataConfig, *, need_captions: bool = True) -> Source:
+    """Opens one source; a TFDS dataset of ours is built first if the config says so.
+
+    Args:
+      config: the run's.
+      data: the source's section.
+      need_captions: refuse a source, or a sample of tar shards, that has none.
+    """
     if data.source == "synthetic":
         return SyntheticSource(_SYNTHETIC_RECORDS, config.model.vision.image_size, config.seed)
     if data.source == "tars":
-        return open_tars(data)
+        return open_tars(data, need_captions=need_captions)
     if data.source == "table":
         return TableSource(
             Path(data.table), image_key=data.image_key, caption_key=data.caption_key, image_root=data.image_root
@@ -88,11 +94,16 @@ def open_source(config: RunConfig, data: DataConfig) -> Source:
 
         ensure_dataset(data.dataset, data.data_dir)
     return TfdsSource(
-        data.dataset, data.split, data_dir=data.data_dir, image_key=data.image_key, caption_key=data.caption_key
+        data.dataset,
+        data.split,
+        data_dir=data.data_dir,
+        image_key=data.image_key,
+        caption_key=data.caption_key,
+        images_only=not need_captions,
     )
 
 
-def open_tars(data: DataConfig, *, index: bool = False) -> TarSource:
+def open_tars(data: DataConfig, *, index: bool = False, need_captions: bool = True) -> TarSource:
     """Opens tar shards; with `index`, after looking into all whose number of samples is not known."""
     keep = Filter(data.filters, data.uids)
     return TarSource(
@@ -104,6 +115,7 @@ def open_tars(data: DataConfig, *, index: bool = False) -> TarSource:
         retry_s=data.retry_s,
         threads=data.connections,
         index=index,
+        need_captions=need_captions,
     )
 
 

@@ -193,10 +193,15 @@ def where(parts: Sequence[Part], index: int) -> str:
     """Returns what to call a record of the sources, numbered through, in messages."""
     for part in parts:
         if index < len(part.source):
-            named = getattr(part.source, "where", None)
-            return named(index) if named else f"record {index} of {part.source}"
+            return name_record(part.source, index)
         index -= len(part.source)
     return f"record {index}"
+
+
+def name_record(source: Source, index: int) -> str:
+    """Returns what to call a record of a source in messages."""
+    named = getattr(source, "where", None)
+    return named(index) if named else f"record {index} of {source}"
 
 
 def _reader(part: Part, *, start: int, connections: int) -> Reader:

@@ -14,6 +14,7 @@ class TableSource:
     The table is kept in memory in Arrow's columns, and read again in every process that receives the source.
 
     Attributes:
+      root: folder to which paths are relative.
       fingerprint: file, number of rows and columns, as JSON holds them.
     """
 
@@ -25,14 +26,14 @@ class TableSource:
         Args:
           table: `.csv`, `.tsv` or `.parquet`.
           image_key: column of paths, or of encoded images.
-          caption_key: column of captions, or of lists of captions.
+          caption_key: column of captions, or of lists of captions; empty for none.
           image_root: folder to which paths are relative; empty means the table's.
 
         Raises:
           UserError: it cannot be read, or has no such columns.
         """
-        self._path, self._keys = table.expanduser(), (image_key, caption_key)
-        self._root = Path(image_root).expanduser() if image_root else self._path.parent
+        self._path, self._keys = table.expanduser(), tuple(filter(None, (image_key, caption_key)))
+        self.root = Path(image_root).expanduser() if image_root else self._path.parent
         self._columns = self._read()
         self.fingerprint: dict[str, Any] = {
             "name": "table",
@@ -53,22 +54,32 @@ class TableSource:
         Raises:
           RecordError: it cannot be used.
         """
-        if self._columns is None:
-            self._columns = self._read()
-        image, captions = (column[index].as_py() for column in self._columns)
+        image = self._image(index)
+        captions = self._columns[1][index].as_py() if len(self._columns) > 1 else None
         if not image:
             raise RecordError("image_missing", "the row names no image")
-        if self._path.suffix.lower() != ".parquet":
-            image = os.fsdecode(image)  # read as bytes, so that one caption which is not UTF-8 does not cost the table
         texts = captions if isinstance(captions, list) else [captions]
         return Record(
-            image if isinstance(image, bytes) else read_image_file(self._root / str(image)),
+            image if isinstance(image, bytes) else read_image_file(self.root / str(image)),
             tuple(decode_caption(_encoded(text)) for text in texts if text is not None),
         )
 
     def where(self, index: int) -> str:
         """Returns what to call a row in messages."""
         return f"row {index} of {self._path}"
+
+    def key(self, index: int) -> str:
+        """Returns the path of a row's image, or the row's number where the table holds the image itself."""
+        image = self._image(index)
+        return image if image and isinstance(image, str) else str(index)
+
+    def _image(self, index: int) -> str | bytes | None:
+        """Returns what stands in the column of images: a path, or an encoded image."""
+        if self._columns is None:
+            self._columns = self._read()
+        image = self._columns[0][index].as_py()
+        # Text tables are read as bytes, so that one caption which is not UTF-8 does not cost the table.
+        return os.fsdecode(image) if image and self._path.suffix.lower() != ".parquet" else image
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_columns": None}
@@ -95,7 +106,7 @@ class TableSource:
         return tuple(table.column(key) for key in self._keys)
 
     def _check_columns(self, names: list[str]) -> None:
-        for key, config_key in zip(self._keys, ("image_key", "caption_key"), strict=True):
+        for key, config_key in zip(self._keys, ("image_key", "caption_key"), strict=False):
             if key not in names:
                 raise UserError(
                     f"{self._path} has no column {key!r}{did_you_mean(key, names)} (it has {', '.join(names)}); set "

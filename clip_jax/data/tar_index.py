@@ -187,11 +187,9 @@ def index_samples(files: Iterator[Member]) -> tuple[np.ndarray, np.ndarray]:
     keys: list[int] = []
     current: str | None = None
     for member in files:
-        folder, _, name = member.name.rpartition("/")
-        stem, _, extension = name.partition(".")
-        extension = extension.lower()
+        extension = member.name.rpartition("/")[2].partition(".")[2].lower()
         part = "image" if extension in IMAGES else {"txt": "text", "json": "json"}.get(extension)
-        key = f"{folder}/{stem}" if folder else stem
+        key = sample_key(member.name)
         if part is None:
             if key != current:
                 current = None
@@ -212,6 +210,12 @@ def index_samples(files: Iterator[Member]) -> tuple[np.ndarray, np.ndarray]:
 def key_number(key: str) -> int:
     """Returns 64 bits of a key's hash: keys of any length in 8 bytes each, enough to tell those of a shard apart."""
     return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+
+
+def sample_key(name: str) -> str:
+    """Returns a member's name up to the first dot of its last part."""
+    folder, slash, file = name.rpartition("/")
+    return folder + slash + file.partition(".")[0]
 
 
 def header_size(header: bytes) -> int | None:

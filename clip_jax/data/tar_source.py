@@ -11,7 +11,7 @@ import logging
 import posixpath
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -22,7 +22,16 @@ from clip_jax.data.filters import Filter
 from clip_jax.data.records import MAX_FILE_BYTES, Record, RecordError
 from clip_jax.data.storage import Storage, StorageError, expand
 from clip_jax.data.tar_counts import find_counts, remembered_in
-from clip_jax.data.tar_index import BLOCK, PARTS, ShardIndex, Sidecars, header_size
+from clip_jax.data.tar_index import (
+    BLOCK,
+    PARTS,
+    ReadAt,
+    ShardIndex,
+    Sidecars,
+    header_size,
+    members,
+    sample_key,
+)
 from clip_jax.errors import UserError
 
 _LOG = logging.getLogger(__name__)
@@ -52,6 +61,7 @@ class TarSource:
         retry_s: float = 300.0,
         threads: int = 8,
         index: bool = False,
+        need_captions: bool = True,
     ) -> None:
         """Finds the shards and how many samples each has.
 
@@ -65,6 +75,7 @@ class TarSource:
           retry_s: seconds for which remote reads are tried again.
           threads: shards looked at at the same time.
           index: look into however many shards whose number of samples is not known, remote ones too.
+          need_captions: a sample without one cannot be used.
 
         Raises:
           UserError: no shards, or their counts are neither known nor to be found out.
@@ -72,7 +83,7 @@ class TarSource:
         self._storage = Storage(retry_s)
         self._sidecars = Sidecars(self._storage, index_dir)
         self._patterns = shards
-        self._captions, self._keep = CaptionFields(captions), keep or None
+        self._captions, self._keep = CaptionFields(captions, needed=need_captions), keep or None
         self._paths = expand(shards)
         digest = keep.digest if keep else ""
         with ThreadPoolExecutor(threads) as pool:
@@ -115,6 +126,24 @@ class TarSource:
         """Returns a record's shard and number, for messages."""
         shard, number = self._split(index)
         return f"sample {number} of {self._paths[shard]}"
+
+    def split(self, records: range) -> Iterator[range]:
+        """Yields consecutive records shard by shard."""
+        while records:
+            shard, _ = self._split(records.start)
+            end = min(records.stop, int(self._starts[shard] + self.counts[shard]))
+            yield range(records.start, end)
+            records = range(end, records.stop)
+
+    def key(self, index: int, block: "TarBlock") -> str:
+        """Returns the shard's name and, after a slash, the sample's; of a record in `block`.
+
+        Raises:
+          RecordError: it cannot be used.
+        """
+        shard, number = self._split(index)
+        name = posixpath.basename(self._paths[shard]).removesuffix(".tar")
+        return f"{name}/{block.key(number - block.first)}"
 
     def read_block(self, first: int, count: int) -> "TarBlock":
         """Reads consecutive records of one shard, in as few requests as their gaps allow.
@@ -217,7 +246,7 @@ class TarBlock:
         chunks: list[tuple[int, bytes]],
         captions: CaptionFields,
     ) -> None:
-        self._first, self._samples, self._chunks, self._captions = first, samples, chunks, captions
+        self.first, self._samples, self._chunks, self._captions = first, samples, chunks, captions
         self._chunk_starts = [start for start, _ in chunks]
 
     def __getitem__(self, member: int) -> Record:
@@ -232,6 +261,18 @@ class TarBlock:
             raise RecordError("image_missing", "there is no image")
         return Record(image, *self._captions.find(text, metadata))
 
+    def key(self, member: int) -> str:
+        """Returns what a sample's files are called, up to the first dot.
+
+        Raises:
+          RecordError: it cannot be used.
+        """
+        begin, chunk = self._find(self._sample(member))
+        first = next(members(ReadAt(lambda offset, length: chunk[begin + offset :][:length], len(chunk) - begin)), None)
+        if first is None:
+            raise RecordError("shard_changed", "the sample is not where it was when the shard was indexed")
+        return sample_key(first.name)
+
     def metadata(self, member: int) -> Mapping[str, Any]:
         """Returns a sample's JSON, or nothing where it has none that can be read."""
         try:
@@ -244,7 +285,7 @@ class TarBlock:
         if isinstance(self._samples, StorageError):
             raise RecordError("shard_missing", str(self._samples))
         if member >= len(self._samples):
-            raise RecordError("shard_changed", f"the shard has only {self._first + len(self._samples)} samples")
+            raise RecordError("shard_changed", f"the shard has only {self.first + len(self._samples)} samples")
         return dict(zip(self._samples.dtype.names or (), self._samples[member].tolist(), strict=True))
 
     def _part(self, sample: dict[str, int], part: str) -> bytes | None:
@@ -254,14 +295,19 @@ class TarBlock:
         if sample[f"{part}_size"] > MAX_FILE_BYTES:
             reason = "image_too_large" if part == "image" else "caption_unreadable"
             raise RecordError(reason, f"the {part} has {sample[f'{part}_size']:,} bytes, over {MAX_FILE_BYTES:,}")
-        start, chunk = self._chunks[bisect.bisect_right(self._chunk_starts, sample["start"]) - 1]
-        begin, size = sample["start"] - start + sample[part], sample[f"{part}_size"]
+        begin, chunk = self._find(sample)
+        begin, size = begin + sample[part], sample[f"{part}_size"]
         header, content = chunk[begin - BLOCK : begin], chunk[begin : begin + size]
         if len(header) == BLOCK and header_size(header) != size:
             raise RecordError("shard_changed", f"the {part} is not where it was when the shard was indexed")
         if len(content) < size:
             raise RecordError("shard_changed", f"the shard ends within the {part}")
         return content
+
+    def _find(self, sample: dict[str, int]) -> tuple[int, bytes]:
+        """Returns where a sample begins within the range that holds it, and that range."""
+        start, chunk = self._chunks[bisect.bisect_right(self._chunk_starts, sample["start"]) - 1]
+        return sample["start"] - start, chunk
 
 
 def read_ranges(storage: Storage, path: str, samples: np.ndarray) -> list[tuple[int, bytes]]:

@@ -43,6 +43,7 @@ class TfdsSource:
         image_key: str = "image",
         caption_key: str = "caption",
         label_key: str = "",
+        images_only: bool = False,
     ):
         """Finds the dataset and checks that it holds what is asked for.
 
@@ -55,6 +56,7 @@ class TfdsSource:
           caption_key: feature of a text or a sequence of texts, nested ones as `captions/text`; may be empty if
             `label_key` is given. A feature of this name and `_shares` behind it says how often each text is drawn.
           label_key: feature of class labels; empty for none.
+          images_only: `caption_key` and `label_key` may both be empty.
 
         Raises:
           UserError: TFDS is not installed; no such dataset or split; not in ArrayRecord files; or the features are
@@ -66,7 +68,7 @@ class TfdsSource:
         self._keys = {"image": image_key, "caption": caption_key, "label": label_key}
         self._records: Any = None
         builder = _open_builder(self._directory)
-        self._check_features(builder.info.features)
+        self._check_features(builder.info.features, images_only=images_only)
         self._records = self._open(builder)
         shares = f"{caption_key}_shares"
         self._shares_key = shares if caption_key and shares in builder.info.features else ""
@@ -121,10 +123,10 @@ class TfdsSource:
             known = f"it has {counts} and slices of these, as in 'train[:50%]'"
             raise UserError(f"{self._directory} has no split {self._split!r}; {known}") from None
 
-    def _check_features(self, features: Any) -> None:
+    def _check_features(self, features: Any, *, images_only: bool) -> None:
         import tensorflow_datasets as tfds
 
-        if not self._keys["caption"] and not self._keys["label"]:
+        if not any((self._keys["caption"], self._keys["label"], images_only)):
             raise UserError("caption_key and label_key are both empty; a record needs a caption or a label")
         kinds = {"image": tfds.features.Image, "caption": tfds.features.Text, "label": tfds.features.ClassLabel}
         for role, key in self._keys.items():

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from clip_jax.data.images import normalize, preprocess_of
+from clip_jax.data.images import Preprocess, normalize, preprocess_of
 from clip_jax.models.clip import CLIP, Variables, image_features, text_features
 from clip_jax.partition import place_rows, replicated
 
@@ -37,11 +37,16 @@ class Embedder:
       tokenize: (texts, context=…) to int32 [n, context].
       mesh: the devices.
       batch: rows a step, over all devices; the mesh's size divides it.
+      preprocess: whose mean and deviation pixels are normalised with; CLIP's if None.
     """
 
-    def __init__(self, model: CLIP, tokenize: Tokenize, *, mesh: Mesh, batch: int) -> None:
+    def __init__(
+        self, model: CLIP, tokenize: Tokenize, *, mesh: Mesh, batch: int, preprocess: Preprocess | None = None
+    ) -> None:
         self._model, self._tokenize, self._mesh, self._batch = model, tokenize, mesh, batch
+        self._preprocess = preprocess or preprocess_of(model.config)
         self._encode_images = jax.jit(self._image_features, out_shardings=replicated(mesh))
+        self._encode_pixels = jax.jit(self._pixel_features, out_shardings=replicated(mesh))
         self._encode_texts = jax.jit(self._text_features, out_shardings=replicated(mesh))
 
     def images(self, variables: Variables, batches: Iterable[dict[str, np.ndarray]]) -> ImageFeatures:
@@ -60,24 +65,39 @@ class Embedder:
 
     def texts(self, variables: Variables, texts: Sequence[str]) -> np.ndarray:
         """Embeds texts: float [n, e], unit length."""
+        tokens = self._tokenize(list(texts), context=self._model.config.text.context)
+        return self._encode(self._encode_texts, variables, tokens)
+
+    def pixels(self, variables: Variables, images: np.ndarray) -> np.ndarray:
+        """Embeds images that are cut to size, uint8 [n, s, s, 3]: float [n, e], unit length.
+
+        Every process of the mesh gives all of them.
+        """
+        return self._encode(self._encode_pixels, variables, images)
+
+    def _encode(self, encode: Callable[..., jax.Array], variables: Variables, rows: np.ndarray) -> np.ndarray:
+        """Encodes rows batch by batch; the last batch is padded with zeros."""
         parts = []
-        for start in range(0, len(texts), self._batch):
-            chunk = list(texts[start : start + self._batch])
-            padded = chunk + [""] * (self._batch - len(chunk))
-            rows = self._rows_of_this_process(self._tokenize(padded, context=self._model.config.text.context))
-            features = self._encode_texts(variables, place_rows({"tokens": rows}, self._mesh)["tokens"])
+        for start in range(0, len(rows), self._batch):
+            chunk = rows[start : start + self._batch]
+            padding = np.zeros((self._batch - len(chunk), *rows.shape[1:]), rows.dtype)
+            padded = self._rows_of_this_process(np.concatenate([chunk, padding]))
+            features = encode(variables, place_rows({"rows": padded}, self._mesh)["rows"])
             parts.append(np.asarray(features)[: len(chunk)])
         return np.concatenate(parts)
 
     def _rows_of_this_process(self, rows: np.ndarray) -> np.ndarray:
-        share = len(rows) // jax.process_count()
-        return rows[share * jax.process_index() :][:share]
+        processes = sorted({device.process_index for device in self._mesh.devices.flat})
+        share = len(rows) // len(processes)
+        return rows[share * processes.index(jax.process_index()) :][:share]
+
+    def _pixel_features(self, variables: Variables, images: jax.Array) -> jax.Array:
+        dtype = self._model.config.dtype
+        return image_features(self._model, variables, normalize(images, self._preprocess, dtype))
 
     def _image_features(self, variables: Variables, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        config = self._model.config
-        images = normalize(batch["image"], preprocess_of(config), config.dtype)
         return {
-            "features": image_features(self._model, variables, images),
+            "features": self._pixel_features(variables, batch["image"]),
             "labels": batch["label"],
             "index": batch["index"].astype(jnp.int32),
             "weight": batch["weight"],

@@ -1,0 +1,67 @@
+"""Zero-shot classification of pictures with labels that a person writes (paper, §3.1)."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from clip_jax.data.images import Images
+from clip_jax.errors import UserError
+from clip_jax.evals.zero_shot import class_weights
+from clip_jax.pretrained import Pretrained
+
+AS_WRITTEN = ("{}",)
+"""Templates of labels that are whole prompts already."""
+
+
+def label_weights(model: Pretrained, labels: Sequence[str], templates: Sequence[str] = AS_WRITTEN) -> np.ndarray:
+    """Returns the labels' classifier, float [c, e] of unit length.
+
+    Args:
+      model: its text tower.
+      labels: c texts.
+      templates: prompts with `{}` for the label; a label's weight is the mean over them.
+
+    Raises:
+      UserError: no labels, a blank one, or one twice.
+    """
+    if not labels or not all(label.strip() for label in labels):
+        raise UserError("there is no label, or a blank one; write texts such as 'a cat' 'a dog'")
+    if len(set(labels)) < len(labels):
+        twice = next(label for label in labels if labels.count(label) > 1)
+        raise UserError(f"the label {twice!r} is there twice")
+
+    def embed(texts: Sequence[str]) -> np.ndarray:
+        return np.asarray(model.encode_text(model.tokenize(list(texts)), normalize=True))
+
+    return class_weights(embed, labels, templates)
+
+
+def probabilities(model: Pretrained, features: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Returns float [n, c]: a softmax over the labels, or, of a model trained with the sigmoid loss, each label's own.
+
+    Args:
+      model: for temperature and bias.
+      features: of images, unit length, [n, e].
+      weights: as `label_weights` gives them.
+    """
+    logits = float(model.scale) * features @ weights.T
+    if model.config.logit_bias:
+        return 1 / (1 + np.exp(-(logits + float(model.params["logit_bias"]))))
+    shares = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return shares / shares.sum(axis=1, keepdims=True)
+
+
+def classify_images(
+    model: Pretrained, images: Images, labels: Sequence[str], *, templates: Sequence[str] = AS_WRITTEN
+) -> np.ndarray:
+    """Returns the probability of every label for every image of a list, float [n, c].
+
+    Raises:
+      UserError: what is no image, or labels that cannot be told apart.
+
+    Example:
+      >>> classify_images(clip_jax.load("ViT-B/32"), ["pet.jpg"], ["a photo of a cat", "a photo of a dog"])
+    """
+    weights = label_weights(model, labels, templates)
+    features = model.encode_image(model.preprocess(images), normalize=True)
+    return probabilities(model, np.asarray(features), weights)
