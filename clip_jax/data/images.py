@@ -347,7 +347,7 @@ def _opened(image: ImageLike | str | Path, what: str) -> ImageLike:
     try:
         return open_image(image) if isinstance(image, bytes) else image
     except ImageError as error:
-        raise ImageError(f"{what}: {error}") from None
+        raise type(error)(f"{what}: {error}") from None
 
 
 def _read(path: Path) -> bytes:

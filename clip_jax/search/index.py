@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pyarrow
@@ -73,7 +73,7 @@ class SearchIndex:
         self.folder = Path(folder).expanduser()
         self.about = _read_about(self.folder)
         try:
-            self._index: Any = faiss.read_index(str(self.folder / "index.faiss"), faiss.IO_FLAG_MMAP)
+            self._index = cast(Any, faiss.read_index(str(self.folder / "index.faiss"), faiss.IO_FLAG_MMAP))
             self._items = pyarrow.ipc.open_file(pyarrow.memory_map(str(self.folder / "items.arrow")))
         except (RuntimeError, OSError, pyarrow.ArrowException) as error:
             raise UserError(f"{self.folder} cannot be opened as an index: {one_line(error)}") from None
@@ -184,11 +184,10 @@ def _build(store: VectorStore, kind: Kind, count: int, *, exact: bool, items: Pa
 
     dimensions = store.read_manifest()["model"]["embed_dim"]
     cells = 0 if exact else max(1, round(4 * count**0.5))
-    index: Any
     if exact:
         index, facts = faiss.IndexFlatIP(dimensions), {"kind": "exact"}
     else:
-        index = faiss.index_factory(dimensions, f"IVF{cells},SQ8", faiss.METRIC_INNER_PRODUCT)
+        index = cast(Any, faiss.index_factory(dimensions, f"IVF{cells},SQ8", faiss.METRIC_INNER_PRODUCT))
         index.cp.max_points_per_centroid = _TRAINED_PER_CELL
         index.train(_sample(store, kind, count, cells * _TRAINED_PER_CELL))
         facts = {"kind": "ivf_sq8", "cells": cells}
