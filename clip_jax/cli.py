@@ -5,7 +5,8 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -425,6 +426,19 @@ def _classify(arguments: argparse.Namespace) -> None:
         print(arguments.plot)
 
 
+@contextmanager
+def _extra(name: str, *modules: str) -> Iterator[None]:
+    """Says which extra brings a package that is not installed."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name not in modules:
+            raise
+        raise UserError(
+            f"this needs the package {error.name}; install it with: pip install 'clip-jax-pretrain[{name}]'"
+        ) from None
+
+
 def _embed(arguments: argparse.Namespace) -> None:
     from clip_jax.config import DistributedConfig
     from clip_jax.distributed import processes
@@ -465,6 +479,7 @@ def _embed(arguments: argparse.Namespace) -> None:
         print(f"{arguments.folder}: {rows}; rejected: {rejected or 'none'}")
 
 
+@_extra("search", "faiss")
 def _index(arguments: argparse.Namespace) -> None:
     from clip_jax.search.index import build_index
 
@@ -483,6 +498,7 @@ def _index(arguments: argparse.Namespace) -> None:
     )
 
 
+@_extra("search", "faiss")
 def _search(arguments: argparse.Namespace) -> None:
     from clip_jax.console import print_table
     from clip_jax.data.images import decode
@@ -514,6 +530,8 @@ def _search(arguments: argparse.Namespace) -> None:
         print(arguments.sheet)
 
 
+@_extra("serve", "starlette", "uvicorn", "jinja2", "python_multipart")
+@_extra("search", "faiss")
 def _serve(arguments: argparse.Namespace) -> None:
     from clip_jax.search.serve import ServeOptions, serve
 

@@ -209,7 +209,7 @@ def _sample(store: VectorStore, kind: Kind, count: int, wanted: int, *, seed: in
     """Returns vectors at random places, float32 [min(count, wanted), e]."""
     chosen = np.sort(np.random.default_rng(seed).choice(count, min(count, wanted), replace=False))
     parts, first = [], 0
-    for table in store.tables(kind):
+    for table in store.tables(kind, ["embedding"]):
         inside = chosen[(chosen >= first) & (chosen < first + table.num_rows)] - first
         parts.append(vectors_of(table)[inside])
         first += table.num_rows
@@ -235,7 +235,7 @@ def _measure(
         milliseconds = (time.monotonic() - began) / len(queries) * 1_000
         report(f"exact search: {milliseconds:.3f} ms a query in batches of {len(queries)} {what}")
         return {"recall_at_10": 1.0, "milliseconds": milliseconds, "queries": what}
-    blocks = (vectors_of(table) for table in store.tables(kind))
+    blocks = (vectors_of(table) for table in store.tables(kind, ["embedding"]))
     return {"queries": what} | choose_nprobe(index, queries, blocks, target=target, report=report, what=what)
 
 

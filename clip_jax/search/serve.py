@@ -46,9 +46,6 @@ from clip_jax.search.index import SearchIndex
 from clip_jax.search.query import Hit, Searcher, open_searcher
 
 MOST_TEXT, MOST_LABELS, MOST_TOP = 1_000, 100, 200
-BATCH_SIZES = (1, 4, 16, 32)
-"""Queries are padded to the next of these."""
-
 _BODY_SECONDS = 30
 _WEB = Path(__file__).with_name("web")
 _LOOPBACK = ("127.0.0.1", "localhost")
@@ -86,18 +83,20 @@ class Service:
     Args:
       images: of an index of images.
       texts: of an index of captions, made with the same model; None for none.
+      sizes: of batches; queries are padded to the next of these, so that few shapes are ever compiled.
     """
 
-    def __init__(self, images: Searcher, texts: Searcher | None = None) -> None:
+    def __init__(self, images: Searcher, texts: Searcher | None = None, *, sizes: Sequence[int] = (1, 4, 16, 32)):
         if images.index.about["of"] != "images" or (texts is not None and texts.index.about["of"] != "texts"):
             raise UserError("clip-jax serve needs an index of images, and after --texts one of texts")
         self.searchers = {"images": images} | ({} if texts is None else {"texts": texts})
-        self.model = images.model
+        self.model, self._sizes = images.model, tuple(sizes)
         self._device = ThreadPoolExecutor(1, "device")
         self._decoders = ThreadPoolExecutor(os.cpu_count() or 1, "decode")
-        self.text_features = Batcher(self._embed_texts, self._device)
-        self.image_features = Batcher(self._embed_images, self._device)
-        self.neighbours = {name: Batcher(self._search_in(name), self._device) for name in self.searchers}
+        most = self._sizes[-1]
+        self.text_features = Batcher(self._embed_texts, self._device, most=most)
+        self.image_features = Batcher(self._embed_images, self._device, most=most)
+        self.neighbours = {name: Batcher(self._search_in(name), self._device, most=most) for name in self.searchers}
 
     @contextlib.asynccontextmanager
     async def running(self, _app: Starlette) -> AsyncIterator[None]:
@@ -117,7 +116,7 @@ class Service:
     def warm_up(self) -> None:
         """Compiles the towers for every size of batch."""
         side = self.model.preprocess.size
-        for size in BATCH_SIZES:
+        for size in self._sizes:
             self._embed_texts([[""] * size])
             self._embed_images([np.zeros((side, side, 3), np.float32)] * size)
 
@@ -134,11 +133,21 @@ class Service:
     def _embed_texts(self, asked: list[list[str]]) -> list[np.ndarray]:
         """Returns the unit features of each request's texts, [n, e]."""
         tokens = self.model.tokenize([text for texts in asked for text in texts])
-        features = _in_few_shapes(lambda rows: self.model.encode_text(rows, normalize=True), tokens)
+        features = self._in_few_shapes(lambda rows: self.model.encode_text(rows, normalize=True), tokens)
         return np.split(features, np.cumsum([len(texts) for texts in asked])[:-1])
 
     def _embed_images(self, images: list[np.ndarray]) -> list[np.ndarray]:
-        return list(_in_few_shapes(lambda rows: self.model.encode_image(rows, normalize=True), np.stack(images)))
+        pixels = np.stack(images)
+        return list(self._in_few_shapes(lambda rows: self.model.encode_image(rows, normalize=True), pixels))
+
+    def _in_few_shapes(self, encode: Callable[[np.ndarray], Any], rows: np.ndarray) -> np.ndarray:
+        parts = []
+        for start in range(0, len(rows), self._sizes[-1]):
+            part = rows[start : start + self._sizes[-1]]
+            size = next(size for size in self._sizes if size >= len(part))
+            padding = np.zeros((size - len(part), *part.shape[1:]), part.dtype)
+            parts.append(np.asarray(encode(np.concatenate([part, padding])))[: len(part)])
+        return np.concatenate(parts)
 
     def _search_in(self, name: str) -> Any:
         def search(asked: list[tuple[np.ndarray, int]]) -> list[list[Hit]]:
@@ -147,17 +156,6 @@ class Service:
             return [hits[:top] for hits, (_, top) in zip(found, asked, strict=True)]
 
         return search
-
-
-def _in_few_shapes(encode: Callable[[np.ndarray], Any], rows: np.ndarray) -> np.ndarray:
-    """Encodes rows in batches of BATCH_SIZES, so that few shapes are ever compiled."""
-    parts = []
-    for start in range(0, len(rows), BATCH_SIZES[-1]):
-        part = rows[start : start + BATCH_SIZES[-1]]
-        size = next(size for size in BATCH_SIZES if size >= len(part))
-        padding = np.zeros((size - len(part), *part.shape[1:]), part.dtype)
-        parts.append(np.asarray(encode(np.concatenate([part, padding])))[: len(part)])
-    return np.concatenate(parts)
 
 
 def make_app(service: Service, options: ServeOptions) -> Starlette:

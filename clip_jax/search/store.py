@@ -12,7 +12,7 @@ Every file appears whole or not at all, so a shard is there when its JSON is. Th
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -108,8 +108,12 @@ class VectorStore:
             raise UserError(f"{self.folder}/manifest.json has format {manifest.get('format')}, not {FORMAT}")
         return manifest
 
-    def tables(self, kind: Kind) -> Iterator[pyarrow.Table]:
+    def tables(self, kind: Kind, columns: Sequence[str] | None = None) -> Iterator[pyarrow.Table]:
         """Yields the shards' tables in order.
+
+        Args:
+          kind: of what is embedded.
+          columns: those that are wanted; None means all.
 
         Raises:
           UserError: no embeddings of that kind; a shard is missing, or not what the manifest says.
@@ -131,7 +135,7 @@ class VectorStore:
                     f"{path} is not what its manifest says (SHA-256); remove it and manifest.json, and run the same "
                     "clip-jax embed again"
                 )
-            yield parquet.read_table(io.BytesIO(content))
+            yield parquet.read_table(io.BytesIO(content), columns=None if columns is None else list(columns))
 
     def _read_json(self, name: str) -> dict[str, Any] | None:
         """Returns a JSON file, or None where there is none that can be read."""
