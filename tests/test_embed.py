@@ -8,6 +8,7 @@ import tarfile
 import time
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from pyarrow import parquet
@@ -18,6 +19,7 @@ from clip_jax import cli
 from clip_jax.data.folder_source import FolderSource
 from clip_jax.errors import UserError
 from clip_jax.search.embed import EmbedOptions, embed, open_images
+from clip_jax.search.index import build_index
 from clip_jax.search.store import VectorStore, vectors_of
 
 ROOT = Path(__file__).parent.parent
@@ -154,6 +156,16 @@ def test_killed_and_continued_is_uninterrupted(model_dir, tmp_path):
             atol=1e-3,
         )
     assert not list((tmp_path / "out").glob("*.tmp"))
+
+
+def test_a_remote_folder(pictures, vectors, model, tmp_path):
+    """fsspec's own store stands for any: embedded, continued and indexed there."""
+    folder = f"memory://{tmp_path.name}/vectors"
+    assert run(FolderSource(pictures), folder, model, kinds=("images", "texts")).shards == 5
+    assert rows_of(folder, "texts") == rows_of(vectors, "texts")
+    fsspec.filesystem("memory").rm(f"/{tmp_path.name}/vectors/00001.json")
+    assert run(FolderSource(pictures), folder, model, kinds=("images", "texts")).shards == 1
+    assert build_index(folder, tmp_path / "index")["vectors"] == folder
 
 
 def test_tar_shards(model, tmp_path):

@@ -134,11 +134,12 @@ def embed(
     store = VectorStore(folder)
     shards = -(-len(source) // options.shard)
     store.begin(_job(source, model, model_source, options))
-    own = [shard for shard in range(process_index, shards, process_count) if store.read_shard(shard) is None]
+    own = range(process_index, shards, process_count)
+    missing = [shard for shard, found in zip(own, store.read_shards(own), strict=True) if found is None]
     rejected: Counter[str] = Counter()
     encode = _Encoder(model, options)
     began = time.monotonic()
-    for made, (shard, rows) in enumerate(_shards_of_rows(source, own, model.preprocess, options), 1):
+    for made, (shard, rows) in enumerate(_shards_of_rows(source, missing, model.preprocess, options), 1):
         tables, rejects = _tables(rows, encode, options)
         first = shard * options.shard
         about = {"first": first, "records": min(options.shard, len(source) - first), "rejects": rejects}
@@ -146,8 +147,8 @@ def embed(
         rejected.update(reject["reason"] for reject in rejects)
         speed = (made * options.shard) / (time.monotonic() - began)
         counts = ", ".join(f"{table.num_rows:,} {kind}" for kind, table in tables.items())
-        report(f"shard {shard} ({made}/{len(own)}): {counts}, {len(rejects):,} rejected; {speed:,.0f} records/s")
-    return Embedded(_finish(store, source, model, model_source, options, shards), len(own), rejected)
+        report(f"shard {shard} ({made}/{len(missing)}): {counts}, {len(rejects):,} rejected; {speed:,.0f} records/s")
+    return Embedded(_finish(store, source, model, model_source, options, shards), len(missing), rejected)
 
 
 class _Row(NamedTuple):
@@ -208,8 +209,7 @@ def _finish(
     store: VectorStore, source: Source, model: Pretrained, model_source: str, options: EmbedOptions, shards: int
 ) -> dict[str, Any] | None:
     """Writes the manifest, if all shards are there; whichever process sees them all does, and all write the same."""
-    found = [store.read_shard(shard) for shard in range(shards)]
-    whole = [about for about in found if about is not None]
+    whole = [about for about in store.read_shards(range(shards)) if about is not None]
     if len(whole) < shards:
         return None
     rejected = Counter(reject["reason"] for about in whole for reject in about["rejects"])

@@ -73,7 +73,8 @@ class SearchIndex:
         self.folder = Path(folder).expanduser()
         self.about = _read_about(self.folder)
         try:
-            self._index = cast(Any, faiss.read_index(str(self.folder / "index.faiss"), faiss.IO_FLAG_MMAP))
+            mapped = faiss.IO_FLAG_MMAP_IFC if self.about["kind"] == "exact" else faiss.IO_FLAG_MMAP
+            self._index = cast(Any, faiss.read_index(str(self.folder / "index.faiss"), mapped))
             self._items = pyarrow.ipc.open_file(pyarrow.memory_map(str(self.folder / "items.arrow")))
         except (RuntimeError, OSError, pyarrow.ArrowException) as error:
             raise UserError(f"{self.folder} cannot be opened as an index: {one_line(error)}") from None

@@ -430,7 +430,7 @@ _HANDLERS = {HTTPException: _refused, ImageError: _no_image, BusyError: _busy, E
 
 @contextlib.contextmanager
 def _listening(options: ServeOptions) -> Iterator[socket.socket]:
-    """Gives a socket that is bound to the address.
+    """Gives a socket that listens on the address.
 
     Raises:
       UserError: it cannot be.
@@ -440,6 +440,7 @@ def _listening(options: ServeOptions) -> Iterator[socket.socket]:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((options.host, options.port))
+            listener.listen(1_024)  # who comes while the towers are compiled waits, and is not turned away
         except OSError as error:
             raise UserError(
                 f"--host={options.host} --port={options.port} cannot be listened on ({error.strerror}); use another "

@@ -12,7 +12,8 @@ Every file appears whole or not at all, so a shard is there when its JSON is. Th
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +28,7 @@ from clip_jax.errors import UserError, one_line
 Kind = Literal["images", "texts"]
 KINDS: tuple[Kind, ...] = ("images", "texts")
 FORMAT = 1
+_CONNECTIONS = 16
 
 
 class VectorStore:
@@ -85,6 +87,11 @@ class VectorStore:
         except (StorageError, KeyError, TypeError):
             return None
         return about
+
+    def read_shards(self, shards: Iterable[int]) -> list[dict[str, Any] | None]:
+        """Returns `read_shard` of several, asked for at the same time: a remote store takes a while for each."""
+        with ThreadPoolExecutor(_CONNECTIONS) as pool:
+            return list(pool.map(self.read_shard, shards))
 
     def write_manifest(self, manifest: Mapping[str, Any]) -> None:
         """Writes `manifest.json`, and removes what processes that were killed left half written."""

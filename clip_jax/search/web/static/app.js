@@ -106,6 +106,7 @@ function open(hit) {
 function use(blob, name) {
   image = blob;
   URL.revokeObjectURL(preview.src);
+  preview.onload = () => preview.classList.toggle("tiny", preview.naturalWidth <= 64);
   preview.src = URL.createObjectURL(blob);
   preview.alt = `The picture that is asked with: ${name}`;
   picture.hidden = false;
