@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from search_fixtures import GOOD, bomb, picture
+from starlette.responses import JSONResponse
 from starlette.testclient import TestClient
 
 from clip_jax import cli
@@ -25,6 +27,7 @@ from clip_jax.classify import classify_images
 from clip_jax.data.folder_source import FolderSource
 from clip_jax.search.batching import Batcher, BusyError
 from clip_jax.search.embed import EmbedOptions, embed
+from clip_jax.search.guard import LimitRate
 from clip_jax.search.index import SearchIndex, build_index
 from clip_jax.search.query import Searcher
 from clip_jax.search.serve import MOST_LABELS, MOST_TEXT, ServeOptions, Service, make_app
@@ -54,7 +57,10 @@ def test_texts_find_what_the_command_finds(client, model, index_dir):
     assert [hit["number"] for hit in answer["hits"]] == [hit.number for hit in hits]
     assert [hit["key"] for hit in answer["hits"]] == [hit.item.key for hit in hits]
     np.testing.assert_allclose([hit["score"] for hit in answer["hits"]], [hit.score for hit in hits], atol=1e-4)
-    assert len(client.post("/api/search", json={"text": "a"}).json()["hits"]) == 24
+    for text in ("a", "\ud800", "漢字 🚗", "{}%s\\0"):
+        body = json.dumps({"text": text}).encode()  # what httpx would not send
+        answer = client.post("/api/search", content=body, headers={"Content-Type": "application/json"})
+        assert len(answer.json()["hits"]) == 24
 
 
 def test_an_image_finds_itself_and_its_captions(client):
@@ -283,13 +289,24 @@ def test_browsers_are_kept_to_this_pages_files(client):
 
 def test_a_client_that_asks_too_often_is_told_to_wait(model, index_dir):
     service = Service(Searcher(SearchIndex(index_dir), model))
-    with client_of(service, rate=2.0) as client:
-        answers = [client.post("/api/search", json={"text": "a"}) for _ in range(6)]
-        statuses = [answer.status_code for answer in answers]
-        assert statuses[:4] == [200] * 4  # twice the rate at once
-        assert statuses[-1] == 429
-        assert int(answers[-1].headers["retry-after"]) >= 1
+    with client_of(service, rate=0.01) as client:
+        first, second = (client.post("/api/search", json={"text": "a"}) for _ in range(2))
+        assert (first.status_code, second.status_code) == (200, 429)
+        assert 90 <= int(second.headers["retry-after"]) <= 101
+        assert "too many queries" in second.json()["error"]
         assert client.get("/").status_code == client.get("/api/image/0").status_code == 200
+
+
+def test_twice_the_rate_at_once_and_the_rate_in_the_long_run():
+    limit = LimitRate(JSONResponse({}), rate=2.0)
+    waits = [limit._take("a", 0.0) for _ in range(6)]
+    assert waits == [0, 0, 0, 0, 0.5, 0.5]
+    assert limit._take("b", 0.0) == 0
+    assert [limit._take("a", 1.0) for _ in range(3)] == [0, 0, 0.5]
+    assert sum(limit._take("a", 1.0 + i / 8) == 0 for i in range(1, 81)) == 20
+    for client in range(20_000):
+        limit._take(str(client), 12.0)
+    assert len(limit._buckets) == 10_000
 
 
 def test_requests_of_many_clients_are_computed_together():
@@ -350,8 +367,21 @@ def test_a_failure_is_one_line_and_the_next_request_is_served(model, index_dir, 
         assert client.post("/api/search", json={"text": "a"}).status_code == 200
 
 
+def post(address, client):
+    """Asks as a proxy would for a client; returns the status."""
+    headers = {"Content-Type": "application/json", "X-Forwarded-For": client}
+    request = urllib.request.Request(f"{address}/api/search", b'{"text": "a"}', headers)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code
+
+
 def test_the_command_serves_until_it_is_told_to_stop(index_dir, texts_dir):
     command = [sys.executable, "-m", "clip_jax.cli", "serve", str(index_dir), "--texts", str(texts_dir), "--port", "0"]
+    command += ["--rate", "0.01", "--proxy", "127.0.0.1"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         line = process.stdout.readline()
@@ -359,6 +389,9 @@ def test_the_command_serves_until_it_is_told_to_stop(index_dir, texts_dir):
         address = line.split()[-1]
         with urllib.request.urlopen(f"{address}/api/info", timeout=120) as answer:
             assert json.load(answer)["images"] == GOOD
+        # Behind a proxy that is believed, each of its clients is counted for itself.
+        statuses = [post(address, client) for client in ("10.0.0.1", "10.0.0.1", "10.0.0.2")]
+        assert statuses == [200, 429, 200]
         # A request whose body is still on its way when the signal comes is answered nevertheless.
         host, port = address.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port))) as slow:

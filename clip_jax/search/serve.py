@@ -30,7 +30,7 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
@@ -46,6 +46,7 @@ from clip_jax.search.index import SearchIndex
 from clip_jax.search.query import Hit, Searcher, open_searcher
 
 MOST_TEXT, MOST_LABELS, MOST_TOP = 1_000, 100, 200
+BATCH_SIZES = (1, 4, 16, 32)
 _BODY_SECONDS = 30
 _WEB = Path(__file__).with_name("web")
 _LOOPBACK = ("127.0.0.1", "localhost")
@@ -86,7 +87,7 @@ class Service:
       sizes: of batches; queries are padded to the next of these, so that few shapes are ever compiled.
     """
 
-    def __init__(self, images: Searcher, texts: Searcher | None = None, *, sizes: Sequence[int] = (1, 4, 16, 32)):
+    def __init__(self, images: Searcher, texts: Searcher | None = None, *, sizes: Sequence[int] = BATCH_SIZES) -> None:
         if images.index.about["of"] != "images" or (texts is not None and texts.index.about["of"] != "texts"):
             raise UserError("clip-jax serve needs an index of images, and after --texts one of texts")
         self.searchers = {"images": images} | ({} if texts is None else {"texts": texts})
@@ -417,6 +418,10 @@ async def _no_image(_request: Request, error: Exception) -> Response:
     return JSONResponse({"error": str(error)}, 413 if isinstance(error, ImageTooLargeError) else 422)
 
 
+async def _gone(_request: Request, _error: Exception) -> Response:
+    return JSONResponse({"error": "the client went away"}, 400)  # nobody reads it
+
+
 async def _busy(_request: Request, _error: Exception) -> Response:
     return JSONResponse({"error": "too many queries wait; try again"}, 503, headers={"Retry-After": "1"})
 
@@ -425,7 +430,13 @@ async def _failed(_request: Request, _error: Exception) -> Response:
     return JSONResponse({"error": "the server failed; its log says how"}, 500)  # the traceback is uvicorn's to log
 
 
-_HANDLERS = {HTTPException: _refused, ImageError: _no_image, BusyError: _busy, Exception: _failed}
+_HANDLERS = {
+    HTTPException: _refused,
+    ImageError: _no_image,
+    BusyError: _busy,
+    ClientDisconnect: _gone,
+    Exception: _failed,
+}
 
 
 @contextlib.contextmanager
