@@ -1,6 +1,7 @@
 """Embeddings: every record once whatever happens, bad ones named, vectors those of the model."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -156,6 +157,14 @@ def test_killed_and_continued_is_uninterrupted(model_dir, tmp_path):
             atol=1e-3,
         )
     assert not list((tmp_path / "out").glob("*.tmp"))
+
+
+def test_names_that_are_not_utf8(model, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / os.fsdecode(b"\xff.png")).write_bytes(picture(1))
+    (tmp_path / "in" / os.fsdecode(b"\xfe.png")).write_bytes(b"damaged")
+    assert run(FolderSource(tmp_path / "in"), tmp_path / "out", model).rejected == {"image_damaged": 1}
+    assert [row["key"] for row in rows_of(tmp_path / "out")] == ["?.png"]
 
 
 def test_a_remote_folder(pictures, vectors, model, tmp_path):

@@ -23,6 +23,7 @@ from clip_jax.data.images import (
     decode,
     eval_image,
     normalize,
+    to_jpeg,
 )
 
 SMALL = Preprocess(size=12)
@@ -249,3 +250,12 @@ def test_preprocess_is_plain_json():
     assert preprocess.to_dict().keys() == {field.name for field in dataclasses.fields(preprocess)}
     assert preprocess.mean == (0.48145466, 0.4578275, 0.40821073)
     assert preprocess.std == (0.26862954, 0.26130258, 0.27577711)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "I"])
+def test_thumbnails_of_every_mode(mode):
+    image = Image.new("RGB", (300, 60), (200, 30, 40)).convert("L" if mode == "I;16" else mode.removesuffix("A"))
+    image = image.convert("LA").convert("PA") if mode == "PA" else image.convert(mode)
+    small = Image.open(io.BytesIO(to_jpeg(image, longest=100)))
+    assert (small.format, small.mode, small.size) == ("JPEG", "RGB", (100, 20))
+    assert image.size == (300, 60)  # what was given is as it was
