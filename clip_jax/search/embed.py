@@ -133,7 +133,8 @@ def embed(
     options = options or EmbedOptions()
     store = VectorStore(folder)
     shards = -(-len(source) // options.shard)
-    store.begin(_job(source, model, model_source, options))
+    job = _job(source, model, model_source, options)
+    store.begin(job)
     own = range(process_index, shards, process_count)
     missing = [shard for shard, found in zip(own, store.read_shards(own), strict=True) if found is None]
     rejected: Counter[str] = Counter()
@@ -148,7 +149,7 @@ def embed(
         speed = (made * options.shard) / (time.monotonic() - began)
         counts = ", ".join(f"{table.num_rows:,} {kind}" for kind, table in tables.items())
         report(f"shard {shard} ({made}/{len(missing)}): {counts}, {len(rejects):,} rejected; {speed:,.0f} records/s")
-    return Embedded(_finish(store, source, model, model_source, options, shards), len(missing), rejected)
+    return Embedded(_finish(store, job, shards), len(missing), rejected)
 
 
 class _Row(NamedTuple):
@@ -205,17 +206,15 @@ def _job(source: Source, model: Pretrained, model_source: str, options: EmbedOpt
     }
 
 
-def _finish(
-    store: VectorStore, source: Source, model: Pretrained, model_source: str, options: EmbedOptions, shards: int
-) -> dict[str, Any] | None:
+def _finish(store: VectorStore, job: dict[str, Any], shards: int) -> dict[str, Any] | None:
     """Writes the manifest, if all shards are there; whichever process sees them all does, and all write the same."""
     whole = [about for about in store.read_shards(range(shards)) if about is not None]
     if len(whole) < shards:
         return None
     rejected = Counter(reject["reason"] for about in whole for reject in about["rejects"])
     manifest = {
-        **_job(source, model, model_source, options),
-        "rows": {kind: sum(about["files"][kind]["rows"] for about in whole) for kind in options.kinds},
+        **job,
+        "rows": {kind: sum(about["files"][kind]["rows"] for about in whole) for kind in job["kinds"]},
         "rejected": dict(sorted(rejected.items())),
         "shards": [{key: about[key] for key in ("first", "records", "files")} for about in whole],
     }
