@@ -7,10 +7,10 @@ time; a training machine needs neither jaxtyping nor the check.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float, Int
+    from jaxtyping import Array, Bool, Float, Int, Num
 else:
     try:
-        from jaxtyping import Array, Bool, Float, Int
+        from jaxtyping import Array, Bool, Float, Int, Num
     except ModuleNotFoundError:
 
         class _Unchecked:
@@ -20,6 +20,6 @@ else:
                 return Any
 
         Array = Any
-        Bool = Float = Int = _Unchecked
+        Bool = Float = Int = Num = _Unchecked
 
-__all__ = ["Array", "Bool", "Float", "Int"]
+__all__ = ["Array", "Bool", "Float", "Int", "Num"]

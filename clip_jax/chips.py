@@ -1,9 +1,10 @@
-"""Accelerators that a run can be planned for.
+"""Accelerators that a run can be planned for, and measured against.
 
 Memory, peak and chips of a host are the makers' figures: cloud.google.com/tpu/docs (each version's system architecture)
 and NVIDIA's data sheets (SXM, dense bfloat16).
 """
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,6 +38,18 @@ CHIPS = {
     "h100": Chip("gpu", 80 * 10**9, 989e12, 8),
     "h200": Chip("gpu", 141 * 10**9, 989e12, 8),
     "cpu": Chip("cpu", 0, 0.0, 1),
+}
+_DEVICE_KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "NVIDIA A100": "a100",
+    "NVIDIA H100": "h100",
+    "NVIDIA H200": "h200",
 }
 _EXAMPLES = "v5p:4x8x8, v5e:16x16, v6e:16x16, v4:4x4x4, h100:64, cpu:8"
 
@@ -72,6 +85,17 @@ class Topology:
         for side in self.shape:
             total *= side
         return total
+
+
+def peak_of(device_kind: str) -> float:
+    """Returns the bfloat16 operations a second of a device as JAX names it, or 0 where that is not known.
+
+    GPUs that come slower than with the SXM socket (PCIe, NVL) are not known.
+    """
+    if any(slower in device_kind for slower in ("PCIe", "PCIE", "NVL")):
+        return 0.0
+    fitting = [name for name in _DEVICE_KINDS if re.match(rf"{name}( |-|$)", device_kind)]
+    return CHIPS[_DEVICE_KINDS[max(fitting, key=len)]].peak if fitting else 0.0
 
 
 def parse_topology(text: str, *, slices: int = 1) -> Topology:

@@ -85,6 +85,12 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--processes", type=int, default=1, help="of the run; this host reads as one of them")
     bench.set_defaults(run=_data_bench)
 
+    lengths = actions.add_parser("lengths", help="say how long captions are, and which text_groups fit them")
+    lengths.add_argument("--config", required=True, help="config file of the run")
+    lengths.add_argument("--devices", type=int, required=True, help="of the run")
+    lengths.add_argument("--captions", type=int, default=10_000, help="to read (default: 10,000)")
+    lengths.set_defaults(run=_data_lengths)
+
     load = commands.add_parser("inspect", help="read weights in any layout and say what they are")
     load.add_argument("source", help="a file, a folder, a run's workdir, a model's name or hf-hub:owner/name")
     load.set_defaults(run=_inspect)
@@ -279,6 +285,16 @@ def _data_bench(arguments: argparse.Namespace) -> None:
     )
     if examine(config, demand, seconds=arguments.seconds, processes=arguments.processes).starves:
         sys.exit(3)
+
+
+def _data_lengths(arguments: argparse.Namespace) -> None:
+    from clip_jax.command_line import load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+    _check_positive(arguments, "devices", "captions")
+    from clip_jax.data.lengths import caption_lengths, describe_lengths
+
+    print(describe_lengths(caption_lengths(config, arguments.captions), config, devices=arguments.devices))
 
 
 def _inspect(arguments: argparse.Namespace) -> None:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
+from clip_jax import text_groups
 from clip_jax.errors import ConfigError, UserError, did_you_mean
 from clip_jax.models.variants import ModelConfig, ViTConfig, model_config
 from clip_jax.typed import convert, flatten, leaf_types, parse, resolve_key, split_outside_brackets
@@ -28,6 +29,7 @@ NOT_SIZES = (
     "remat",
     "scan_layers",
     "patch_dropout",
+    "dead_tokens",
 )
 """Keys of the model that change neither its parameters nor what they mean; they may change when a run is resumed."""
 
@@ -390,6 +392,10 @@ class RunConfig:
       batch: pairs a step, over all devices and processes.
       micro_batch: pairs whose activations are in memory at a time, over all devices; the gradients are those of the
         whole batch, exactly (GradCache, Gao et al., 2021), for a third more time. 0 means the whole batch.
+      text_groups: `length:share` of each device's captions, shortest first, which are computed in that length, SOT and
+        EOT counted, instead of the model's context; the rest in the whole context. Results are the same, to rounding.
+        A batch whose captions do not fit is computed in the whole context. `clip-jax data lengths` says what fits a
+        dataset. () turns it off, and so does model.dead_tokens=compute.
       samples: pairs seen in the whole run; the run has `steps` = samples / batch steps.
       seed: of initial weights, data order and augmentation.
       init_from: trained weights to start from, in any layout that `clip_jax.load` reads; of another resolution, the
@@ -413,6 +419,7 @@ class RunConfig:
     health: HealthConfig = field(default_factory=HealthConfig)
     batch: int = 32_768
     micro_batch: int = 0
+    text_groups: tuple[str, ...] = text_groups.DEFAULT
     samples: int = 12_800_000_000
     seed: int = 0
     init_from: str = ""
@@ -525,6 +532,7 @@ def _contradictions(config: RunConfig) -> Iterator[tuple[bool, str]]:
     yield from _checkpoint_contradictions(config.checkpoint, config.eval)
     cosine = config.health.collapse_cosine
     yield not 0 < cosine <= 1, f"config.health.collapse_cosine is {cosine}; it must be over 0 and at most 1"
+    text_groups.parse_groups(config.text_groups)
     optim, mesh = config.optim, config.mesh
     yield (
         config.model.bn_group > 0 and config.batch % config.model.bn_group != 0,

@@ -8,7 +8,7 @@ random keys belong to samples, and BatchNorm's groups lie within.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +18,27 @@ from clip_jax.config import RunConfig
 from clip_jax.errors import ConfigError
 from clip_jax.models.clip import CLIPOutput
 from clip_jax.partition import AXES, ROWS, check_batch
+from clip_jax.text_groups import Groups
+from clip_jax.towers import Batch, Towers
 
-Forward = Callable[[Any, Any], tuple[CLIPOutput, Any]]
 Loss = Callable[[CLIPOutput, jax.Array], Any]
 """Features and weights of a batch to what has the loss as its attribute `loss`."""
+
+
+class Gradients(NamedTuple):
+    """What a step makes of a batch.
+
+    Attributes:
+      loss: of the batch, and what else is said of it.
+      of_params: the loss's gradients.
+      batch_stats: updated; the mean over micro-batches.
+      fitted: share of the micro-batches whose captions were computed in groups; None without groups.
+    """
+
+    loss: Any
+    of_params: Any
+    batch_stats: Any
+    fitted: jax.Array | None
 
 
 def check_micro_batch(config: RunConfig, mesh: Mesh) -> None:
@@ -42,49 +59,51 @@ def check_micro_batch(config: RunConfig, mesh: Mesh) -> None:
         )
 
 
-def cached_gradients(
-    forward: Forward, loss: Loss, params: Any, batch: dict[str, jax.Array], *, parts: int, mesh: Mesh
-) -> tuple[Any, Any, Any]:
-    """Returns the loss, the gradients on the parameters, and what else `forward` gives, averaged.
+def cached_gradients(towers: Towers, loss: Loss, batch: Batch, *, parts: int) -> Gradients:
+    """Returns the gradients of a batch in micro-batches.
 
     Args:
-      forward: (params, micro-batch) to the features and, as training's by-product, a tree of means over samples.
+      towers: at their parameters.
       loss: (features, weight) of the whole batch to the loss, and what else is said of it.
-      params: what the gradients are on.
       batch: arrays whose first axis is the batch.
-      parts: micro-batches.
-      mesh: the devices; each takes part in every micro-batch.
+      parts: micro-batches; every device takes part in each.
     """
+    params, mesh = towers.params, towers.mesh
+    scalars = {name: part for name, part in params.items() if name not in ("image", "text")}
     micro = jax.tree.map(lambda rows: _split(rows, parts, mesh), batch)
 
-    def embed(_: None, part: dict[str, jax.Array]) -> tuple[None, CLIPOutput]:
-        return None, forward(params, part)[0]
+    def embed(_: None, part: Batch) -> tuple[None, tuple[jax.Array, jax.Array, jax.Array | None]]:
+        layout = towers.layout(part["tokens"])
+        text = layout.apply(lambda groups: towers.text(params["text"], part["tokens"], groups))
+        return None, (towers.image(params["image"], part)[0], text, layout.fits)
 
-    _, every = jax.lax.scan(embed, None, micro)
-    features = CLIPOutput(_join(every.image, mesh), _join(every.text, mesh), every.scale[0], every.bias[0])
+    _, (images, texts, fits) = jax.lax.scan(embed, None, micro)
+    (scale, bias), pull_scalars = jax.vjp(towers.scale_and_bias, scalars)
 
     def value(features: CLIPOutput) -> tuple[jax.Array, Any]:
         output = loss(features, batch["weight"])
         return output.loss, output
 
+    features = CLIPOutput(_join(images, mesh), _join(texts, mesh), scale, bias)
     of_features, output = jax.grad(value, has_aux=True)(features)
-    first = (jnp.arange(parts) == 0).astype(of_features.scale.dtype)  # scale and bias are not per sample: pulled once
-    cotangents = CLIPOutput(
-        _split(of_features.image, parts, mesh),
-        _split(of_features.text, parts, mesh),
-        first * of_features.scale,
-        first * of_features.bias,
-    )
 
-    def pull(sums: tuple[Any, Any], xs: tuple[dict[str, jax.Array], CLIPOutput]) -> tuple[tuple[Any, Any], None]:
-        part, cotangent = xs
-        _, back, means = jax.vjp(lambda params: forward(params, part), params, has_aux=True)
-        return jax.tree.map(jnp.add, sums, (*back(cotangent), means)), None
+    def pull(sums: Any, xs: tuple[Batch, jax.Array, jax.Array]) -> tuple[Any, None]:
+        part, of_images, of_texts = xs
+        _, pull_image, means = jax.vjp(lambda tower: towers.image(tower, part), params["image"], has_aux=True)
 
-    shapes = jax.eval_shape(lambda: forward(params, jax.tree.map(lambda rows: rows[0], micro))[1])
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (params, shapes))
-    (gradients, sums), _ = jax.lax.scan(pull, zeros, (micro, cotangents))
-    return output, gradients, jax.tree.map(lambda total: total / parts, sums)
+        def pull_text(groups: Groups, of_texts: jax.Array) -> Any:
+            _, back = jax.vjp(lambda tower: towers.text(tower, part["tokens"], groups), params["text"])
+            return back(of_texts)[0]
+
+        of_text_tower = towers.layout(part["tokens"]).apply(pull_text, of_texts)
+        return jax.tree.map(jnp.add, sums, (pull_image(of_images)[0], of_text_tower, means)), None
+
+    zeros = jax.tree.map(jnp.zeros_like, (params["image"], params["text"], towers.batch_stats))
+    cotangents = (_split(of_features.image, parts, mesh), _split(of_features.text, parts, mesh))
+    (image, text, sums), _ = jax.lax.scan(pull, zeros, (micro, *cotangents))
+    gradients = {"image": image, "text": text, **pull_scalars((of_features.scale, of_features.bias))[0]}
+    batch_stats = jax.tree.map(lambda total: total / parts, sums)
+    return Gradients(output, gradients, batch_stats, None if fits is None else fits.mean())
 
 
 def _split(rows: jax.Array, parts: int, mesh: Mesh) -> jax.Array:

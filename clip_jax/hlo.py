@@ -1,4 +1,7 @@
-"""The collectives of a compiled program: what kinds, how often, how many bytes, and between which devices."""
+"""The collectives of a compiled program: what kinds, how often, how many bytes, and between which devices.
+
+Of a conditional's branches the one counts that moves the most bytes.
+"""
 
 import math
 import re
@@ -12,7 +15,11 @@ KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\) -> .* \{")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.-]+ = (\(.*?\)|\S+) ([\w-]+)\(")
 _ARRAY = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
-_CALLED = re.compile(r"\b(?:body|to_apply|calls|branch_computations|called_computations)=\{?%?([\w.,% -]+)")
+_CALLED = re.compile(
+    r"\b(?:body|to_apply|calls|branch_computations|(?:true|false)_computation|called_computations)="
+    r"(?:\{([^}]*)\}|(%?[\w.-]+))"
+)
+_BRANCHES = re.compile(r"\b(branch|true)_computations?=")
 _BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')  # a TPU's part of one, host to host
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
@@ -41,24 +48,28 @@ def collectives(text: str, *, devices: int, slices: int = 1) -> list[Collective]
       devices: that the program was compiled for.
       slices: into which these are divided, the first ones first.
     """
-    bodies = _computations(text)
     found: dict[tuple[str, bool], list[int]] = {}
-    for line, times in _executed(bodies, _entry(text), 1):
-        match = _INSTRUCTION.match(line)
-        if match is None:
+    for line, times in _executed(_computations(text), _entry(text), 1):
+        if (collective := _collective(line)) is None:
             continue
-        shape, operation = match.groups()
-        kind, across = operation.removesuffix("-start"), False
-        if between := _BETWEEN_SLICES.search(line) if operation == "send" else None:
-            kind, across = between[1].lower().replace("_", "-"), True
-        elif kind not in KINDS:
-            continue
-        elif slices > 1:
-            across = _crosses(line, devices, slices)
+        kind, size = collective
+        across = bool(_BETWEEN_SLICES.search(line)) or (slices > 1 and _crosses(line, devices, slices))
         sums = found.setdefault((kind, across), [0, 0])
         sums[0] += times
-        sums[1] += times * _bytes(shape, operation)
+        sums[1] += times * size
     return [Collective(kind, across, *sums) for (kind, across), sums in sorted(found.items())]
+
+
+def _collective(line: str) -> tuple[str, int] | None:
+    """Returns kind and bytes of an instruction, if it is a collective."""
+    match = _INSTRUCTION.match(line)
+    if match is None:
+        return None
+    shape, operation = match.groups()
+    if between := _BETWEEN_SLICES.search(line) if operation == "send" else None:
+        return between[1].lower().replace("_", "-"), _bytes(shape, operation)
+    kind = operation.removesuffix("-start")
+    return (kind, _bytes(shape, operation)) if kind in KINDS else None
 
 
 def _computations(text: str) -> dict[str, list[str]]:
@@ -83,9 +94,18 @@ def _executed(bodies: dict[str, list[str]], name: str, times: int) -> Iterator[t
         yield line, times
         trips = _TRIPS.search(line)
         inner = times * int(trips[1]) if trips else times
-        for called in _CALLED.findall(line):
-            for each in called.replace("%", "").split(","):
-                yield from _executed(bodies, each.strip(), inner)
+        names = ",".join(several or one for several, one in _CALLED.findall(line)).replace("%", "").split(",")
+        called = [name.strip() for name in names]
+        if _BRANCHES.search(line):
+            yield from max((list(_executed(bodies, branch, inner)) for branch in called), key=_moved)
+        else:
+            for each in called:
+                yield from _executed(bodies, each, inner)
+
+
+def _moved(lines: list[tuple[str, int]]) -> int:
+    """Returns the bytes of the collectives among these."""
+    return sum(times * collective[1] for line, times in lines if (collective := _collective(line)))
 
 
 def _bytes(shape: str, operation: str) -> int:

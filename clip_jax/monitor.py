@@ -4,7 +4,7 @@ already running while they are fetched.
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,15 @@ import jax
 import numpy as np
 
 from clip_jax.bad_records import BadRecords
+from clip_jax.chips import peak_of
 from clip_jax.config import LogConfig, RunConfig, as_json
 from clip_jax.console import Progress
 from clip_jax.errors import one_line
 from clip_jax.health import Health
 from clip_jax.metrics import MetricWriter
+from clip_jax.utilization import StepFlops
+
+_STEPS_WATCHED = 50
 
 _LOG = logging.getLogger(__name__)
 
@@ -33,6 +37,7 @@ class Monitor:
       start_step: updates done before this process.
       chance_loss: the loss of a model that knows nothing.
       where: record number to what to call it in messages.
+      devices: on which the run is.
     """
 
     def __init__(
@@ -43,11 +48,15 @@ class Monitor:
         start_step: int,
         chance_loss: float,
         where: Callable[[int], str],
+        devices: Sequence[jax.Device],
     ) -> None:
         self._config, self._workdir = config, workdir
         self._start_step, self._chance_loss = start_step, chance_loss
         self._bad_records = BadRecords(workdir, where, max_share=config.data.max_bad_share)
         self._health = Health(config, workdir, where, say=self.print)
+        self._devices, self._peak = len(devices), peak_of(devices[0].device_kind)
+        self._flops = StepFlops.of(config, devices=self._devices)
+        self._steps_in_groups: list[float] | None = []
         self._failed_evaluations = 0
         self._alarms: dict[str, float] = {}
         self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
@@ -151,6 +160,7 @@ class Monitor:
         values |= self._since_last_row(values)
         self._window_steps += 1
         values |= self._speed()
+        self._watch_groups(values.get("text_groups", 1.0))
         if self._progress is not None:
             self._progress.update(step, values)
         if step % self._config.log.every == 0 or step in (self._start_step + 1, self._config.steps):
@@ -174,7 +184,22 @@ class Monitor:
             "step_time": step_time,
             "samples_per_second": self._config.batch / step_time,
             "data_wait": min(1.0, self._waited / elapsed),
+            **self._flops.rates(step_time, devices=self._devices, peak=self._peak),
         }
+
+    def _watch_groups(self, fitted: float) -> None:
+        """Says once, after some steps, where captions often do not fit into their groups."""
+        if self._steps_in_groups is None:
+            return
+        self._steps_in_groups.append(fitted)
+        if len(self._steps_in_groups) == _STEPS_WATCHED:
+            share = sum(self._steps_in_groups) / _STEPS_WATCHED
+            self._steps_in_groups = None
+            if share < 0.9:
+                self.print(
+                    f"captions fitted config.text_groups in {share:.0%} of {_STEPS_WATCHED} steps, and the others were "
+                    "computed in the whole context; `clip-jax data lengths --config=…` says which groups would fit"
+                )
 
 
 def wandb_arguments(log: LogConfig, workdir: Path) -> dict[str, Any] | None:

@@ -160,6 +160,12 @@ def constrain_rows(x: jax.Array) -> jax.Array:
     return x if mesh.empty or mesh.size == 1 else jax.lax.with_sharding_constraint(x, ROWS)
 
 
+def devices_of_rows() -> int:
+    """Returns into how many parts rows are split where a step is traced for a mesh; 1 elsewhere."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.size
+
+
 def place_rows(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Makes global arrays of the rows that each process holds of a batch."""
     sharding = row_sharding(mesh)

@@ -22,12 +22,13 @@ from clip_jax.errors import UserError, one_line
 from clip_jax.gradient_cache import check_micro_batch
 from clip_jax.hlo import Collective, collectives
 from clip_jax.models.clip import CLIP
-from clip_jax.models.flops import image_flops, pair_flops, text_flops
+from clip_jax.models.flops import image_flops, text_flops
 from clip_jax.models.variants import ResNetConfig, variant_name
 from clip_jax.optim import make_optimizer
 from clip_jax.partition import check_batch, make_mesh, row_sharding
 from clip_jax.state import TrainState, abstract_state, count_parameters
 from clip_jax.step import make_train_step
+from clip_jax.utilization import StepFlops
 
 DAY = 86_400
 
@@ -74,7 +75,6 @@ def make_plan(config: RunConfig, topology: Topology) -> Plan:
     """
     model = config.model
     flops = image_flops(model, train=True), text_flops(model)
-    tiled = config.loss.form != "reference"
     state, lowered = lower_step(config, devices_of(topology))
     compiled = _compile(lowered)
     if isinstance(compiled, int):
@@ -87,7 +87,7 @@ def make_plan(config: RunConfig, topology: Topology) -> Plan:
         topology=topology,
         parameters=count_parameters(state.params),
         sample_flops=flops,
-        step_flops=float(config.batch * pair_flops(model, config.batch, tiled=tiled)),
+        step_flops=StepFlops.of(config, devices=topology.chips).paper,
         memory=memory,
         collectives=tuple(found),
     )

@@ -13,17 +13,17 @@ import optax
 from jax.sharding import Mesh
 
 from clip_jax.config import LossConfig, RunConfig
-from clip_jax.data.images import normalize, preprocess_of
 from clip_jax.data.records import REASONS
-from clip_jax.gradient_cache import Forward, Loss, cached_gradients
+from clip_jax.gradient_cache import Gradients, Loss, cached_gradients
 from clip_jax.losses import LossOutput, mean_cosine, sigmoid_loss, softmax_loss
-from clip_jax.models.clip import CLIP, CLIPOutput, forward_train
-from clip_jax.optim import clamp_scale, frozen, global_norm, is_schedule, learning_rate, moving_average, stop_frozen
+from clip_jax.models.clip import CLIP, CLIPOutput
+from clip_jax.optim import clamp_scale, global_norm, is_schedule, learning_rate, moving_average
 from clip_jax.partition import replicated, row_sharding
 from clip_jax.state import TrainState
+from clip_jax.text_groups import Groups
 from clip_jax.tiled_loss import tiled_loss
+from clip_jax.towers import Batch, Towers
 
-Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
@@ -79,11 +79,11 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         if random_patches:
             batch = batch | {"key": _sample_keys(config.seed, state.step, config.batch, mesh)}
-        forward = _forward(model, config, state.batch_stats, mesh)
+        towers = Towers(model, config, state.params, state.batch_stats, mesh)
         if parts == 1:
-            output, grads, batch_stats = _gradients(forward, loss, state.params, batch)
+            output, grads, batch_stats, fitted = _gradients(towers, loss, batch)
         else:
-            output, grads, batch_stats = cached_gradients(forward, loss, state.params, batch, parts=parts, mesh=mesh)
+            output, grads, batch_stats, fitted = cached_gradients(towers, loss, batch, parts=parts)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = clamp_scale(cast(dict, optax.apply_updates(state.params, updates)), optim.max_scale)
         ema = moving_average(state.ema, params, decay=optim.ema_decay) if state.ema else state.ema
@@ -100,6 +100,8 @@ def make_train_step(
             "text_cosine": output.text_cosine,
             "skipped": 1 - finite.astype(jnp.int32),
         }
+        if fitted is not None:
+            metrics["text_groups"] = fitted
         if "bad" in batch:
             metrics |= {f"bad/{reason}": (batch["bad"] == code).sum() for code, reason in enumerate(REASONS, start=1)}
         updated = TrainState(state.step + 1, params, batch_stats, opt_state, ema)
@@ -151,38 +153,30 @@ def contrastive_loss(config: LossConfig, output: CLIPOutput, weight: jax.Array, 
     return softmax_loss(output.image, output.text, output.scale, weight, logits_sharding=rows)
 
 
-def _forward(model: CLIP, config: RunConfig, batch_stats: Any, mesh: Mesh) -> Forward:
-    """Returns (params, batch) to the features and the updated `batch_stats`, in training mode."""
-    preprocess = preprocess_of(model.config)
+def _gradients(towers: Towers, loss: Loss, batch: Batch) -> Gradients:
+    """Returns the gradients of a whole batch at once.
 
-    def forward(params: dict[str, Any], batch: Batch) -> tuple[CLIPOutput, Any]:
-        train_image = not all(jax.tree.leaves(frozen(config.optim, params)["image"]))
-        variables = {"params": stop_frozen(config.optim, params), "batch_stats": batch_stats}
-        images = normalize(batch["image"], preprocess, model.config.dtype)
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return forward_train(
-                model,
-                variables,
-                images,
-                batch["tokens"],
-                keys=batch.get("key"),
-                kept=batch["weight"] > 0,
-                train_image=train_image,
-            )
+    The text tower and the loss are differentiated in one piece, between the image tower's two passes: see
+    `clip_jax.towers`.
+    """
+    rest = {name: part for name, part in towers.params.items() if name != "image"}
+    image, pull_image, batch_stats = jax.vjp(
+        lambda tower: towers.image(tower, batch), towers.params["image"], has_aux=True
+    )
 
-    return forward
+    def of_rest(groups: Groups, rest: Any, image: jax.Array) -> Any:
+        def value(rest: Any, image: jax.Array) -> tuple[jax.Array, Any]:
+            text = towers.text(rest["text"], batch["tokens"], groups)
+            scale, bias = towers.scale_and_bias({name: part for name, part in rest.items() if name != "text"})
+            output = loss(CLIPOutput(image, text, scale, bias), batch["weight"])
+            return output.loss, output
 
+        return jax.grad(value, argnums=(0, 1), has_aux=True)(rest, image)
 
-def _gradients(forward: Forward, loss: Loss, params: Any, batch: Batch) -> tuple[Any, Any, Any]:
-    """Returns the loss, the gradients on the parameters, and the updated `batch_stats`, of a whole batch at once."""
-
-    def value(params: Any) -> tuple[jax.Array, tuple[Any, Any]]:
-        features, batch_stats = forward(params, batch)
-        output = loss(features, batch["weight"])
-        return output.loss, (output, batch_stats)
-
-    grads, (output, batch_stats) = jax.grad(value, has_aux=True)(params)
-    return output, grads, batch_stats
+    layout = towers.layout(batch["tokens"])
+    (gradients, of_image), output = layout.apply(of_rest, rest, image)
+    fitted = None if layout.fits is None else layout.fits.astype(jnp.float32)
+    return Gradients(output, gradients | {"image": pull_image(of_image)[0]}, batch_stats, fitted)
 
 
 def _sample_keys(seed: int, step: jax.Array, batch: int, mesh: Mesh) -> jax.Array:

@@ -125,7 +125,14 @@ def _train_from(run: Run, start: Restored, notes: list[str]) -> TrainState:
     chance, step = chance_loss(config.loss.kind, config.batch), int(start.state.step)
     with (
         run.checkpoints,
-        Monitor(config, run.workdir, start_step=step, chance_loss=chance, where=run.data.where) as monitor,
+        Monitor(
+            config,
+            run.workdir,
+            start_step=step,
+            chance_loss=chance,
+            where=run.data.where,
+            devices=run.mesh.devices.flatten().tolist(),
+        ) as monitor,
         Watchdog(health.hang_minutes, run.workdir / f"hang-{jax.process_index()}.txt") as watchdog,
         Preemption(health.grace_s) as preemption,
         _memory_explained(run),

@@ -34,6 +34,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         eval=EvalConfig(dataset="digits", prompts=("digits", "digits_unseen"), every=100, batch=80),
         log=LogConfig(every=10),
         batch=240,
+        text_groups=(),  # a second text tower to compile would cost more than short captions save here
         samples=500 * 240,
     )
     return apply_argument(to_config_dict(run), arg)

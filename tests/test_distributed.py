@@ -93,6 +93,83 @@ def test_a_peer_that_dies_ends_the_others(tmp_path):
     assert both[0].returncode != 0
 
 
+LONG_IN_ONE_PROCESS = """
+import dataclasses, sys
+from pathlib import Path
+
+sys.path.insert(0, "tests")
+from tiny import TINY
+
+from clip_jax.config import DistributedConfig, MeshConfig
+from clip_jax.data.loader import TrainingData
+from clip_jax.data.order import rows_of_process
+from clip_jax.data.synthetic import synthetic_batches
+from clip_jax.distributed import processes
+
+workdir, address, index, count = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+explicit = DistributedConfig("explicit", address, count, index, address, 120)
+run = dataclasses.replace(
+    TINY,
+    text_groups=("6:0.5",),
+    mesh=MeshConfig(fsdp=2),
+    samples=32 * 6,
+    distributed=explicit if count > 1 else DistributedConfig("off"),
+)
+
+
+def batches(position):
+    import jax
+
+    rows = rows_of_process(32, jax.process_index(), jax.process_count())
+    stream = synthetic_batches(
+        batch=32, image_size=16, context=12, vocab_size=128, seed=0, position=position,
+        process_index=jax.process_index(), process_count=jax.process_count(),
+    )
+    for step, batch in enumerate(stream):
+        tokens = batch["tokens"] % 126
+        tokens[:, 4] = 127
+        if step % 2:
+            tokens[[row >= 16 for row in rows], 4] = 5
+            tokens[:, 11] = 127
+        yield batch | {"tokens": tokens}
+
+
+with processes(run.distributed):
+    from clip_jax.trainer import train
+
+    train(run, Path(workdir), data=TrainingData(batches, {}, "pairs"))
+"""
+
+
+@pytest.mark.slow
+def test_captions_that_do_not_fit_in_one_process_hold_up_no_other(tmp_path):
+    """In every second step one process of two has only captions of the whole length: all devices take that way, and
+    losses are those of one process."""
+
+    def script(name, address, index, count):
+        return subprocess.Popen(
+            [sys.executable, "-c", LONG_IN_ONE_PROCESS, str(tmp_path / name), address, str(index), str(count)],
+            cwd=ROOT,
+            env=os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // count}"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    address = f"127.0.0.1:{free_port()}"
+    both = [script("two", address, index, 2) for index in range(2)]
+    out = [process.communicate(timeout=400) for process in both]
+    assert [process.returncode for process in both] == [0, 0], out
+    alone = script("one", "", 0, 1)
+    _, errors = alone.communicate(timeout=400)
+    assert alone.returncode == 0, errors
+    one, two = ([line for line in lines(tmp_path / name) if "loss" in line] for name in ("one", "two"))
+    assert [line["text_groups"] for line in two] == [line["text_groups"] for line in one] == [1, 0] * 3
+    difference = max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(one, two, strict=True))
+    print(f"largest relative difference of 6 losses, one process against two: {difference:.1e}")
+    assert difference <= 1e-6
+
+
 def test_a_port_in_use_is_one_line(tmp_path):
     with socket.socket() as taken:
         taken.bind(("", 0))

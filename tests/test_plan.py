@@ -13,19 +13,21 @@ import pytest
 from jax.sharding import PartitionSpec
 from tiny import TINY
 
-from clip_jax.chips import parse_topology
+from clip_jax.chips import parse_topology, peak_of
 from clip_jax.config import LossConfig, MeshConfig
 from clip_jax.data.synthetic import synthetic_batches
 from clip_jax.errors import UserError
 from clip_jax.hlo import Collective, collectives
 from clip_jax.models.clip import CLIP
-from clip_jax.models.flops import image_flops, loss_flops, text_flops
+from clip_jax.models.flops import grouped_text_flops, image_flops, loss_flops, text_flops
 from clip_jax.models.variants import model_config
 from clip_jax.optim import make_optimizer
 from clip_jax.partition import AXES, make_mesh, place_rows
 from clip_jax.plan import Plan, lever, levers, make_plan, report
 from clip_jax.state import create_state
 from clip_jax.step import make_train_step
+from clip_jax.text_groups import groups_of
+from clip_jax.utilization import StepFlops
 
 ROOT = Path(__file__).parent.parent
 CPU = parse_topology("cpu:8")
@@ -82,6 +84,26 @@ def test_collectives_are_counted_in_loops_and_told_apart_by_fabric():
         Collective("collective-permute", across=True, count=5, bytes=5 * block),
     ]
     assert not any(each.across for each in collectives(text, devices=8))
+
+
+def test_of_a_conditional_the_branch_counts_that_moves_more():
+    mesh = make_mesh(MeshConfig(8))
+
+    def either(x):
+        large, small = (lambda x: jax.lax.psum(x, "data"), lambda x: x * jax.lax.psum(x[:1], "data"))
+        return jax.lax.cond(jax.lax.psum(x[0, 0], "data") > 0, large, small, x)
+
+    text = compiled_text(either, mesh, (16, 128))
+    assert " conditional(" in text
+    moved = sum(each.bytes for each in collectives(text, devices=8))
+    assert moved == 2 * 128 * 4 + 4
+    branches = HLO.replace("ROOT %sum", "%sum").replace("ENTRY", "%large (p: f32[8]) -> f32[8] {\n  %a = ONE\n}\nENTRY")
+    for form in ("branch_computations={%large, %add}", "true_computation=%add, false_computation=%large"):
+        text = branches.replace("ONE", "f32[8] all-reduce(%p), to_apply=%add").replace(
+            "%one = ", f"%c = f32[8] conditional(%p), {form}\n  %one = "
+        )
+        total = sum(each.bytes for each in collectives(text, devices=8) if each.kind == "all-reduce")
+        assert total == 128 + 64 + 32
 
 
 HLO = """
@@ -145,6 +167,44 @@ def test_bytes_are_those_of_the_step_that_runs(mesh):
     assert abs(found / expected - 1) <= 0.05
     first = [leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state.params)]
     assert plan.memory["parameters"] == sum(first)
+
+
+def test_utilization_by_arithmetic():
+    """Per second, device and peak; the paper's count has all tokens and whole blocks, the other what is computed."""
+    run = dataclasses.replace(TINY, model=model_config("ViT-B/32"), batch=1024)
+    flops = StepFlops.of(run, devices=8)
+    loss = 1024 * loss_flops(512, 1024, tiled=True)
+    assert flops.paper == 1024 * 3 * (image_flops(run.model) + text_flops(run.model)) + loss
+    groups = groups_of(run.text_groups, rows=128, context=77)
+    less = image_flops(run.model, read=True) + grouped_text_flops(run.model, groups)
+    assert flops.computed == pytest.approx(1024 * 3 * less + loss)
+    whole = dataclasses.replace(run, model=dataclasses.replace(run.model, dead_tokens="compute"))
+    assert StepFlops.of(whole, devices=8) == StepFlops(flops.paper, flops.paper)
+    rates = flops.rates(0.5, devices=8, peak=1e15)
+    assert rates["tflops"] == pytest.approx(flops.computed / 4 / 1e12)
+    assert rates["mfu"] == pytest.approx(flops.computed / 4e15)
+    assert rates["mfu_effective"] == pytest.approx(flops.paper / 4e15)
+    assert rates["mfu"] < rates["mfu_effective"]
+    assert flops.rates(0.5, devices=8, peak=0.0).keys() == {"tflops"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        ("TPU v4", 275e12),
+        ("TPU v5 lite", 197e12),
+        ("TPU v5", 459e12),
+        ("TPU v5p", 459e12),
+        ("TPU v6 lite", 918e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 PCIe", 0),
+        ("NVIDIA GeForce RTX 4090", 0),
+        ("cpu", 0),
+    ],
+)
+def test_peaks_by_what_jax_calls_a_device(kind, peak):
+    assert peak_of(kind) == peak
 
 
 def plan_of(**changes) -> Plan:

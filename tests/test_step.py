@@ -2,7 +2,11 @@
 
 import dataclasses
 import functools
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +24,8 @@ from clip_jax.partition import make_mesh, place_rows
 from clip_jax.rules import leaf_paths
 from clip_jax.state import abstract_state, create_state
 from clip_jax.step import make_train_step
+
+ROOT = Path(__file__).parent.parent
 
 
 def batches(run, count):
@@ -298,3 +304,34 @@ def test_random_patches_change_with_the_step_and_not_with_the_mesh():
         state, metrics = step(state, batch)
         found.append(float(metrics["loss"]))
     assert found[0] != found[1]
+
+
+BENCHMARK = """
+import sys
+for name in {absent}:
+    sys.modules[name] = None
+sys.argv = ["step", "--config=configs/demo.py:batch=16", "--rounds=2", "--matmul=64", *{arguments}]
+from benchmarks.step import main
+main()
+"""
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_the_step_needs_few_packages():
+    """Two runs in turns, one of them with something changed; nothing but jax, flax, optax, ml_collections, numpy."""
+    absent = ["tensorflow", "tensorflow_datasets", "grain", "array_record", "torch", "tokenizers", "ftfy", "regex"]
+    absent += ["simplejpeg", "PIL", "sklearn", "matplotlib", "tensorboardX", "jaxtyping", "cv2", "pandas"]
+    arguments = [f"--config.model.{tower}.layers=1" for tower in ("vision", "text")]
+    arguments += ["--config.data.source=synthetic", "--config.samples=16000", "--compare=model.dead_tokens=compute"]
+    code = BENCHMARK.format(absent=absent, arguments=arguments)
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, env=environment)
+    assert found.returncode == 0, found.stderr
+    print(found.stdout)
+    kind, ours, other, ratio = found.stdout.splitlines()
+    assert kind.startswith("1 x cpu, jax ")
+    assert ours.startswith("as configured: custom, 16 pairs on 1 device(s), float32; ")
+    for figure in (" s a step", " pairs/s", " TFLOP/s a device", " of the matrix product (effective ", "GiB a device"):
+        assert figure in ours
+        assert figure in other
+    assert re.fullmatch(r"model.dead_tokens=compute takes [\d.]+ x the time \(median of 2 turns\)", ratio)

@@ -6,7 +6,8 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from test_gradient_cache import NEGLIGIBLE, RESNET, SIGMOID, VIT, batch_of, gradients, x64
+from gradients import NEGLIGIBLE, batch_of, gradients
+from test_gradient_cache import RESNET, SIGMOID, VIT, x64
 
 from clip_jax.config import MeshConfig
 from clip_jax.rules import leaf_paths

@@ -13,6 +13,7 @@ from clip_jax.models.resnet import ModifiedResNet
 from clip_jax.models.text import TextTransformer
 from clip_jax.models.variants import ModelConfig, ResNetConfig, model_config
 from clip_jax.models.vit import VisionTransformer
+from clip_jax.text_groups import Groups
 
 Variables = dict[str, Any]
 
@@ -39,7 +40,7 @@ class CLIP(nn.Module):
 
     def setup(self) -> None:
         config = self.config
-        dtype = jnp.dtype(config.dtype)
+        dtype, whole = jnp.dtype(config.dtype), config.dead_tokens == "compute"
         if isinstance(config.vision, ResNetConfig):
             self.image = ModifiedResNet(
                 config.vision, config.embed_dim, dtype, config.bn_group, config.remat, config.scan_layers
@@ -54,9 +55,10 @@ class CLIP(nn.Module):
                 config.remat,
                 config.scan_layers,
                 config.patch_dropout,
+                whole,
             )
         self.text = TextTransformer(
-            config.text, config.embed_dim, dtype, config.activation, config.remat, config.scan_layers
+            config.text, config.embed_dim, dtype, config.activation, config.remat, config.scan_layers, whole
         )
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(-math.log(config.temperature)), ())
         self.logit_bias = (
@@ -76,9 +78,13 @@ class CLIP(nn.Module):
         return CLIPOutput(
             self.encode_image(images, normalize=True, train=train, keys=keys, kept=kept),
             self.encode_text(tokens, normalize=True),
-            jnp.exp(self.logit_scale),
-            jnp.zeros_like(self.logit_scale) if self.logit_bias is None else self.logit_bias,
+            *self.scale_and_bias(),
         )
+
+    def scale_and_bias(self) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """Returns exp(logit_scale), and logit_bias or 0."""
+        bias = jnp.zeros_like(self.logit_scale) if self.logit_bias is None else self.logit_bias
+        return jnp.exp(self.logit_scale), bias
 
     def encode_image(
         self,
@@ -105,9 +111,11 @@ class CLIP(nn.Module):
         features = _at_least_f32(features)
         return unit(features) if normalize else features
 
-    def encode_text(self, tokens: Int[Array, "b l"], *, normalize: bool = False) -> Float[Array, "b e"]:
-        """Embeds rows of token ids; with `normalize` the result has unit length."""
-        features = _at_least_f32(self.text(tokens))
+    def encode_text(
+        self, tokens: Int[Array, "b l"], *, normalize: bool = False, groups: Groups = ()
+    ) -> Float[Array, "b e"]:
+        """Embeds rows of token ids; with `normalize` the result has unit length; `groups` as in `TextTransformer`."""
+        features = _at_least_f32(self.text(tokens, groups=groups))
         return unit(features) if normalize else features
 
 
@@ -177,10 +185,27 @@ def forward_train(
     Returns:
       The features, and the updated `batch_stats`.
     """
-    options = {"train": train_image, "keys": keys, "kept": kept}
-    applied = model.apply(variables, images, tokens, **options, mutable=["batch_stats"])
-    output, updated = cast(tuple[CLIPOutput, dict[str, Any]], applied)
-    return output, updated.get("batch_stats", {})
+    image, batch_stats = image_features_train(model, variables, images, keys=keys, kept=kept, train=train_image)
+    return CLIPOutput(image, text_features(model, variables, tokens), *scale_and_bias(model, variables)), batch_stats
+
+
+def image_features_train(
+    model: CLIP,
+    variables: Variables,
+    images: jax.Array,
+    *,
+    keys: jax.Array | None = None,
+    kept: jax.Array | None = None,
+    train: bool = True,
+) -> tuple[Float[Array, "b e"], dict[str, Any]]:
+    """Returns the unit features of normalised images as in training, and the updated `batch_stats`.
+
+    `keys`, `kept` and `train` are as in `CLIP.encode_image`.
+    """
+    options = {"normalize": True, "train": train, "keys": keys, "kept": kept}
+    applied = model.apply(variables, images, **options, method="encode_image", mutable=["batch_stats"])
+    features, updated = cast(tuple[jax.Array, dict[str, Any]], applied)
+    return features, updated.get("batch_stats", {})
 
 
 def image_features(model: CLIP, variables: Variables, images: Float[Array, "b s s 3"]) -> Float[Array, "b e"]:
@@ -188,9 +213,16 @@ def image_features(model: CLIP, variables: Variables, images: Float[Array, "b s 
     return cast(jax.Array, model.apply(variables, images, normalize=True, method="encode_image"))
 
 
-def text_features(model: CLIP, variables: Variables, tokens: Int[Array, "b l"]) -> Float[Array, "b e"]:
-    """Returns the unit features of rows of token ids."""
-    return cast(jax.Array, model.apply(variables, tokens, normalize=True, method="encode_text"))
+def text_features(
+    model: CLIP, variables: Variables, tokens: Int[Array, "b l"], *, groups: Groups = ()
+) -> Float[Array, "b e"]:
+    """Returns the unit features of rows of token ids; `groups` as in `TextTransformer`."""
+    return cast(jax.Array, model.apply(variables, tokens, normalize=True, groups=groups, method="encode_text"))
+
+
+def scale_and_bias(model: CLIP, variables: Variables) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Returns exp(logit_scale), and logit_bias or 0."""
+    return cast(tuple[jax.Array, jax.Array], model.apply(variables, method="scale_and_bias"))
 
 
 def unit(features: Float[Array, "*b e"]) -> Float[Array, "*b e"]:

@@ -5,16 +5,18 @@ recomputed work too, so utilisation is measured against these.
 """
 
 from clip_jax.models.variants import ModelConfig, ResNetConfig, TextConfig, ViTConfig
+from clip_jax.text_groups import Groups
 
 EXPANSION = 4
 
 
-def image_flops(config: ModelConfig, *, train: bool = False) -> int:
+def image_flops(config: ModelConfig, *, train: bool = False, read: bool = False) -> int:
     """Returns operations of the image tower's forward pass on one image.
 
     Args:
       config: the model.
       train: without the patches that `patch_dropout` leaves out.
+      read: without what of the last block nothing reads.
     """
     vision = config.vision
     if isinstance(vision, ResNetConfig):
@@ -22,12 +24,28 @@ def image_flops(config: ModelConfig, *, train: bool = False) -> int:
     patches = vision.tokens - 1
     kept = max(1, int(patches * (1 - config.patch_dropout))) if train else patches
     embedding = 2 * patches * 3 * vision.patch**2 * vision.width
-    return embedding + _transformer(vision, kept + 1) + 2 * vision.width * config.embed_dim
+    blocks = _transformer(vision, kept + 1) - read * _unread(vision.width, kept + 1)
+    return embedding + blocks + 2 * vision.width * config.embed_dim
 
 
 def text_flops(config: ModelConfig) -> int:
-    """Returns operations of the text tower's forward pass on one row of tokens."""
+    """Returns operations of the text tower's forward pass on one row of tokens, all of them."""
     return _transformer(config.text, config.text.context) + 2 * config.text.width * config.embed_dim
+
+
+def grouped_text_flops(config: ModelConfig, groups: Groups) -> float:
+    """Returns operations of the text tower's forward pass on a caption, on average over a device's groups.
+
+    Without what of the last block nothing reads.
+
+    Args:
+      config: the model.
+      groups: (captions, length) of each; none means that all have the whole length.
+    """
+    groups = groups or ((1, config.text.context),)
+    width = config.text.width
+    blocks = sum(count * (_transformer(config.text, length) - _unread(width, length)) for count, length in groups)
+    return blocks / sum(count for count, _ in groups) + 2 * width * config.embed_dim
 
 
 def loss_flops(embed_dim: int, batch: int, *, tiled: bool) -> int:
@@ -52,6 +70,11 @@ def _transformer(config: ViTConfig | TextConfig, tokens: int) -> int:
     """Per token and block: 12 width² in the dense layers, and width · tokens in each of attention's two products."""
     width = config.width
     return config.layers * tokens * 2 * (12 * width**2 + 2 * tokens * width)
+
+
+def _unread(width: int, tokens: int) -> int:
+    """What a last block saves that is read at one row: but for q, k and v, all is computed there alone."""
+    return (tokens - 1) * 2 * (9 * width**2 + 2 * tokens * width)
 
 
 def _resnet(config: ResNetConfig, embed_dim: int) -> int:

@@ -1,5 +1,9 @@
 """Pre-LN transformer blocks, and the two initialisations that the paper's models can start from.
 
+A row of a transformer's input may hold several sequences, one after the other, in groups of equal length (`Groups`):
+dense layers and norms see tokens, only attention sees where a sequence begins. And the last block can be asked for some
+rows of its result: keys and values are of all tokens, but the rest of the block is applied to those rows alone.
+
 Unlike Linen's defaults, LayerNorm has epsilon 1e-5, takes its variance in two passes (E[x²]-E[x]² errs by 1e-3 on
 channels whose mean is 100, and ViT residual streams have such channels), keeps its statistics in float32, and
 returns the compute dtype.
@@ -16,9 +20,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from clip_jax.array_types import Array, Float
+from clip_jax.array_types import Array, Float, Int, Num
 from clip_jax.models.variants import Activation, Remat
 from clip_jax.partition import constrain_rows
+from clip_jax.text_groups import Groups
 
 Initializer = Callable[..., jax.Array]
 
@@ -89,17 +94,36 @@ class BlockInit:
 
 
 def attend(
-    query: Float[Array, "b q h c"], key: Float[Array, "b k h c"], value: Float[Array, "b k h c"], *, causal: bool
+    query: Float[Array, "b q h c"],
+    key: Float[Array, "b k h c"],
+    value: Float[Array, "b k h c"],
+    *,
+    causal: bool,
+    at: Int[Array, "b q"] | None = None,
 ) -> Float[Array, "b q h c"]:
     """Mixes values by softmax(query·key / √c), with logits and softmax in float32 or wider.
 
     Not `jax.nn.dot_product_attention`, whose softmax is float32 even where its arguments are float64.
+
+    Args:
+      query: of the positions whose result is wanted.
+      key: of all positions.
+      value: of all positions.
+      causal: a query sees no later position than its own.
+      at: the queries' positions; None means all, in their order.
     """
     wide = jnp.promote_types(query.dtype, jnp.float32)
     logits = jnp.einsum("bqhc,bkhc->bhqk", query, key, preferred_element_type=wide) * query.shape[-1] ** -0.5
     if causal:
-        logits = jnp.where(jnp.tri(logits.shape[-1], dtype=bool), logits, -jnp.inf)
+        keys = jnp.arange(key.shape[1])
+        seen = jnp.tri(len(keys), dtype=bool) if at is None else (keys <= at[:, :, None])[:, None]
+        logits = jnp.where(seen, logits, -jnp.inf)
     return jnp.einsum("bhqk,bkhc->bqhc", jax.nn.softmax(logits).astype(value.dtype), value)
+
+
+def pick(x: Num[Array, "b l d"], rows: Int[Array, "b r"]) -> Num[Array, "b r d"]:
+    """Returns some rows of each element of a batch."""
+    return jnp.take_along_axis(x, rows[:, :, None], axis=1, mode="clip")
 
 
 class Attention(nn.Module):
@@ -109,18 +133,35 @@ class Attention(nn.Module):
     causal: bool
     init_from: BlockInit
     dtype: DTypeLike
+    groups: Groups = ()
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
-        batch, length, width = x.shape
+    def __call__(self, x: Float[Array, "b l d"], rows: Int[Array, "b r"] | None = None) -> Float[Array, "b r d"]:
+        """Returns all rows, or those that `rows` names, one of each sequence."""
+        width = x.shape[-1]
         qkv = nn.Dense(3 * width, kernel_init=self.init_from.qkv, dtype=self.dtype, name="qkv")(x)
-        query, key, value = (
-            part.reshape(batch, length, self.heads, width // self.heads) for part in jnp.split(qkv, 3, axis=-1)
-        )
-        mixed = attend(query, key, value, causal=self.causal)
-        return nn.Dense(width, kernel_init=self.init_from.out, dtype=self.dtype, name="out")(
-            mixed.reshape(batch, length, width)
-        )
+        query, key, value = jnp.split(qkv, 3, axis=-1)
+        if rows is not None:
+            query = pick(query, rows)
+        mixed = self._mix(query, key, value, rows)
+        return nn.Dense(width, kernel_init=self.init_from.out, dtype=self.dtype, name="out")(mixed)
+
+    def _mix(self, query: jax.Array, key: jax.Array, value: jax.Array, rows: jax.Array | None) -> jax.Array:
+        """Attends within each sequence of every group."""
+        batch, tokens, width = key.shape
+        mixed, sequence, token = [], 0, 0
+        for count, length in self.groups or ((1, tokens),):
+            shape = (batch * count, -1, self.heads, width // self.heads)
+            inside = slice(token, token + count * length)
+            wanted, at = inside, None
+            if rows is not None:
+                wanted = slice(sequence, sequence + count)
+                starts = token + length * jnp.arange(count)
+                at = (rows[:, wanted] - starts).reshape(batch * count, 1)
+            parts = (x[:, some].reshape(shape) for x, some in ((query, wanted), (key, inside), (value, inside)))
+            mixed.append(attend(*parts, causal=self.causal, at=at).reshape(batch, -1, width))
+            sequence, token = sequence + count, inside.stop
+        return jnp.concatenate(mixed, axis=1)
 
 
 class MLP(nn.Module):
@@ -142,18 +183,20 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-LN transformer block."""
+    """A pre-LN transformer block; `rows` as in `Attention`."""
 
     heads: int
     causal: bool
     activation: Activation
     init_from: BlockInit
     dtype: DTypeLike
+    groups: Groups = ()
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
-        attention = Attention(self.heads, self.causal, self.init_from, self.dtype, name="attention")
-        x = x + attention(layer_norm(self.dtype, name="ln_1")(x))
+    def __call__(self, x: Float[Array, "b l d"], rows: Int[Array, "b r"] | None = None) -> Float[Array, "b r d"]:
+        attention = Attention(self.heads, self.causal, self.init_from, self.dtype, self.groups, name="attention")
+        mixed = attention(layer_norm(self.dtype, name="ln_1")(x), rows)
+        x = (x if rows is None else pick(x, rows)) + mixed
         x = x + MLP(self.activation, self.init_from, self.dtype, name="mlp")(layer_norm(self.dtype, name="ln_2")(x))
         x = constrain_rows(x)
         record(self, "output", x)
@@ -161,9 +204,11 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A stack of blocks; the stream after block i is the intermediate `block_i/output`.
+    """A stack of blocks, of whose result one row of each sequence is wanted.
 
-    Neither `remat` nor `scan` changes a name or a value; see `ModelConfig`.
+    The last block is applied to nothing else, unless `whole` asks for it. The stream after block i is the intermediate
+    `block_i/output`, with all its rows. Neither `remat` nor `scan` changes
+    a name or a value; see `ModelConfig`.
     """
 
     layers: int
@@ -174,11 +219,20 @@ class Transformer(nn.Module):
     dtype: DTypeLike
     remat: Remat
     scan: bool
+    whole: bool
+    groups: Groups = ()
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
-        block = functools.partial(Block, self.heads, self.causal, self.activation, self.init_from, self.dtype)
-        return apply_blocks(self, block, range(self.layers), x, remat=self.remat, scan=self.scan)
+    def __call__(self, x: Float[Array, "b l d"], rows: Int[Array, "b r"]) -> Float[Array, "b r d"]:
+        block = functools.partial(
+            Block, self.heads, self.causal, self.activation, self.init_from, self.dtype, self.groups
+        )
+        last = self.layers - 1
+        x = apply_blocks(self, block, range(last), x, remat=self.remat, scan=self.scan)
+        module = _rematerialised(block, self.remat)(name=f"block_{last}")
+        if self.whole or self.is_mutable_collection("intermediates"):
+            return pick(module(x), rows)
+        return module(x, rows)
 
 
 def apply_blocks(
@@ -203,9 +257,8 @@ def apply_blocks(
     """
     names = [f"block_{i}" for i in numbers]
     if not scan or not names or parent.is_initializing() or parent.is_mutable_collection("intermediates"):
-        module = block.func if remat == "none" else nn.remat(block.func, policy=_POLICIES[remat])
         for name in names:
-            x = module(*block.args, **block.keywords, name=name)(x, *constants)
+            x = _rematerialised(block, remat)(name=name)(x, *constants)
         return x
 
     alone = block(parent=None)
@@ -222,6 +275,11 @@ def apply_blocks(
         for i, name in enumerate(names):
             parent.put_variable(kind, name, jax.tree.map(lambda leaf, i=i: leaf[i], updated[kind]))
     return x
+
+
+def _rematerialised(block: functools.partial, remat: Remat) -> functools.partial:
+    module = block.func if remat == "none" else nn.remat(block.func, policy=_POLICIES[remat])
+    return functools.partial(module, *block.args, **block.keywords)
 
 
 def _save_products(primitive: Any, *arguments: Any, **parameters: Any) -> bool:

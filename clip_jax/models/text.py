@@ -1,15 +1,23 @@
 """The causal text tower (paper, §2.4; openai/CLIP `clip/model.py`, CLIP.encode_text).
 
-There is no padding mask: padding follows EOT, and attention is causal, so no row that is read can see it.
+There is no padding mask: padding follows EOT, and attention is causal, so no row that is read can see it. For the same
+reason nothing that follows EOT need be computed. So captions can be packed: on each device they are ordered by length
+and cut into groups of fixed numbers and lengths, the shortest captions into the shortest group. All groups lie in one
+row of tokens a device, so that every weight is used once, as without groups, and nothing crosses devices.
 """
 
+import itertools
+
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from clip_jax.array_types import Array, Float, Int
-from clip_jax.models.layers import BlockInit, Transformer, layer_norm, record
+from clip_jax.array_types import Array, Bool, Float, Int
+from clip_jax.models.layers import BlockInit, Transformer, layer_norm, pick, record
 from clip_jax.models.variants import Activation, Remat, TextConfig
+from clip_jax.partition import constrain_rows, devices_of_rows
+from clip_jax.text_groups import Groups
 
 
 class TextTransformer(nn.Module):
@@ -26,9 +34,17 @@ class TextTransformer(nn.Module):
     activation: Activation = "quick_gelu"
     remat: Remat = "none"
     scan: bool = False
+    whole: bool = False
 
     @nn.compact
-    def __call__(self, tokens: Int[Array, "b l"]) -> Float[Array, "b e"]:
+    def __call__(self, tokens: Int[Array, "b l"], *, groups: Groups = ()) -> Float[Array, "b e"]:
+        """Embeds rows of token ids.
+
+        Args:
+          tokens: ids.
+          groups: of each device's rows, into which they must fit (`fit`), shortest first; none means that every row is
+            computed in its whole length.
+        """
         config, dtype = self.config, self.dtype
         width = config.width
         embedding = nn.Embed(
@@ -39,23 +55,33 @@ class TextTransformer(nn.Module):
             name="token_embedding",
         )
         positions = self.param("positions", nn.initializers.normal(0.01), (config.context, width))
-        x = embedding(tokens) + positions[: tokens.shape[1]].astype(dtype)
-        blocks = BlockInit.scaled(width, config.layers)
+        ends = jnp.argmax(tokens, axis=-1)
+        order = None
+        if groups:
+            tokens, ends = (_by_device(x) for x in (tokens, ends))
+            order = jnp.argsort(ends, axis=1)
+            tokens, ends = pick(tokens, order), jnp.take_along_axis(ends, order, axis=1)
+            x = embedding(_packed(tokens, groups)) + _packed_positions(positions.astype(dtype), len(tokens), groups)
+            rows = ends + _starts(groups)
+        else:
+            x = embedding(tokens) + positions[: tokens.shape[1]].astype(dtype)
+            rows = ends[:, None]
         transformer = nn.remat(Transformer) if self.remat == "full" else Transformer
         x = transformer(
             config.layers,
             config.heads,
             True,
             self.activation,
-            blocks,
+            BlockInit.scaled(width, config.layers),
             dtype,
             self.remat,
             self.scan,
+            self.whole,
+            groups,
             name="transformer",
-        )(x)
+        )(x, rows)
+        x = x[:, 0] if order is None else pick(x, jnp.argsort(order, axis=1)).reshape(-1, width)
 
-        end = jnp.argmax(tokens, axis=-1)
-        x = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
         pooled = layer_norm(dtype, name="ln_final")(x)
         record(self, "pooled", pooled)
         return nn.Dense(
@@ -65,3 +91,49 @@ class TextTransformer(nn.Module):
             dtype=dtype,
             name="projection",
         )(pooled)
+
+
+def fit(tokens: Int[Array, "b l"], groups: Groups) -> Bool[Array, ""]:
+    """Returns whether the captions of every device fit into its groups; the same on all devices.
+
+    Args:
+      tokens: ids of all devices' rows.
+      groups: as `TextTransformer` takes them.
+    """
+    lengths = _by_device(jnp.argmax(tokens, axis=-1)) + 1
+    counts, limits = zip(*groups, strict=True)
+    room = [sum(counts[i:]) for i in range(1, len(counts) + 1)]  # in the groups behind each
+    longer = (lengths[:, :, None] > jnp.array(limits)).sum(axis=1)
+    return jnp.all(longer <= jnp.array(room))
+
+
+def _by_device(rows: jax.Array) -> jax.Array:
+    """[b, …] to [devices, b / devices, …]; slices of the second axis then move nothing between devices."""
+    devices = devices_of_rows()
+    return constrain_rows(rows.reshape(devices, len(rows) // devices, *rows.shape[1:]))
+
+
+def _packed(tokens: Int[Array, "p n l"], groups: Groups) -> Int[Array, "p t"]:
+    """Returns every device's captions one after the other, each in the length of its group."""
+    devices = len(tokens)
+    stops = itertools.accumulate(count for count, _ in groups)
+    parts = [
+        tokens[:, stop - count : stop, :length].reshape(devices, count * length)
+        for stop, (count, length) in zip(stops, groups, strict=True)
+    ]
+    return jnp.concatenate(parts, axis=1)
+
+
+def _packed_positions(positions: Float[Array, "l d"], devices: int, groups: Groups) -> Float[Array, "p t d"]:
+    """Returns the positions of `_packed` tokens.
+
+    Copied to the devices first: so the gradient is summed on each device, and once between them, not once a group.
+    """
+    copies = constrain_rows(jnp.broadcast_to(positions, (devices, *positions.shape)))
+    return jnp.concatenate([jnp.tile(copies[:, :length], (1, count, 1)) for count, length in groups], axis=1)
+
+
+def _starts(groups: Groups) -> Int[Array, " n"]:
+    """Returns where each caption begins in a device's `_packed` tokens."""
+    lengths = [length for count, length in groups for _ in range(count)]
+    return jnp.array([0, *itertools.accumulate(lengths[:-1])])

@@ -103,6 +103,8 @@ class ModelConfig:
       scan_layers: compile one block for all blocks of a kind and loop over their weights: compiles faster, at the cost
         of a copy of the weights; changes no name, no value and no checkpoint.
       patch_dropout: share of patches that a ViT leaves out of each image in training (Li et al., 2023, FLIP).
+      dead_tokens: what nothing reads, the rows of a last block but one, and in training the tokens behind EOT
+        (`text_groups`): `skip` or `compute`. The same results, to rounding.
     """
 
     embed_dim: int
@@ -118,6 +120,7 @@ class ModelConfig:
     remat: Remat = "none"
     scan_layers: bool = False
     patch_dropout: float = 0.0
+    dead_tokens: Literal["skip", "compute"] = "skip"
 
 
 # fmt: off

@@ -31,6 +31,7 @@ class VisionTransformer(nn.Module):
     remat: Remat = "none"
     scan: bool = False
     patch_dropout: float = 0.0
+    whole: bool = False
 
     @nn.compact
     def __call__(self, images: Float[Array, "b s s 3"], *, keys: jax.Array | None = None) -> Float[Array, "b e"]:
@@ -69,8 +70,9 @@ class VisionTransformer(nn.Module):
             dtype,
             self.remat,
             self.scan,
+            self.whole,
             name="transformer",
-        )(x)
+        )(x, jnp.zeros((x.shape[0], 1), jnp.int32))
         pooled = layer_norm(dtype, name="ln_post")(x[:, 0])
         record(self, "pooled", pooled)
         return nn.Dense(self.embed_dim, use_bias=False, kernel_init=normal, dtype=dtype, name="projection")(pooled)

@@ -1,0 +1,181 @@
+"""Training steps on this machine's devices, on synthetic pairs: both towers, loss, AdamW, clamp.
+
+  python -m benchmarks.step --config=configs/vit_b32.py:batch=1024 [--config.key=value …] [--compare=key=value]
+
+Pairs a second, operations a second, their share of the peak, memory, compile time. Shares are of the data sheet's
+peak, where it is known, and of a large matrix product's speed in the same process; `clip_jax.utilization` says what is
+counted. `--compare=model.dead_tokens=compute` measures the same run with that key changed as well, in turns. Needs jax,
+flax, optax, ml_collections and numpy only.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from clip_jax.chips import peak_of
+from clip_jax.command_line import load_config, one_line_errors, take_overrides
+from clip_jax.config import RunConfig
+from clip_jax.data.synthetic import synthetic_batches
+from clip_jax.errors import UserError
+from clip_jax.gradient_cache import check_micro_batch
+from clip_jax.models.clip import CLIP
+from clip_jax.models.variants import variant_name
+from clip_jax.optim import make_optimizer
+from clip_jax.partition import check_batch, make_mesh, place_rows
+from clip_jax.state import TrainState, abstract_state, create_state
+from clip_jax.step import make_train_step
+from clip_jax.utilization import StepFlops
+
+BATCHES = 4
+
+
+def main() -> None:
+    with one_line_errors():
+        rest, overrides = take_overrides(sys.argv[1:])
+        parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser.add_argument("--config", required=True, help="config file, such as configs/vit_b32.py:batch=1024")
+        parser.add_argument("--compare", metavar="KEY=VALUE", help="also measure with this key changed")
+        parser.add_argument("--rounds", type=int, default=10, help="turns; the median counts")
+        parser.add_argument("--steps", type=int, default=1, help="steps in a turn")
+        parser.add_argument("--matmul", type=int, help="side of the matrix product (default: 8192; 2048 on CPUs)")
+        arguments = parser.parse_args(rest)
+        runs = {"as configured": load_config(arguments.config, overrides, without_data=True)}
+        if arguments.compare:
+            key, equals, value = arguments.compare.partition("=")
+            if not equals:
+                raise UserError(f"--compare={arguments.compare}: it must be key=value")
+            runs[arguments.compare] = load_config(arguments.config, [*overrides, (key, value)], without_data=True)
+        measure(runs, rounds=arguments.rounds, steps=arguments.steps, side=arguments.matmul)
+
+
+def measure(runs: dict[str, RunConfig], *, rounds: int, steps: int, side: int | None) -> None:
+    """Prints the figures of each run.
+
+    Args:
+      runs: by their names; measured in turns.
+      rounds: turns that count, after one that does not.
+      steps: in a turn.
+      side: of the matrix product.
+    """
+    device = jax.devices()[0]
+    product = matmul_speed(device, side)
+    kind = f"{jax.device_count()} x {device.device_kind}, jax {jax.__version__}"
+    print(f"{kind}; a matrix product: {product / 1e12:.3f} TFLOP/s", flush=True)
+    steps_of = {name: CompiledStep(config) for name, config in runs.items()}
+    first, *others = steps_of.values()
+    if any(other.target != first.target for other in others):
+        raise UserError("--compare: the two runs' states differ in shape or layout; measure each by itself")
+    state = first.new_state()
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(rounds + 1):
+        for name, each in steps_of.items():
+            began = time.perf_counter()
+            state = each.run(state, steps)
+            if turn:
+                seconds[name].append((time.perf_counter() - began) / steps)
+    for name, each in steps_of.items():
+        print(f"{name}: {each.describe(statistics.median(seconds[name]), product, peak_of(device.device_kind))}")
+    if len(runs) > 1:
+        first, other = (seconds[name] for name in runs)
+        ratio = statistics.median(b / a for a, b in zip(first, other, strict=True))
+        print(f"{list(runs)[1]} takes {ratio:.3f} x the time (median of {rounds} turns)")
+    peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
+    if peak:
+        print(f"peak memory of device 0, all runs together: {peak / 2**30:.2f} GiB")
+
+
+class CompiledStep:
+    """A run's compiled step with some batches on the devices.
+
+    Args:
+      config: the run's.
+
+    Attributes:
+      target: shapes, dtypes and shardings of the state.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        mesh = make_mesh(config.mesh)
+        check_batch("batch", config.batch, mesh)
+        check_micro_batch(config, mesh)
+        self._model, self._optimizer = CLIP(config.model), make_optimizer(config.optim, steps=config.steps)
+        self._config, self._devices = config, mesh.size
+        self._layout: Any = {"mesh": mesh, "zero1": config.mesh.zero1, "ema": config.optim.ema_decay > 0}
+        self.target = abstract_state(self._model, self._optimizer, **self._layout)
+        stream = synthetic_batches(
+            batch=config.batch,
+            image_size=config.model.vision.image_size,
+            context=config.model.text.context,
+            vocab_size=config.model.text.vocab_size,
+            seed=config.seed,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        names = ("image", "tokens", "weight")
+        rows = [next(stream) for _ in range(BATCHES)]
+        self._batches = [place_rows({name: batch[name] for name in names}, mesh) for batch in rows]
+        step: Any = make_train_step(self._model, self._optimizer, config, mesh=mesh, state=self.target)
+        began = time.perf_counter()
+        self._step = step.lower(self.target, self._batches[0]).compile()
+        self._compile_seconds = time.perf_counter() - began
+        self._done, self._in_groups = 0, []
+
+    def new_state(self) -> TrainState:
+        """Returns a fresh state."""
+        return create_state(self._model, self._optimizer, seed=self._config.seed, **self._layout)
+
+    def run(self, state: TrainState, steps: int) -> TrainState:
+        """Trains for some steps, and waits for them."""
+        for _ in range(steps):
+            state, metrics = self._step(state, self._batches[self._done % BATCHES])
+            self._done += 1
+            self._in_groups.append(metrics.get("text_groups"))
+        return jax.block_until_ready(state)
+
+    def describe(self, seconds: float, product: float, peak: float) -> str:
+        """Returns the figures of a step of that time, beside what a device can do by a matrix product and by its data
+        sheet."""
+        config, flops = self._config, StepFlops.of(self._config, devices=self._devices)
+        rates = flops.rates(seconds, devices=self._devices, peak=product)
+        memory: Any = self._step.memory_analysis()
+        parts = [
+            f"{variant_name(config.model)}, {config.batch} pairs on {self._devices} device(s), {config.model.dtype}",
+            f"{seconds:.4f} s a step",
+            f"{config.batch / seconds:,.1f} pairs/s",
+            f"{rates['tflops']:.3f} TFLOP/s a device",
+            f"{rates['mfu']:.1%} of the matrix product (effective {rates['mfu_effective']:.1%})",
+        ]
+        if peak:
+            rates = flops.rates(seconds, devices=self._devices, peak=peak)
+            parts.append(f"MFU {rates['mfu']:.1%} (effective {rates['mfu_effective']:.1%})")
+        if None not in self._in_groups:
+            parts.append(f"captions in groups in {float(sum(self._in_groups)) / self._done:.0%} of the steps")
+        parts += [
+            f"{(memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**30:.2f} GiB a device",
+            f"compiled in {self._compile_seconds:.0f} s",
+        ]
+        return "; ".join(parts)
+
+
+def matmul_speed(device: jax.Device, side: int | None) -> float:
+    """Returns operations a second of a square matrix product, the best of ten: bfloat16, float32 on CPUs."""
+    cpu = device.platform == "cpu"
+    side = side or (2048 if cpu else 8192)
+    left, right = jnp.ones((2, side, side), jnp.float32 if cpu else jnp.bfloat16)
+    multiply = jax.jit(jnp.matmul)
+    multiply(left, right).block_until_ready()
+    best = float("inf")
+    for _ in range(10):
+        began = time.perf_counter()
+        multiply(left, right).block_until_ready()
+        best = min(best, time.perf_counter() - began)
+    return 2 * side**3 / best
+
+
+if __name__ == "__main__":
+    main()

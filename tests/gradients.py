@@ -1,0 +1,72 @@
+"""Gradients of whole training steps in float64, by their parameters' paths."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from clip_jax.data.synthetic import synthetic_batches
+from clip_jax.models.clip import CLIP
+from clip_jax.partition import make_mesh, place_rows
+from clip_jax.rules import leaf_paths
+from clip_jax.state import abstract_state, create_state
+from clip_jax.step import make_train_step
+
+NEGLIGIBLE = ("attention/qkv/bias", "attention_pool/key/bias")  # a key's bias has no gradient but for rounding
+
+
+def batch_of(run):
+    """Returns synthetic pairs, three of them with weight 0."""
+    text = run.model.text
+    stream = synthetic_batches(
+        batch=run.batch,
+        image_size=run.model.vision.image_size,
+        context=text.context,
+        vocab_size=text.vocab_size,
+        seed=run.seed,
+    )
+    batch = {name: rows.copy() for name, rows in next(stream).items() if name in ("image", "tokens", "weight")}
+    batch["weight"][[3, 17, 40]] = 0
+    return batch
+
+
+def gradients(run, devices, batch):
+    """Returns metrics, gradients by their paths, and running statistics of one step; for use with x64.
+
+    Weights are random, so that none is where its gradient would vanish.
+    """
+    step, state, before, mesh = _compiled(run, devices)
+    after, metrics = step(state(), place_rows(batch, mesh))
+    moved = jax.tree.map(lambda a, b: a - np.asarray(b), before, after.params)
+    return (
+        {name: float(value) for name, value in metrics.items()},
+        dict(zip(leaf_paths(moved), jax.tree.leaves(moved), strict=True)),
+        jax.device_get(after.batch_stats),
+    )
+
+
+def largest_difference(found, expected):
+    """Returns the largest difference of a gradient over the leaf's largest value, and where it is."""
+    errors = {
+        path: float(np.abs(found[path] - leaf).max() / np.abs(leaf).max())
+        for path, leaf in expected.items()
+        if not path.endswith(NEGLIGIBLE)
+    }
+    worst = max(errors, key=errors.__getitem__)
+    return errors[worst], worst
+
+
+@functools.cache
+def _compiled(run, devices):
+    mesh = make_mesh(run.mesh, devices=jax.devices()[:devices])
+    model, optimizer = CLIP(run.model), optax.sgd(1.0)
+    state = create_state(model, optimizer, mesh=mesh, seed=0)
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float64) if x.dtype == jnp.float32 else x, state)
+    rng = np.random.default_rng(0)
+    before = jax.tree.map(lambda x: np.asarray(x) + 0.1 * rng.standard_normal(x.shape), wide.params)
+    host = jax.device_get(wide.replace(params=before))
+    step = make_train_step(model, optimizer, run, mesh=mesh, state=abstract_state(model, optimizer, mesh=mesh))
+    return step, lambda: jax.device_put(host, shardings), before, mesh
