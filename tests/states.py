@@ -19,9 +19,9 @@ def small_state(seed: int, devices: int = 1, *, extra: int = 0) -> TrainState:
         spec = PartitionSpec(None, "fsdp") if split else PartitionSpec()
         return jax.device_put(rng.standard_normal(shape).astype(dtype), NamedSharding(mesh, spec))
 
-    params = {"kernel": leaf(24, 16, split=True), "scale": leaf(5), "logit_scale": leaf(), "extra": leaf(extra + 1)}
-    moments = {"mu": leaf(24, 16, dtype=jnp.bfloat16, split=True), "count": jax.device_put(seed, leaf().sharding)}
-    return TrainState(moments["count"], params, {"mean": leaf(3)}, moments, {"kernel": leaf(24, 16)})
+    params = {"kernel": leaf(96, 64, split=True), "scale": leaf(5), "logit_scale": leaf(), "extra": leaf(extra + 1)}
+    moments = {"mu": leaf(96, 64, dtype=jnp.bfloat16, split=True), "count": jax.device_put(seed, leaf().sharding)}
+    return TrainState(moments["count"], params, {"mean": leaf(3)}, moments, {"kernel": leaf(96, 64)})
 
 
 def target_of(state: TrainState) -> TrainState:

@@ -2,9 +2,11 @@
 
 import collections
 import dataclasses
+import gc
 import json
 import logging
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -30,6 +32,13 @@ from clip_jax.state import TrainState, abstract_state
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 KEPT = CheckpointConfig(best_metric="zero_shot/photo/top1")
+
+
+@pytest.fixture(autouse=True)
+def collected():
+    """Here, where the warnings are expected, and not in a later test."""
+    yield
+    gc.collect()
 
 
 def write(workdir: Path, states: dict[int, TrainState], config: CheckpointConfig = KEPT) -> None:
@@ -86,7 +95,9 @@ def damaged(tmp_path: Path, damage, *, devices: int, times: int) -> collections.
     write(tmp_path / "whole", states)
     outcomes = collections.Counter()
     rng = random.Random(devices)
-    for number, file in enumerate(files_of(tmp_path / "whole", 2) * times):
+    files = files_of(tmp_path / "whole", 2)
+    large = max(files, key=lambda file: file.stat().st_size * ("/d/" in str(file)))  # most of the arrays' bytes
+    for number, file in enumerate([*files, *[large] * 4] * times):
         workdir = tmp_path / str(number)
         shutil.copytree(tmp_path / "whole", workdir)
         damage(workdir / file.relative_to(tmp_path / "whole"), rng)
@@ -96,17 +107,16 @@ def damaged(tmp_path: Path, damage, *, devices: int, times: int) -> collections.
 
 
 @pytest.mark.parametrize("times", [1, pytest.param(20, marks=pytest.mark.slow)])
-def test_one_flipped_bit_in_any_file_is_harmless_or_noticed(tmp_path, times):
+def test_one_flipped_bit_in_any_file_is_harmless_or_noticed(tmp_path, times, caplog):
     outcomes = damaged(tmp_path / "one", flip, devices=1, times=times)
     outcomes += damaged(tmp_path / "two", flip, devices=2, times=times)
     verdicts = collections.Counter(verdict for verdict, _ in outcomes.elements())
-    print(f"{outcomes.total()} flips in {len({file for _, file in outcomes})} kinds of files: {dict(verdicts)}")
+    print(f"{outcomes.total()} flips in {len({file for _, file in outcomes})} files: {dict(verdicts)}")
+    assert len({file for _, file in outcomes}) >= 25
     assert outcomes.total() >= 40 * times
-    assert verdicts["noticed"] >= outcomes.total() // 3
-    data = [verdict for verdict, file in outcomes.elements() if "ocdbt.process_0/d/" in file]
-    assert len(data) >= 4 * times
     for name in ("data", "config", "metadata", "record", "metrics"):
         assert any(file.startswith(f"{name}/m") for verdict, file in outcomes if verdict == "noticed"), name
+    assert re.search("has changed in (params|opt_state|ema)/", caplog.text)  # by a checksum, where Orbax saw nothing
 
 
 @pytest.mark.parametrize("damage", [truncate, delete])

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import json
 import logging
 import os
@@ -26,6 +27,13 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 
 ROOT = Path(__file__).parent.parent
 STATE = small_state(1)
+
+
+@pytest.fixture(autouse=True)
+def collected():
+    """Here, where the warnings are expected, and not in a later test."""
+    yield
+    gc.collect()
 
 
 def save(checkpoints: Checkpoints, step: int, state=STATE, *, now: bool = True) -> bool:
