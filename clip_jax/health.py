@@ -97,6 +97,7 @@ class Health:
                 file.write(json.dumps(line) + "\n")
         if len(self._in_a_row) > self._config.max_skipped:
             first, begin = self._in_a_row[0]
+            self._in_a_row.clear()
             raise Rewind(first, begin, noted.begin + self._batch)
 
 

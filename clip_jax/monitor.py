@@ -133,7 +133,7 @@ class Monitor:
         self._failed_evaluations += 1
         first = self._failed_evaluations == 1
         _LOG.error("the evaluation after step %d failed: %s", step, one_line(error), exc_info=error if first else None)
-        self.record(step, {"evaluation_failed": self._failed_evaluations})
+        self.record(step, {"evaluation_failed": float(self._failed_evaluations)})
 
     @contextmanager
     def pause(self) -> Iterator[None]:

@@ -8,7 +8,7 @@ What a run does when something goes wrong is in docs/operations.md.
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -185,7 +185,8 @@ def _steps(run: Run, start: Restored, watch: Watch) -> TrainState:
                 watch.watchdog.progress()
             if ending:
                 run.checkpoints.wait()
-                monitor.flush()
+                with suppress(Rewind):  # which the next start decides on
+                    monitor.flush()
                 raise watch.preemption.ended(step)
     monitor.flush()
     return state

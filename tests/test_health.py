@@ -60,8 +60,6 @@ def test_a_skipped_step_changes_nothing_but_the_counters_of_steps():
     assert int(found["skipped"]) == 0
     assert bits(learned(state)) != before
     assert np.isfinite(jax.flatten_util.ravel_pytree(state.params)[0]).all()
-    counts = {type(path[-2]).__name__: None for path, _ in jax.tree_util.tree_leaves_with_path(state.opt_state)}
-    assert counts
     schedule = [node for node in jax.tree.leaves(state.opt_state, is_leaf=step.is_schedule) if step.is_schedule(node)]
     assert [int(node.count) for node in schedule] == [3] == [int(state.step)]
     (adam,) = (
@@ -77,7 +75,7 @@ def unguarded(monkeypatch):
     setup.__globals__["compiled"].cache_clear()
 
 
-@pytest.mark.parametrize("run", [EVERYTHING, TINY], ids=["everything", "plain"])
+@pytest.mark.parametrize("run", [EVERYTHING, pytest.param(TINY, marks=pytest.mark.slow)], ids=["everything", "plain"])
 def test_finite_steps_are_those_of_a_step_without_the_guard(monkeypatch, run):
     """Bit for bit, with no collective and no argument more."""
     found = []
@@ -225,6 +223,13 @@ def test_a_run_that_goes_wrong_again_ends_with_a_report(tmp_path):
         train(RUN, tmp_path, data=spoiled(RUN, bad))
     with pytest.raises(UserError, match="gone back 1 time"):  # a restart does not forget
         train(RUN, tmp_path, data=spoiled(RUN, bad))
+
+
+def test_bad_pairs_right_behind_those_passed_over_rewind_again(tmp_path):
+    run = dataclasses.replace(RUN, health=dataclasses.replace(RUN.health, max_rewinds=2))
+    train(run, tmp_path, data=spoiled(run, [(96, 192)]))
+    saved = json.loads((tmp_path / "checkpoints" / "14" / "data" / "metadata").read_text())
+    assert saved == {"position": 20 * 16, "skips": [[96, 144], [144, 192]]}
 
 
 @pytest.mark.parametrize(

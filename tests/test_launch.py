@@ -13,7 +13,7 @@ from clip_jax.config import override, to_config_dict
 from clip_jax.doctor import examine
 
 LAUNCH = Path(__file__).parent.parent / "launch"
-DOCS = LAUNCH.parent / "docs" / "launch.md"
+DOCS = [LAUNCH.parent / "docs" / name for name in ("launch.md", "operations.md")]
 
 
 @pytest.mark.parametrize("name", ["slurm.sbatch", "tpu_vm.sh"])
@@ -70,7 +70,7 @@ def test_the_jobset_has_what_its_schema_requires():
     assert {mount["name"] for mount in container["volumeMounts"]} == volumes
 
 
-@pytest.mark.parametrize("path", [*sorted(LAUNCH.iterdir()), DOCS], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*sorted(LAUNCH.iterdir()), *DOCS], ids=lambda path: path.name)
 def test_config_keys_and_files_that_are_named_exist(path):
     text = path.read_text()
     for key, value in re.findall(r"--config\.([\w.]+)=(\S+)", text):
