@@ -15,7 +15,7 @@ from gradients import batch_of, gradients, largest_difference
 from jax.extend.core import jaxprs_in_params
 from tiny import TINY
 
-from clip_jax.config import DataConfig, MeshConfig, RunConfig, from_config_dict, override, to_config_dict
+from clip_jax.config import DataConfig, LossConfig, MeshConfig, RunConfig, from_config_dict, override, to_config_dict
 from clip_jax.data.lengths import choose_groups
 from clip_jax.data.synthetic import synthetic_batches
 from clip_jax.errors import ConfigError
@@ -24,7 +24,11 @@ from clip_jax.models.clip import CLIP, image_features, init_variables, text_feat
 from clip_jax.models.flops import grouped_text_flops, image_flops, text_flops
 from clip_jax.models.text import TextTransformer, fit
 from clip_jax.models.variants import VARIANTS, ResNetConfig, TextConfig, model_config
+from clip_jax.optim import make_optimizer
+from clip_jax.partition import make_mesh, place_rows
 from clip_jax.plan import lower_step
+from clip_jax.state import abstract_state
+from clip_jax.step import make_train_step
 from clip_jax.text_groups import DEFAULT, groups_of, parse_groups
 from clip_jax.trainer import train
 
@@ -167,7 +171,7 @@ def test_nothing_more_crosses_devices():
 
 
 def products(jaxpr) -> int:
-    """Returns the operations of all matrix products of a program without conditionals."""
+    """Returns the operations of all matrix products of a program without loops; of a conditional, the larger branch."""
     total = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
@@ -175,8 +179,9 @@ def products(jaxpr) -> int:
             left = equation.invars[0].aval.shape
             inner = int(np.prod([left[axis] for axis in contracted]))
             total += 2 * inner * int(np.prod(equation.outvars[0].aval.shape))
-        assert equation.primitive.name not in ("cond", "while", "scan")
-        total += sum(products(inner) for inner in jaxprs_in_params(equation.params))
+        assert equation.primitive.name not in ("while", "scan")
+        inner = [products(each) for each in jaxprs_in_params(equation.params)]
+        total += max(inner) if equation.primitive.name == "cond" else sum(inner)
     return total
 
 
@@ -207,6 +212,36 @@ def test_operations_are_those_of_the_arithmetic(name):
     )
     assert forward[default] <= 0.45 * whole
     assert both[default] <= 0.45 * 3 * whole
+
+
+def conditionals(jaxpr):
+    """Yields the operations of each branch of every conditional that has matrix products."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "cond":
+            counts = [products(branch.jaxpr) for branch in equation.params["branches"]]
+            if any(counts):
+                yield counts
+                continue
+        for inner in jaxprs_in_params(equation.params):
+            yield from conditionals(inner)
+
+
+@pytest.mark.parametrize("micro_batch", [0, 32])
+def test_the_step_computes_less_where_captions_fit(micro_batch):
+    """Text tower and loss, or in micro-batches the text tower forward, and again with its backward pass."""
+    run = dataclasses.replace(
+        IN_GROUPS,
+        model=dataclasses.replace(IN_GROUPS.model, dtype="float32"),
+        loss=LossConfig(form="reference"),
+        micro_batch=micro_batch,
+    )
+    mesh, model, optimizer = make_mesh(run.mesh), CLIP(run.model), make_optimizer(run.optim, steps=run.steps)
+    state = abstract_state(model, optimizer, mesh=mesh)
+    step = make_train_step(model, optimizer, run, mesh=mesh, state=state)
+    found = list(conditionals(jax.make_jaxpr(step)(state, place_rows(batch_of(run), mesh)).jaxpr))
+    assert len(found) == (2 if micro_batch else 1)
+    for plain, in_groups in found:
+        assert in_groups < 0.8 * plain
 
 
 @pytest.mark.parametrize("name", VARIANTS)
