@@ -78,8 +78,15 @@ def describe_lengths(lengths: np.ndarray, config: RunConfig, *, devices: int) ->
       lengths: as `caption_lengths` gives them.
       config: the run's.
       devices: of the run.
+
+    Raises:
+      UserError: more devices than captions in a step.
     """
     rows, context = (config.micro_batch or config.batch) // devices, config.model.text.context
+    if not rows:
+        raise UserError(
+            f"--devices={devices}: a step has {config.micro_batch or config.batch} captions for all of them"
+        )
     quantiles = ", ".join(f"{share:.0%} up to {np.quantile(lengths, share):.0f}" for share in (0.5, 0.9, 0.99))
     lines = [f"{len(lengths):,} captions of {lengths.mean():.1f} tokens, SOT and EOT counted: {quantiles}"]
     chosen = choose_groups(lengths, rows=rows, context=context)
