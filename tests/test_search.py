@@ -123,6 +123,14 @@ def test_many_vectors_get_cells_tuned_against_an_exact_search(tmp_path):
     assert isinstance(faiss.downcast_InvertedLists(inverted), faiss.OnDiskInvertedLists)  # mapped, not read
 
 
+def test_few_vectors_and_none_of_a_kind(tmp_path):
+    write_vectors(tmp_path / "vectors", clustered(3, 8))
+    assert build_index(str(tmp_path / "vectors"), tmp_path / "index", exact_limit=0)["cells"] == 1
+    assert sorted(SearchIndex(tmp_path / "index").search(clustered(1, 8), top=9)[1][0]) == [0, 1, 2]
+    with pytest.raises(UserError, match="holds embeddings of images only; embed into another folder with --kinds=te"):
+        build_index(str(tmp_path / "vectors"), tmp_path / "other", kind="texts")
+
+
 def test_exact_neighbours_over_blocks():
     rows, queries = clustered(500, 8), clustered(20, 8, seed=1)
     blocks = (rows[first : first + 33] for first in range(0, 500, 33))

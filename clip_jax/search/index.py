@@ -184,7 +184,7 @@ def _build(store: VectorStore, kind: Kind, count: int, *, exact: bool, items: Pa
     import faiss
 
     dimensions = store.read_manifest()["model"]["embed_dim"]
-    cells = 0 if exact else max(1, round(4 * count**0.5))
+    cells = 0 if exact else max(1, min(round(4 * count**0.5), count // 4))
     if exact:
         index, facts = faiss.IndexFlatIP(dimensions), {"kind": "exact"}
     else:

@@ -128,7 +128,8 @@ class VectorStore:
         manifest = self.read_manifest()
         if kind not in manifest["kinds"]:
             raise UserError(
-                f"{self.folder} holds embeddings of {' and '.join(manifest['kinds'])} only; embed again with --{kind}"
+                f"{self.folder} holds embeddings of {' and '.join(manifest['kinds'])} only; embed into another folder "
+                f"with --kinds={kind}"
             )
         for shard in manifest["shards"]:
             file = shard["files"][kind]
