@@ -202,8 +202,8 @@ def test_an_array_task_starts_what_the_command_starts(tmp_path):
         }
         shown = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, check=True).stdout
         given = shown.splitlines()[-1].rstrip("\0").split("\0")
-        assert given[1:5] == ["python", "train.py", f"--config={DEMO}", f"--workdir=runs/study/{job.folder}"]
-        assert take_overrides(given[5:])[1] == [("mesh.dcn_data", "1"), *job.overrides]
+        assert given[:4] == ["python", "train.py", f"--config={DEMO}", f"--workdir=runs/study/{job.folder}"]
+        assert take_overrides(given[4:])[1] == [("mesh.dcn_data", "1"), *job.overrides]
 
 
 def test_jobsets_differ_from_the_template_in_name_and_arguments_alone():
@@ -235,7 +235,7 @@ def test_resolved_configs_are_written_beside_the_commands(tmp_path):
 
 
 FAKE = """
-import json, os, pathlib, sys, time
+import hashlib, json, os, pathlib, sys, time
 pathlib.Path("pid").write_text(str(os.getpid()))
 options = dict(argument.split("=", 1) for argument in sys.argv[1:])
 workdir = pathlib.Path(options["--workdir"])
@@ -247,8 +247,17 @@ if pathlib.Path("slow").exists():
 (workdir / "config.json").write_text(json.dumps(config))
 if config["optim"]["lr"] > 1:
     sys.exit("error: the rate is too high")
-for item in ("state", "data", "config", "metadata"):
-    (workdir / "checkpoints" / str(config["samples"] // config["batch"]) / item).mkdir(parents=True)
+
+def digest(value):
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+items = {"data": {}, "config": config, "metadata": {}}
+digests = {name: digest(item) for name, item in items.items()}
+items |= {"state": {}, "record": {"leaves": {}, "items": digests, "sha256": digest([{}, digests])}}
+for name, item in items.items():
+    folder = workdir / "checkpoints" / str(config["samples"] // config["batch"]) / name
+    folder.mkdir(parents=True)
+    (folder / "metadata").write_text(json.dumps(item))
 """
 
 
