@@ -49,7 +49,7 @@ def processes(config: DistributedConfig) -> Iterator[None]:
         yield
         return
     _initialize(config)
-    peers = _join_peers(float(config.heartbeat))
+    peers = _join_peers(config)
     try:
         yield
     except PreemptedError as error:
@@ -121,7 +121,7 @@ def _initialize(config: DistributedConfig) -> None:
     )
 
 
-def _join_peers(heartbeat: float) -> Peers:
+def _join_peers(config: DistributedConfig) -> Peers:
     """Connects the processes; JAX's key-value store, which has no public name, tells them where."""
     from jax._src.distributed import global_state
 
@@ -132,7 +132,14 @@ def _join_peers(heartbeat: float) -> Peers:
         publish=lambda line: client.key_value_set("clip_jax/peers", line),
         read=lambda: client.blocking_key_value_get("clip_jax/peers", 60_000),
     )
-    return join_peers(global_state.process_id, global_state.num_processes, heartbeat=heartbeat, addresses=addresses)
+    bind = config.bind.rpartition(":")[0]
+    return join_peers(
+        global_state.process_id,
+        global_state.num_processes,
+        heartbeat=float(config.heartbeat),
+        addresses=addresses,
+        bind="" if ":" in bind else bind,  # IPv6 in brackets: all addresses
+    )
 
 
 def _part(peers: Peers) -> None:

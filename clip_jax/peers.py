@@ -148,7 +148,7 @@ class Peers:
                     continue  # its end is read as such
 
 
-def join_peers(index: int, count: int, *, heartbeat: float, addresses: "Addresses") -> Peers:
+def join_peers(index: int, count: int, *, heartbeat: float, addresses: "Addresses", bind: str = "") -> Peers:
     """Connects the processes of a run, each with process 0.
 
     A process that cannot connect is left out, and is missed only by JAX's own heartbeats.
@@ -158,9 +158,10 @@ def join_peers(index: int, count: int, *, heartbeat: float, addresses: "Addresse
       count: their number.
       heartbeat: see `Peers`.
       addresses: what process 0 tells the others.
+      bind: address on which process 0 listens until all are there; empty means all of its host.
     """
     if index == 0:
-        with socket.create_server(("", 0)) as server:
+        with socket.create_server((bind, 0)) as server:
             token = secrets.token_hex(16)
             addresses.publish(f"{server.getsockname()[1]} {token}")
             return Peers(0, _accept(server, token, count), heartbeat=heartbeat)

@@ -100,7 +100,7 @@ def test_processes_find_each_other_and_strangers_are_hung_up_on():
     found = {}
 
     def join(index):
-        found[index] = join_peers(index, 3, heartbeat=60.0, addresses=addresses)
+        found[index] = join_peers(index, 3, heartbeat=60.0, addresses=addresses, bind="127.0.0.1")
 
     threads = [threading.Thread(target=join, args=(0,))]
     threads[0].start()
