@@ -1,6 +1,7 @@
 """Fixtures around search: a small model, a folder of pictures good and bad, their embeddings and indexes."""
 
 import io
+import json
 import struct
 import zlib
 
@@ -54,7 +55,8 @@ def write_pictures(folder, count: int) -> None:
         path = folder / ("even" if number % 2 == 0 else "odd") / f"{number:03d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(picture(number))
-        path.with_suffix(".txt").write_text(f"picture number {number}\nanother text of {number}\n")
+        captions = [f"picture number {number}", f"another text of {number}"]
+        path.with_suffix(".json").write_text(json.dumps({"caption": captions}))
 
 
 @pytest.fixture(scope="session")

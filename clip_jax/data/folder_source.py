@@ -1,4 +1,4 @@
-"""Images in a folder and the folders below it; a caption is a text file beside its image, with the same name."""
+"""Images in a folder and the folders below it; captions are in a `.txt` or `.json` of the same name beside an image."""
 
 import hashlib
 import os
@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from clip_jax.data.records import Record, RecordError, decode_caption, read_image_file
+from clip_jax.data.captions import CaptionFields
+from clip_jax.data.records import MAX_FILE_BYTES, Record, RecordError, read_image_file
 from clip_jax.data.tar_index import IMAGES
 from clip_jax.errors import UserError
 
 
 class FolderSource:
-    """Images by the order of their paths; what begins with a dot is passed over.
+    """Images by the order of their paths; one without a caption has none, which is no fault.
 
     Attributes:
       root: the folder.
@@ -23,14 +24,10 @@ class FolderSource:
         """Lists the folder.
 
         Raises:
-          UserError: no folder, or no images in it.
+          UserError: as `images_below`.
         """
         self.root = folder.expanduser().resolve()
-        if not self.root.is_dir():
-            raise UserError(f"{folder} is not a folder")
-        self._paths = sorted(_images_below(self.root))
-        if not self._paths:
-            raise UserError(f"{folder} holds no images (files that end in {', '.join(sorted(IMAGES))})")
+        self._paths = images_below(self.root)
         listing = "\n".join(self._paths).encode("utf-8", "surrogateescape")
         self.fingerprint: dict[str, Any] = {
             "name": "folder",
@@ -63,19 +60,56 @@ class FolderSource:
         return self._paths[index]
 
 
-def _images_below(root: Path) -> Iterator[str]:
-    for folder, folders, files in os.walk(root):
+def images_below(root: Path) -> list[str]:
+    """Returns the paths of images in a folder and the folders below it, sorted; what begins with a dot is passed over.
+
+    Raises:
+      UserError: no folder, one that cannot be read, or no images.
+    """
+    if not root.is_dir():
+        raise UserError(f"{root} is not a folder")
+    try:
+        found = sorted(_walk(root))
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
+    if not found:
+        raise UserError(f"{root} holds no images (files that end in {', '.join(sorted(IMAGES))})")
+    return found
+
+
+def beside(image: Path, suffix: str) -> bytes | None:
+    """Returns the content of the file of the same name with another suffix; None where there is none.
+
+    Raises:
+      RecordError: it cannot be read.
+    """
+    file = image.with_suffix(suffix)
+    try:
+        if file.stat().st_size > MAX_FILE_BYTES:
+            raise RecordError("caption_unreadable", f"{file} has over {MAX_FILE_BYTES:,} bytes")
+        return file.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise RecordError("caption_unreadable", f"{file} cannot be read: {error.strerror}") from None
+
+
+def _walk(root: Path) -> Iterator[str]:
+    for folder, folders, files in os.walk(root, onerror=_refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
         below = os.path.relpath(folder, root)
         for name in files:
             if not name.startswith(".") and name.rpartition(".")[2].lower() in IMAGES:
-                yield os.path.normpath(os.path.join(below, name)).replace(os.sep, "/")
+                yield os.path.normpath(os.path.join(below, name))
+
+
+def _refuse(error: OSError) -> None:
+    raise error  # os.walk would pass over a folder that it may not read
 
 
 def _captions_beside(image: Path) -> tuple[str, ...]:
-    """Returns the lines of the text file beside an image, or nothing where there is none that can be read."""
+    """Returns an image's captions, or none where they are missing or cannot be read."""
     try:
-        lines = decode_caption(image.with_suffix(".txt").read_bytes()).splitlines()
-    except (OSError, RecordError):
+        return CaptionFields().find(beside(image, ".txt"), beside(image, ".json"))[0]
+    except RecordError:
         return ()
-    return tuple(line.strip() for line in lines if line.strip())

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from clip_jax.data.captions import CaptionFields, parse_metadata
-from clip_jax.data.records import MAX_FILE_BYTES, Record, RecordError, read_image_file
+from clip_jax.data.folder_source import beside, images_below
+from clip_jax.data.records import Record, RecordError, read_image_file
 from clip_jax.data.storage import Stat, Storage, StorageError, expand, is_remote
 from clip_jax.data.table_source import TableSource
-from clip_jax.data.tar_index import IMAGES, index_samples, members, read_at
+from clip_jax.data.tar_index import index_samples, members, read_at
 from clip_jax.data.tar_source import TarBlock, read_ranges
 from clip_jax.errors import UserError
 
@@ -207,15 +208,11 @@ def folder_parts(folder: str, per_part: int) -> list[Part]:
     """Returns the images in a folder and in the folders below it, so many in a part, sorted by their paths.
 
     Raises:
-      UserError: there is no such folder, or no image in it.
+      UserError: as `images_below`.
     """
     root = Path(folder).expanduser().resolve()
-    if not root.is_dir():
-        raise UserError(f"{folder} is not a folder")
+    images = images_below(root)
     try:
-        images = sorted(_images_below(root))
-        if not images:
-            raise UserError(f"{folder} has no images ({', '.join(sorted(IMAGES))})")
         cuts = [tuple(images[first : first + per_part]) for first in range(0, len(images), per_part)]
         return [FolderPart(root, number, cut, _state(root, cut)) for number, cut in enumerate(cuts)]
     except OSError as error:
@@ -263,47 +260,22 @@ def _local_copy(storage: Storage, path: str) -> Iterator[str]:
         yield copy.name
 
 
-def _images_below(root: Path) -> Iterator[str]:
-    for folder, _, files in os.walk(root, onerror=_refuse):
-        inside = os.path.relpath(folder, root)
-        for name in files:
-            if name.rpartition(".")[2].lower() in IMAGES and not name.startswith("."):
-                yield os.path.normpath(os.path.join(inside, name))
-
-
-def _refuse(error: OSError) -> None:
-    raise error  # os.walk would pass over a folder that it may not read
-
-
 def _state(root: Path, images: Sequence[str]) -> str:
     stats = (os.stat(root / image) for image in images)
     return _digest(*((image, stat.st_size, stat.st_mtime_ns) for image, stat in zip(images, stats, strict=True)))
 
 
 def _beside_image(path: Path, captions: CaptionFields) -> Record:
-    texts = captions.find(_beside(path, ".txt"), _beside(path, ".json"))
+    texts = captions.find(beside(path, ".txt"), beside(path, ".json"))
     return Record(read_image_file(path), *texts)
 
 
 def _metadata_beside(path: Path) -> Mapping[str, Any]:
     try:
-        content = _beside(path, ".json")
+        content = beside(path, ".json")
         return {} if content is None else parse_metadata(content)
     except RecordError:
         return {}
-
-
-def _beside(path: Path, suffix: str) -> bytes | None:
-    """Returns the content of the file of the same name with another suffix; None where there is none."""
-    file = path.with_suffix(suffix)
-    try:
-        if file.stat().st_size > MAX_FILE_BYTES:
-            raise RecordError("caption_unreadable", f"{file} has over {MAX_FILE_BYTES:,} bytes")
-        return file.read_bytes()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise RecordError("caption_unreadable", f"{file} cannot be read: {error.strerror}") from None
 
 
 def _record(read: Callable[[], Record]) -> Record | RecordError:
