@@ -402,13 +402,13 @@ def test_the_command_serves_until_it_is_told_to_stop(index_dir, texts_dir):
             process.send_signal(signal.SIGTERM)
             time.sleep(0.3)
             slow.sendall(body[5:])
-            slow.settimeout(20)
+            slow.settimeout(60)
             answer = b""
             while part := slow.recv(1 << 16):
                 answer += part
         assert answer.startswith(b"HTTP/1.1 200")
         assert b'"hits"' in answer
-        assert process.wait(20) == 0
+        assert process.wait(120) == 0
     finally:
         process.kill()
         process.communicate()
