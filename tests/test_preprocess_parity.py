@@ -142,7 +142,7 @@ def test_everything_that_is_an_image_may_be_given(tmp_path):
         (np.zeros((4, 4, 3), np.float32), r"^the image is an array of float32 \[4, 4, 3\], not of uint8 \[h, w, 3\]$"),
         ([np.zeros((4, 4, 3), np.uint8), np.zeros((3, 4, 4), np.uint8)], r"^image 1 is an array of uint8 \[3, 4, 4\]"),
         (None, r"^the image is a NoneType, not a path"),
-        ([b"no image"], r"^image 0: not an image that PIL can read"),
+        ([b"no image"], r"^image 0: not an image of a kind that is read"),
         (b"", r"^the image: the image is empty"),
         ("/nowhere/cat.png", r"^/nowhere/cat\.png cannot be read: No such file"),
     ],

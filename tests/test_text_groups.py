@@ -15,7 +15,6 @@ from gradients import batch_of, gradients, largest_difference
 from jax.extend.core import jaxprs_in_params
 from tiny import TINY
 
-from clip_jax.bad_records import BadRecords
 from clip_jax.config import DataConfig, LossConfig, MeshConfig, RunConfig, from_config_dict, override, to_config_dict
 from clip_jax.data.lengths import choose_groups
 from clip_jax.data.synthetic import synthetic_batches
@@ -353,10 +352,12 @@ def test_the_command_names_groups_that_fit(tmp_path):
 def test_captions_that_do_not_fit_are_said_once(tmp_path, capsys):
     """After 50 steps, with what to do; and metrics hold the speed, but no share of a peak that nobody knows."""
     metrics = {"loss": 1.0, "accuracy": 0.5, "logit_scale": 14.0, "pairs": 8.0, "text_groups": 0.0}
-    bad = BadRecords(tmp_path, str, max_share=0.1)
+    metrics |= {"skipped": 0, "image_cosine": 0.0, "text_cosine": 0.0}
+    batch = {"index": np.arange(8), "bad": np.zeros(8, np.int32)}
     devices = jax.devices()[:2]
-    with Monitor(TINY, tmp_path, start_step=0, chance_loss=3.0, bad_records=bad, devices=devices) as monitor:
+    with Monitor(TINY, tmp_path, start_step=0, chance_loss=3.0, where=str, devices=devices) as monitor:
         for step in range(1, 60):
+            monitor.started(step, 8 * step, batch)
             monitor.finished(step, jax.tree.map(jnp.asarray, metrics))
         monitor.flush()
     assert capsys.readouterr().out.count("captions fitted config.text_groups in 0% of 50 steps") == 1
