@@ -376,6 +376,7 @@ def test_arms_have_the_same_initial_weights_but_for_what_they_change():
     assert a["logit_scale"] != b["logit_scale"]
 
 
+@pytest.mark.slow
 def test_a_sweep_from_file_to_comparison(tmp_path):
     """Two real runs: the same pairs and weights for the first step, so the same loss, and other losses after it."""
     (tmp_path / "tiny_config.py").write_text(

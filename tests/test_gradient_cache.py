@@ -32,7 +32,13 @@ def x64():
         yield
 
 
-@pytest.mark.parametrize(("devices", "mesh"), [(1, MeshConfig()), (8, MeshConfig(2, 2, dcn_data=2))], ids=["1", "8"])
+@pytest.mark.parametrize(
+    ("devices", "mesh"),
+    [
+        pytest.param(1, MeshConfig(), id="1"),
+        pytest.param(8, MeshConfig(2, 2, dcn_data=2), id="8", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("name", RUNS)
 def test_gradients_are_those_of_the_whole_batch(x64, name, devices, mesh):
     """In float64, over 4 micro-batches, on one device and on eight; random patches are the same ones."""

@@ -103,9 +103,8 @@ def test_ids_behind_eot_change_no_bit(x64):
             assert leaf.tobytes() == results[1][1][path].tobytes(), path
 
 
-@pytest.mark.parametrize(
-    ("remat", "scan"), [("none", True), pytest.param("full", False, marks=pytest.mark.slow)], ids=str
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("remat", "scan"), [("none", True), ("full", False)], ids=str)
 def test_every_way_of_the_tower_gives_the_same(x64, remat, scan):
     """In groups, of whole rows, and with all rows of the last block, which intermediates need."""
     config = TextConfig(width=16, heads=2, layers=3, context=CONTEXT, vocab_size=128)

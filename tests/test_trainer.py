@@ -86,6 +86,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(digits_dir, tmp_path
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
+@pytest.mark.slow
 def test_a_resumed_resnet_keeps_its_running_statistics(tmp_path):
     vision = ResNetConfig(image_size=32, width=8, heads=4, layers=(1, 1, 1, 1))
     config = dataclasses.replace(SYNTHETIC, model=dataclasses.replace(TINY.model, vision=vision, bn_group=8))
