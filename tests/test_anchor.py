@@ -55,6 +55,7 @@ def short(digits_dir):
     )
 
 
+@pytest.mark.slow
 def test_from_equal_weights_eight_steps_are_equal(short):
     batches, held = make_batches(short, permuted=False), held_out(short)
     ours, theirs = train_here(short, batches), train_copy(short, batches)

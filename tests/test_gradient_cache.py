@@ -39,7 +39,9 @@ def x64():
         pytest.param(8, MeshConfig(2, 2, dcn_data=2), id="8", marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if "resnet" in name else []) for name in RUNS]
+)
 def test_gradients_are_those_of_the_whole_batch(x64, name, devices, mesh):
     """In float64, over 4 micro-batches, on one device and on eight; random patches are the same ones."""
     run = RUNS[name]

@@ -234,19 +234,16 @@ def test_attention_takes_its_softmax_in_f32_where_products_are_bf16():
     np.testing.assert_allclose(found, exact, atol=0.02)  # logits in bfloat16 err by 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("vision", "wrapped"),
     [
         (SMALL.vision, {"dots": 4, "block": 4, "full": 2 + 2 * 4}),  # in the replay of the whole, and backward
-        pytest.param(
-            ResNetConfig(32, 8, 4, (1, 2, 1, 1)), {"dots": 7, "block": 7, "full": 5 + 2 * 7}, marks=pytest.mark.slow
-        ),
+        pytest.param(ResNetConfig(32, 8, 4, (1, 2, 1, 1)), {"dots": 7, "block": 7, "full": 5 + 2 * 7}),
     ],
     ids=["vit", "resnet"],
 )
-@pytest.mark.parametrize(
-    "scan", [pytest.param(False, marks=pytest.mark.slow, id="unrolled"), pytest.param(True, id="scan")]
-)
+@pytest.mark.parametrize("scan", [pytest.param(False, id="unrolled"), pytest.param(True, id="scan")])
 def test_memory_levers_reach_both_towers_and_change_no_name_and_no_value(vision, wrapped, scan):
     """Every transformer block and bottleneck is recomputed, with `full` every transformer and stage too."""
     config = dataclasses.replace(SMALL, vision=vision)

@@ -572,7 +572,7 @@ def test_a_worker_that_dies_is_one_line():
         (("--tars=absent.tar",), "absent.tar: No such file or directory; take it out"),
         (("--tars=absent/*.tar",), "no file is called .*absent/"),
         (("--folder=absent",), "absent is not a folder"),
-        (("--folder=.",), "has no images"),
+        (("--folder=.",), "holds no images"),
         (("--table=absent.csv",), "--table=.*absent.csv"),
         (("--table=s3://bucket/a.csv",), "local disks only"),
         (("--table=a.csv", "--captions", "txt"), "--captions has no meaning with --table"),

@@ -137,8 +137,9 @@ def test_a_vit_trains_alike_on_every_mesh_in_f64(mesh):
     assert_alike_in_f64(TINY, mesh)
 
 
-@pytest.mark.parametrize("group", slow_after(1, [8, 0]))
-@pytest.mark.parametrize("mesh", slow_after(1, EVERY_MESH), ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("group", [8, 0])
+@pytest.mark.parametrize("mesh", EVERY_MESH, ids=str)
 def test_a_resnet_trains_alike_on_every_mesh_in_f64(mesh, group):
     """BatchNorm's statistics are over the whole batch, or over groups of samples, wherever these lie."""
     assert_alike_in_f64(resnet(group), mesh)
@@ -226,6 +227,7 @@ def compiled_text(run):
     return step.lower(state, place_rows(batches(run, 1)[0], mesh)).compile().as_text()
 
 
+@pytest.mark.slow
 def test_the_forms_of_a_loss_train_alike(alone):
     sigmoid, _ = losses(SIGMOID, 1, count=5)
     for run, form, one in ((TINY, "reference", alone[0][:5]), (SIGMOID, "ring", sigmoid)):

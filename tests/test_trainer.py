@@ -99,6 +99,7 @@ def test_a_resumed_resnet_keeps_its_running_statistics(tmp_path):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
+@pytest.mark.slow
 def test_a_killed_process_resumes_bit_for_bit(digits_dir, tmp_path):
     """train.py is killed with SIGKILL between two checkpoints and started again."""
     command = [
