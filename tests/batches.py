@@ -1,6 +1,22 @@
-"""Batches compared, and put together from those of several processes."""
+"""Batches made up, compared, and put together from those of several processes."""
 
 import numpy as np
+
+from clip_jax.data.synthetic import synthetic_batches
+
+
+def synthetic(run, count):
+    """The first batches of random pairs of a run's sizes, as a step takes them."""
+    text = run.model.text
+    stream = synthetic_batches(
+        batch=run.batch,
+        image_size=run.model.vision.image_size,
+        context=text.context,
+        vocab_size=text.vocab_size,
+        seed=run.seed,
+    )
+    rows = [next(stream) for _ in range(count)]
+    return [{name: batch[name].copy() for name in ("image", "tokens", "weight")} for batch in rows]
 
 
 def assert_same(batches, others):

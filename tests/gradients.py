@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from batches import synthetic
 
-from clip_jax.data.synthetic import synthetic_batches
 from clip_jax.models.clip import CLIP
 from clip_jax.partition import make_mesh, place_rows
 from clip_jax.rules import leaf_paths
@@ -19,15 +19,7 @@ NEGLIGIBLE = ("attention/qkv/bias", "attention_pool/key/bias")  # a key's bias h
 
 def batch_of(run):
     """Returns synthetic pairs, three of them with weight 0."""
-    text = run.model.text
-    stream = synthetic_batches(
-        batch=run.batch,
-        image_size=run.model.vision.image_size,
-        context=text.context,
-        vocab_size=text.vocab_size,
-        seed=run.seed,
-    )
-    batch = {name: rows.copy() for name, rows in next(stream).items() if name in ("image", "tokens", "weight")}
+    (batch,) = synthetic(run, 1)
     batch["weight"][[3, 17, 40]] = 0
     return batch
 

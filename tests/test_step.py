@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from batches import synthetic
 from tiny import TINY
 
 from clip_jax.config import LossConfig, MeshConfig, OptimConfig
-from clip_jax.data.synthetic import synthetic_batches
 from clip_jax.hlo import collectives
 from clip_jax.models.clip import CLIP
 from clip_jax.models.variants import ResNetConfig
@@ -26,19 +26,6 @@ from clip_jax.state import abstract_state, create_state
 from clip_jax.step import make_train_step
 
 ROOT = Path(__file__).parent.parent
-
-
-def batches(run, count):
-    text = run.model.text
-    stream = synthetic_batches(
-        batch=run.batch,
-        image_size=run.model.vision.image_size,
-        context=text.context,
-        vocab_size=text.vocab_size,
-        seed=run.seed,
-    )
-    rows = [next(stream) for _ in range(count)]
-    return [{name: batch[name].copy() for name in ("image", "tokens", "weight")} for batch in rows]
 
 
 def slow_after(fast, cases):
@@ -62,7 +49,7 @@ def compiled(run, devices):
 def losses(run, devices, count=20):
     mesh, state, step = setup(run, devices)
     found = []
-    for batch in batches(run, count):
+    for batch in synthetic(run, count):
         state, metrics = step(state, place_rows(batch, mesh))
         found.append(float(metrics["loss"]))
     return np.array(found), state
@@ -107,7 +94,7 @@ def losses_in_f64(run, devices):
         wide = jax.tree.map(lambda x: x.astype(jnp.float64) if x.dtype == jnp.float32 else x, state)
         state = jax.device_put(wide, jax.tree.map(lambda x: x.sharding, state))
         found = []
-        for batch in batches(run, 5):
+        for batch in synthetic(run, 5):
             state, metrics = step(state, place_rows(batch, mesh))
             found.append(float(metrics["loss"]))
         assert {leaf.dtype.name for leaf in jax.tree.leaves(state)} == {"float64", "int32"}
@@ -166,7 +153,7 @@ def test_the_temperature_is_clamped_after_the_update_and_can_come_back():
     mesh, state, step = setup(run, 1)
     top = float(np.log(np.float32(15.0)))
     scales = []
-    for batch in batches(run, 20):
+    for batch in synthetic(run, 20):
         state = state.replace(params=state.params | {"logit_scale": jnp.minimum(state.params["logit_scale"] + 0.5, 5)})
         state, _ = step(state, place_rows(batch, mesh))
         scales.append(float(state.params["logit_scale"]))
@@ -177,14 +164,14 @@ def test_the_temperature_is_clamped_after_the_update_and_can_come_back():
 def test_the_temperature_has_a_gradient_at_the_limit():
     run = dataclasses.replace(TINY, optim=OptimConfig(lr=1e-2, warmup_steps=0, max_scale=1 / 0.07))
     mesh, state, step = setup(run, 1)
-    state, _ = step(state, place_rows(batches(run, 1)[0], mesh))
+    state, _ = step(state, place_rows(synthetic(run, 1)[0], mesh))
     assert float(state.params["logit_scale"]) < float(np.log(1 / 0.07))  # at random features a lower scale is better
 
 
 def test_weight_zero_pairs_do_not_count():
     """A pair of weight 0 may hold anything."""
     mesh, state, step = setup(TINY, 8)
-    batch = batches(TINY, 1)[0]
+    batch = synthetic(TINY, 1)[0]
     batch["weight"][5:9] = 0
     other = {name: rows.copy() for name, rows in batch.items()}
     other["image"][5:9] = 255 - other["image"][5:9]
@@ -200,7 +187,7 @@ def test_weight_zero_pairs_do_not_count():
 def test_the_state_is_donated():
     mesh, state, step = setup(TINY, 8)
     old = jax.tree.leaves(state.params)
-    step(state, place_rows(batches(TINY, 1)[0], mesh))
+    step(state, place_rows(synthetic(TINY, 1)[0], mesh))
     assert all(leaf.is_deleted() for leaf in old)
 
 
@@ -224,7 +211,7 @@ def test_the_step_holds_no_rows_of_the_similarity_matrix(form):
 
 def compiled_text(run):
     mesh, state, step = setup(run, 8)
-    return step.lower(state, place_rows(batches(run, 1)[0], mesh)).compile().as_text()
+    return step.lower(state, place_rows(synthetic(run, 1)[0], mesh)).compile().as_text()
 
 
 @pytest.mark.slow
@@ -253,7 +240,7 @@ def test_the_average_follows_the_parameters_and_is_sharded_like_them():
     run = dataclasses.replace(with_optim(TINY, ema_decay=0.5), mesh=MeshConfig(2, 4))
     mesh, state, step = setup(run, 8)
     expected = jax.device_get(state.params)
-    for batch in batches(run, 3):
+    for batch in synthetic(run, 3):
         state, _ = step(state, place_rows(batch, mesh))
         expected = jax.tree.map(lambda old, new: 0.5 * old + 0.5 * np.asarray(new), expected, state.params)
     for a, b, c in zip(*map(jax.tree.leaves, (state.ema, expected, state.params)), strict=True):
@@ -273,7 +260,7 @@ def test_a_frozen_tower_costs_no_backward_pass():
     dropping = dataclasses.replace(TINY, model=dataclasses.replace(TINY.model, patch_dropout=0.5))
     run = with_optim(dropping, freeze=("^image/",))
     mesh, state, step = setup(run, 1)
-    before, batch = jax.device_get(state.params), place_rows(batches(run, 1)[0], mesh)
+    before, batch = jax.device_get(state.params), place_rows(synthetic(run, 1)[0], mesh)
     flops = []
     for each in (run, with_optim(TINY)):
         _, fresh, compiled_step = setup(each, 1)
@@ -289,7 +276,7 @@ def test_a_frozen_resnet_keeps_its_statistics():
     run = with_optim(resnet(0), freeze=("^image/",))
     mesh, state, step = setup(run, 1)
     before = jax.device_get(state.batch_stats)
-    after, _ = step(state, place_rows(batches(run, 1)[0], mesh))
+    after, _ = step(state, place_rows(synthetic(run, 1)[0], mesh))
     assert all(same(before, after.batch_stats))
 
 
@@ -301,7 +288,7 @@ def test_random_patches_change_with_the_step_and_not_with_the_mesh():
     assert np.abs(eight / one - 1).max() <= 1e-5
     assert np.abs(whole / one - 1).min() > 1e-5
     mesh, state, step = setup(with_optim(run, lr=1e-30), 1)
-    batch, found = place_rows(batches(run, 1)[0], mesh), []
+    batch, found = place_rows(synthetic(run, 1)[0], mesh), []
     for _ in range(2):
         state, metrics = step(state, batch)
         found.append(float(metrics["loss"]))
