@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_step import batches, setup
+from batches import synthetic
+from test_step import setup
 from tiny import TINY
 
 from clip_jax import metrics, step
@@ -49,7 +50,7 @@ def learned(state):
 
 def test_a_skipped_step_changes_nothing_but_the_counters_of_steps():
     mesh, state, train_step = setup(EVERYTHING, 8)
-    rows = batches(EVERYTHING, 3)
+    rows = synthetic(EVERYTHING, 3)
     state, _ = train_step(state, place_rows(rows[0], mesh))
     before = bits(learned(state))
     state, found = train_step(state, place_rows(poisoned(rows[1]), mesh))
@@ -83,9 +84,9 @@ def test_finite_steps_are_those_of_a_step_without_the_guard(monkeypatch, run):
         if not guarded:
             unguarded(monkeypatch)
         mesh, state, train_step = setup(run, 8)
-        for batch in batches(run, 3):
+        for batch in synthetic(run, 3):
             state, _ = train_step(state, place_rows(batch, mesh))
-        compiled = train_step.lower(state, place_rows(batches(run, 1)[0], mesh)).compile()
+        compiled = train_step.lower(state, place_rows(synthetic(run, 1)[0], mesh)).compile()
         memory, exchanged = compiled.memory_analysis(), collectives(compiled.as_text(), devices=8)
         print(
             f"guard {guarded}: temporaries {memory.temp_size_in_bytes:,}, donated {memory.alias_size_in_bytes:,} bytes;"
@@ -120,7 +121,7 @@ def test_mean_cosine_costs_one_small_all_reduce(monkeypatch):
             monkeypatch.setattr(step, "mean_cosine", lambda features, weight: jnp.zeros(()))
         setup.__globals__["compiled"].cache_clear()
         mesh, state, train_step = setup(dataclasses.replace(TINY, mesh=MeshConfig(2, 4)), 8)
-        text = train_step.lower(state, place_rows(batches(TINY, 1)[0], mesh)).compile().as_text()
+        text = train_step.lower(state, place_rows(synthetic(TINY, 1)[0], mesh)).compile().as_text()
         counts.append({each.kind: (each.count, each.bytes) for each in collectives(text, devices=8)})
     setup.__globals__["compiled"].cache_clear()
     reduced, without = counts[0].pop("all-reduce"), counts[1].pop("all-reduce")
