@@ -10,15 +10,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks import costs
 from clip_jax.ablations.sweep import Sweep, expand
 from clip_jax.command_line import load_config, take_overrides
 from clip_jax.config import RunConfig
 from clip_jax.interop.names import leaves_by_path
 from clip_jax.interop.read import read_weights
+from clip_jax.models.variants import model_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module.. method is deprecated")  # in config_flags
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "docs/recipes.md", ROOT / "docs/ablations.md", *sorted((ROOT / "configs/recipes").glob("*.py"))]
+PAGES = [
+    *(ROOT / f"docs/{name}.md" for name in ("recipes", "ablations", "pretraining")),
+    *sorted((ROOT / "configs/recipes").glob("*.py")),
+]
 
 
 def commands(page: Path) -> list[list[str]]:
@@ -53,6 +58,25 @@ def test_lit_locks_what_it_takes_and_finetuning_takes_all(monkeypatch):
     tuned = load_config("configs/recipes/finetune.py", [], without_data=True)
     assert (tuned.init_from, tuned.init_part, tuned.optim.freeze) == ("ViT-B/32", "whole", ())
     assert tuned.optim.lr < 1e-4
+
+
+def test_the_costs_in_the_page_are_those_of_the_configs():
+    page = (ROOT / "docs/pretraining.md").read_text()
+    assert [line for line in page.splitlines() if line.endswith(" $ |")] == costs.rows()
+
+
+def test_datacomp_is_the_published_setting(monkeypatch):
+    """Gadre et al. (2023), table 2 and its `scale_configs.py`; open_clip's defaults for ViTs."""
+    monkeypatch.chdir(ROOT)
+    small, medium = (
+        load_config(f"configs/recipes/datacomp.py:data.shards=a.tar{more}", []) for more in ("", ",samples=128000000")
+    )
+    for run in (small, medium):
+        assert (run.batch, run.optim.lr, run.optim.warmup_steps) == (4096, 5e-4, 500)
+        assert (run.optim.b1, run.optim.b2, run.optim.eps, run.optim.weight_decay) == (0.9, 0.98, 1e-6, 0.2)
+        assert (run.model.vision, run.model.activation) == (model_config("ViT-B/32").vision, "gelu")
+        assert (run.data.crop, run.data.crop_scale) == ("resized", (0.9, 1.0))
+    assert (small.steps, medium.steps) == (3125, 31_250)
 
 
 def test_the_sweep_in_the_page_expands(monkeypatch):
