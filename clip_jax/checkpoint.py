@@ -300,7 +300,7 @@ class Checkpoints:
             )
             try:
                 _remove_unfinished(self._folder)
-                self._open_manager = ocp.CheckpointManager(self._folder, options=options, item_names=_ITEMS)
+                self._open_manager = _Manager(self._folder, options=options, item_names=_ITEMS)
             except OSError as error:
                 raise UserError(
                     f"{self._folder} cannot be written: {error.strerror}; make that possible, or use another --workdir"
@@ -413,6 +413,17 @@ class Checkpoints:
         if _any_process(False):
             raise DamagedError("could not be read by another process")
         return found
+
+
+class _Manager(ocp.CheckpointManager):
+    """Orbax's manager, which does not ask JAX whether the run shall end.
+
+    It would count by steps, and a thread of it by a step that is over, in the one counter by which processes agree
+    where to end: `Preemption` counts its own calls there, which are fewer in a run that was resumed.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
 
 
 def read_run(workdir: Path) -> tuple[ModelConfig, Variables, Preprocess]:

@@ -104,9 +104,12 @@ def train(config: RunConfig, workdir: Path, *, data: TrainingData | None = None)
     )
     initial = None
     if (newest := run.checkpoints.latest()) is None:
+        run.data.check(0)
         initial = _initial(config, target)
     else:
-        check_resumable(run.checkpoints.read_contents(newest), config, step=newest, where=workdir)
+        saved = run.checkpoints.read_contents(newest)
+        check_resumable(saved, config, step=newest, where=workdir)
+        run.data.check(saved.data["position"])
     with locked(workdir):
         resumed = run.checkpoints.restore_latest(target)
         prepare_workdir(workdir, config)

@@ -55,6 +55,28 @@ def test_too_many_bad_pairs_end_the_run_with_a_report(tmp_path):
         train(long, tmp_path / "run")
 
 
+def test_streams_that_the_batch_does_not_fill_are_refused_before_anything_is_written(tmp_path):
+    shards = shard_with_holes(tmp_path / "a.tar", set())
+    refused = pytest.raises(
+        UserError, match=r"^config.data.streams is 6; it must .* divide config.batch \(32\) and the"
+    )
+    with refused:
+        other = run(tmp_path, shards=shards)
+        train(dataclasses.replace(other, data=dataclasses.replace(other.data, streams=6)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_streams_that_do_not_divide_the_position_are_refused_with_the_run_as_it_was(tmp_path):
+    shards = shard_with_holes(tmp_path / "a.tar", set())
+    short = dataclasses.replace(run(tmp_path, shards=shards), samples=32)
+    train(short, tmp_path / "run")
+    before = (tmp_path / "run" / "config.json").read_bytes()
+    other = dataclasses.replace(short, batch=64, samples=128, data=dataclasses.replace(short.data, streams=64))
+    with pytest.raises(UserError, match=r"streams is 64; .* divide config.batch \(64\) and the samples .* \(32\)"):
+        train(other, tmp_path / "run")
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
+
+
 def test_a_mixture_from_a_config_trains(tmp_path):
     first, second = (write_shards(tmp_path / name, [40]) for name in "ab")
     mixed = run(tmp_path, mixture=(f"shards={first},weight=3", f"shards={second},weight=1,captions=(json.caption)"))

@@ -63,6 +63,15 @@ def test_the_state_may_be_donated_while_it_is_written(checkpoints):
     assert_same_bits(kept, restored)
 
 
+def test_a_save_does_not_count_where_processes_agree_to_end(tmp_path, monkeypatch):
+    """JAX has one counter for that, and `Preemption` counts in it."""
+    asked = []
+    monkeypatch.setattr("jax.experimental.multihost_utils.reached_preemption_sync_point", asked.append)
+    with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
+        save(checkpoints, 7, small_state(1))
+    assert asked == []
+
+
 def test_the_newest_are_kept(checkpoints, tmp_path):
     assert checkpoints.latest() is None
     assert not (tmp_path / "checkpoints").exists()  # looking writes nothing

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,8 @@ SMALL = (
 )
 
 
-def start(*arguments: str, devices: int) -> subprocess.Popen:
+def start(*arguments: str, devices: int, prepare: Callable[[], None] | None = None) -> subprocess.Popen:
+    """Starts a run; `prepare` is called in its process before."""
     environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     return subprocess.Popen(
         [sys.executable, "train.py", *SMALL, *arguments],
@@ -35,14 +37,27 @@ def start(*arguments: str, devices: int) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=prepare,
     )
 
 
-def peers(*arguments: str, count: int = 2, devices: int = 4) -> list[subprocess.Popen]:
+def peers(
+    *arguments: str, count: int = 2, devices: int = 4, prepare: Mapping[int, Callable[[], None]] | None = None
+) -> list[subprocess.Popen]:
+    """Starts the processes of a run; `prepare` as in `start`, for some of them."""
     address = f"127.0.0.1:{free_port()}"
     keys = {"mode": "explicit", "coordinator": address, "bind": address, "processes": count, "timeout": 120}
     shared = [f"--config.distributed.{key}={value}" for key, value in keys.items()]
-    return [start(*arguments, *shared, f"--config.distributed.process_id={i}", devices=devices) for i in range(count)]
+    return [
+        start(
+            *arguments,
+            *shared,
+            f"--config.distributed.process_id={i}",
+            devices=devices,
+            prepare=(prepare or {}).get(i),
+        )
+        for i in range(count)
+    ]
 
 
 def lines(workdir: Path) -> list[dict]:

@@ -1,7 +1,6 @@
 """Checkpoints that cannot be written: a warning while a run trains, an error at its end, and nothing lost."""
 
 import contextlib
-import functools
 import gc
 import json
 import logging
@@ -15,6 +14,8 @@ from pathlib import Path
 
 import pytest
 from states import assert_same_bits, small_state, target_of
+from test_distributed import lines, peers
+from test_operations import LONG
 from tiny import TINY
 
 from clip_jax.checkpoint import Checkpoints
@@ -125,6 +126,11 @@ def test_a_full_disk_is_heard_of_and_room_is_used_again(tmp_path, caplog):
         assert checkpoints.latest() == 5
 
 
+def only_small_files() -> None:
+    """For a child process: no file of it can grow over 100 kB; Python ignores the signal, and writes fail."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+
+
 @pytest.mark.slow
 def test_train_ends_with_one_line_and_exit_code_2(tmp_path):
     """And again, with room, from the start: nothing was lost that was there."""
@@ -132,8 +138,7 @@ def test_train_ends_with_one_line_and_exit_code_2(tmp_path):
         sys.executable, "train.py", "--config=configs/demo.py:batch=16,samples=64,warmup_steps=1",
         "--config.data.source=synthetic", "--config.eval.dataset=", f"--workdir={tmp_path}",
     ]  # fmt: skip
-    limited = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
-    failed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, preexec_fn=limited, timeout=400)
+    failed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, preexec_fn=only_small_files, timeout=400)
     assert failed.returncode == 2
     assert re.match(
         "error: the checkpoint of step 4 could not be written to .*: File too large; ", failed.stderr.splitlines()[-1]
@@ -141,6 +146,25 @@ def test_train_ends_with_one_line_and_exit_code_2(tmp_path):
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert again.returncode == 0, again.stderr
     assert "4" in names(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_write_that_fails_in_one_process_is_heard_of_by_all(tmp_path):
+    """Process 1 cannot write: both train on, end with 2 and the same words, and no half of a checkpoint counts."""
+    keys = (*LONG, "--config.checkpoint.every=2", "--config.mesh.fsdp=2", f"--workdir={tmp_path}")
+    both = peers(*keys, devices=1, prepare={1: only_small_files})
+    out = [process.communicate(timeout=400) for process in both]
+    assert [process.returncode for process in both] == [2, 2], out
+    said = [errors.splitlines()[-1] for _, errors in out]
+    assert "error: the checkpoint of step 6 could not be written to" in said[0]
+    assert "another process failed; there is no older one" in said[0]
+    assert "File too large; there is no older one" in said[1]
+    assert [line["step"] for line in lines(tmp_path) if "loss" in line] == list(range(1, 7))
+    assert [name for name in names(tmp_path) if name.isdecimal()] == []
+    both = peers(*keys, devices=1)
+    out = [process.communicate(timeout=400) for process in both]
+    assert [process.returncode for process in both] == [0, 0], out
+    assert "6" in names(tmp_path)
 
 
 def test_two_runs_in_one_workdir(tmp_path):

@@ -12,7 +12,7 @@ from clip_jax.data.augment import Augment
 from clip_jax.data.filters import Filter
 from clip_jax.data.images import preprocess_of
 from clip_jax.data.order import FullShuffle, Mixture, WindowShuffle
-from clip_jax.data.pipeline import TrainTransform, Transform, train_batches
+from clip_jax.data.pipeline import TrainTransform, Transform, check_batches, train_batches
 from clip_jax.data.reading import Part, where
 from clip_jax.data.records import Source
 from clip_jax.data.storage import is_remote
@@ -35,12 +35,14 @@ class TrainingData(NamedTuple):
       fingerprint: what identifies the data.
       description: a few words for the log.
       where: record number, as batches have it in `index`, to what to call it in messages.
+      check: raises a UserError where `batches` cannot begin at a position; reads nothing.
     """
 
     batches: Callable[[int], Batches]
     fingerprint: dict[str, Any]
     description: str
     where: Callable[[int], str] = "record {}".format
+    check: Callable[[int], None] = lambda position: None
 
 
 def open_training_data(config: RunConfig) -> TrainingData:
@@ -133,12 +135,22 @@ def parts_data(config: RunConfig, parts: Sequence[Part]) -> TrainingData:
             process_count=jax.process_count(),
         )
 
+    def check(position: int) -> None:
+        check_batches(
+            parts,
+            batch=config.batch,
+            position=position,
+            process_count=jax.process_count(),
+            workers=config.data.workers,
+        )
+
     shares = Mixture(tuple(part.weight for part in parts)).shares
     return TrainingData(
         batches,
         _fingerprint(parts, shares),
         "; ".join(_describe(part, share) for part, share in zip(parts, shares, strict=True)),
         lambda index: where(parts, index),
+        check,
     )
 
 

@@ -109,6 +109,28 @@ class EvalTransform:
         return {"image": eval_image(record.image, self.preprocess), "label": np.asarray(record.label, np.int32)}
 
 
+def check_batches(
+    parts: Sequence[Part], *, batch: int, position: int, process_count: int = 1, workers: int = 0
+) -> None:
+    """Raises a UserError where `train_batches` cannot begin: `batch` does not divide, or there are no records."""
+    for part in parts:
+        _check_source(part.source)
+    rows_of_process(batch, 0, process_count)
+    streams = _streams(parts)
+    if streams == 1:
+        return
+    if streams % process_count or batch % streams or position % streams:
+        raise UserError(
+            f"config.data.streams is {streams}; it must be a multiple of the number of processes ({process_count}) and "
+            f"divide config.batch ({batch}) and the samples consumed so far ({position})"
+        )
+    if workers > streams // process_count:
+        raise UserError(
+            f"config.data.workers is {workers}, over the {streams // process_count} streams of each process; set "
+            "config.data.streams higher before a run begins, or use threads"
+        )
+
+
 def train_batches(
     parts: Sequence[Part],
     *,
@@ -151,13 +173,11 @@ def train_batches(
       does an exception.
 
     Raises:
-      UserError: `batch` does not divide, or there are no records; at `next`, a `RecordError`.
+      UserError: as `check_batches`; at `next`, a `RecordError`.
     """
-    for part in parts:
-        _check_source(part.source)
+    check_batches(parts, batch=batch, position=position, process_count=process_count, workers=workers)
     rows = rows_of_process(batch, process_index, process_count)
-    streams = max(part.order.streams for part in parts)
-    _check_streams(streams, batch=batch, position=position, processes=process_count, workers=workers)
+    streams = _streams(parts)
     own = streams // process_count if streams > 1 else len(rows)
     workers = min(workers, own)
     tasks = _split_rows(rows, unit=len(rows) // own, workers=max(workers, 1))
@@ -382,19 +402,8 @@ def _zeros(example: Example) -> Example:
     return {name: np.zeros_like(value) for name, value in example.items()}
 
 
-def _check_streams(streams: int, *, batch: int, position: int, processes: int, workers: int) -> None:
-    if streams == 1:
-        return
-    if streams % processes or batch % streams or position % streams:
-        raise UserError(
-            f"config.data.streams is {streams}; it must be a multiple of the number of processes ({processes}) and "
-            f"divide config.batch ({batch}) and the samples consumed so far ({position})"
-        )
-    if workers > streams // processes:
-        raise UserError(
-            f"config.data.workers is {workers}, over the {streams // processes} streams of each process; set "
-            "config.data.streams higher before a run begins, or use threads"
-        )
+def _streams(parts: Sequence[Part]) -> int:
+    return max(part.order.streams for part in parts)
 
 
 def _check_source(source: Source) -> None:
