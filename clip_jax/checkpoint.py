@@ -297,7 +297,9 @@ class Checkpoints:
                 save_decision_policy=_when(self._config),
                 preservation_policy=_which(self._config),
                 best_fn=_metric_of(self._config) if self._config.best_metric else None,
+                async_options=ocp.AsyncOptions(timeout_secs=round(self._config.timeout_s)),
             )
+            _hush_lost_tasks()
             try:
                 _remove_unfinished(self._folder)
                 self._open_manager = _Manager(self._folder, options=options, item_names=_ITEMS)
@@ -467,6 +469,17 @@ def _remove_unfinished(folder: Path) -> None:
         time.sleep(0.1)
 
 
+@functools.cache
+def _hush_lost_tasks() -> None:
+    """Keeps the many small tasks of a write that failed, which nobody waits for any more, from reporting one by one.
+
+    The write's own error is told; theirs would bury it under a thousand lines.
+    """
+    logging.getLogger("asyncio").addFilter(
+        lambda record: "exception was never retrieved" not in record.msg or "orbax" not in record.getMessage()
+    )
+
+
 def _when(config: CheckpointConfig) -> policies.AnySavePolicy:
     """Returns Orbax's policy: by steps, which all processes count alike, or by process 0's clock, which it tells."""
     chosen: list[Any] = [policies.FixedIntervalPolicy(config.every)]
@@ -552,12 +565,22 @@ def _any_process(flag: bool) -> bool:
     return flag if jax.process_count() == 1 else bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
 
 
-def _reason(error: Exception) -> str:
-    """Returns the operating system's words where there are any; TensorStore puts the code into its message."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    code = re.search(r"os_error_code='(\d+)'", str(error))
-    return os.strerror(int(code[1])) if code else one_line(error).partition(" See full TensorStore")[0][:200]
+def _reason(error: BaseException) -> str:
+    """Returns the operating system's words where there are any, in what was raised first; else what was raised.
+
+    TensorStore puts the system's code into its message; Orbax raises over it that others wait for this process.
+    """
+    chain: list[BaseException] = [error]
+    while (before := chain[-1].__cause__ or chain[-1].__context__) is not None and before not in chain:
+        chain.append(before)
+    for each in reversed(chain):
+        if isinstance(each, OSError) and each.strerror:
+            return each.strerror
+        if code := re.search(r"os_error_code='(\d+)'", str(each)):
+            return os.strerror(int(code[1]))
+    if any("Barrier timed out" in str(each) for each in chain):
+        return "another process did not write its part within config.checkpoint.timeout_s"
+    return one_line(error).partition(" See full TensorStore")[0][:200]
 
 
 def _metadata(config: RunConfig, data: dict[str, Any]) -> dict[str, Any]:

@@ -297,6 +297,7 @@ class CheckpointConfig:
       best_metric: name of an evaluation's number, such as `zero_shot/photo/top1`; the checkpoint with the best one is
         kept too, and one is written at every evaluation. Empty means none.
       best_mode: whether the largest or the smallest is the best.
+      timeout_s: seconds that a write may take; a process that cannot write holds up the others for so long.
     """
 
     every: int = 1_000
@@ -305,6 +306,7 @@ class CheckpointConfig:
     keep_every: int = 0
     best_metric: str = ""
     best_mode: Literal["max", "min"] = "max"
+    timeout_s: float = 600.0
 
 
 @dataclass(frozen=True)
@@ -589,6 +591,7 @@ def _must_be_positive(config: RunConfig) -> Iterator[tuple[bool, str]]:
     names += " data.streams data.block data.window data.connections data.retry_s"
     names += " distributed.timeout checkpoint.keep eval.batch log.every data.threads data.prefetch model.embed_dim"
     names += " model.temperature distributed.heartbeat health.spike_window health.grace_s"
+    names += " checkpoint.timeout_s"
     sizes = [key for key in values if key.startswith(("model.vision.", "model.text.")) and type(values[key]) is int]
     for key in [*names.split(), *sizes]:
         yield values[key] <= 0, f"config.{key} is {values[key]}; it must be positive"

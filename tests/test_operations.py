@@ -231,7 +231,8 @@ def little_memory() -> None:
 @pytest.mark.slow
 def test_memory_that_is_really_too_little_names_what_to_change(tmp_path):
     """A step that needs a hundred GiB, in a process that may have twelve."""
-    process = start(*LONG, "--config.batch=65536", f"--workdir={tmp_path}", devices=1, prepare=little_memory)
+    more = ("--config.batch=65536", "--config.samples=131072", "--config.optim.warmup_steps=0")
+    process = start(*LONG, *more, f"--workdir={tmp_path}", devices=1, prepare=little_memory)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 2, errors
     assert re.match(r"error: out of memory on 1 x cpu \(.*model\.remat=.*micro_batch=", errors.splitlines()[-1]), errors
