@@ -22,6 +22,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from devices import simulating
+
 ROOT = Path(__file__).parent.parent
 EPOCH, BATCH, EPOCHS, PAUSE_S = 1_000, 50, 2, 0.04
 TMP = "*.orbax-checkpoint-tmp"
@@ -93,8 +95,7 @@ class Processes:
     """Starts training processes; for use in `with`."""
 
     def __enter__(self) -> "Processes":
-        environment = os.environ | {
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        environment = simulating(1) | {
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
         }

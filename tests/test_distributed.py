@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+from devices import simulating
 
 from clip_jax.config import DistributedConfig
 from clip_jax.distributed import SLURM, detect, free_port, half_set
@@ -29,11 +29,10 @@ SMALL = (
 
 def start(*arguments: str, devices: int, prepare: Callable[[], None] | None = None) -> subprocess.Popen:
     """Starts a run; `prepare` is called in its process before."""
-    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     return subprocess.Popen(
         [sys.executable, "train.py", *SMALL, *arguments],
         cwd=ROOT,
-        env=environment,
+        env=simulating(devices),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -150,7 +149,7 @@ def test_captions_that_do_not_fit_in_one_process_hold_up_no_other(tmp_path):
         return subprocess.Popen(
             [sys.executable, "-c", LONG_IN_ONE_PROCESS, str(tmp_path / name), address, str(index), str(count)],
             cwd=ROOT,
-            env=os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // count}"},
+            env=simulating(4 // count),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

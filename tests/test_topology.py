@@ -4,13 +4,13 @@ That leaves are the same on every mesh is in `test_checkpoint.py` as well, in th
 """
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
 import pytest
+from devices import simulating
 from states import assert_same_bits
 from topology_leg import leg
 
@@ -64,10 +64,7 @@ def test_2_then_1_then_2_processes(model, tmp_path):
 
 def in_processes(count: int, workdir, model: str, mesh: str, until: int) -> dict[int, float]:
     """Runs a leg in processes of their own; returns process 0's losses."""
-    environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // count}",
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
-    }
+    environment = simulating(4 // count) | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     address = f"127.0.0.1:{free_port()}"
     started = [
         subprocess.Popen(

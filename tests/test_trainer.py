@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import os
 import re
 import shutil
 import signal
@@ -15,6 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from devices import simulating
 from random_weights import random_like
 from tiny import TINY
 
@@ -107,10 +107,9 @@ def test_a_killed_process_resumes_bit_for_bit(digits_dir, tmp_path):
         f"--config.data.data_dir={digits_dir}", "--config.data.build=false", "--config.log.every=1",
         "--config.checkpoint.every=6", "--config.eval.dataset=", "--config.log.tensorboard=false",
     ]  # fmt: skip
-    environment = os.environ | {"XLA_FLAGS": ""}
 
     def start(name):
-        return subprocess.Popen([*command, f"--workdir={tmp_path / name}"], cwd=ROOT, env=environment)
+        return subprocess.Popen([*command, f"--workdir={tmp_path / name}"], cwd=ROOT, env=simulating(1))
 
     assert start("straight").wait() == 0
     killed = start("killed")
