@@ -30,9 +30,11 @@ def main(argv: Sequence[str], *, overrides: Overrides) -> None:
     from clip_jax.distributed import processes  # after all that can be refused without waiting for JAX
 
     with processes(config.distributed):
+        from clip_jax.startup import Startup, keep_programs, process_age
         from clip_jax.trainer import train
 
-        train(config, Path(_WORKDIR.value))
+        keep_programs(config.compilation_cache)
+        train(config, Path(_WORKDIR.value), startup=Startup(age=process_age()))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
+from benchmarks.figures import Figure, report
 from clip_jax.config import LossConfig, MeshConfig
 from clip_jax.models.clip import CLIPOutput
 from clip_jax.partition import ROWS, make_mesh, replicated, row_sharding
@@ -40,11 +41,14 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=768)
     arguments = parser.parse_args()
     mesh = make_mesh(MeshConfig())
-    print(f"{arguments.batch:,} pairs of {arguments.width} channels in float32 on {mesh.size} devices; MiB a device")
-    naive = None
-    for measured in measure(contenders(mesh), arguments.batch, arguments.width, mesh=mesh):
-        naive = naive or measured.bytes
-        print(f"{measured.name:44} {measured.bytes / MIB:10,.1f}   {naive / measured.bytes:6.1f}x less", flush=True)
+    naive, *others = measure(contenders(mesh), arguments.batch, arguments.width, mesh=mesh)
+    figures = [Figure(naive.name, naive.bytes / MIB, "MiB")]
+    for each in others:
+        figures.append(
+            Figure(each.name, each.bytes / MIB, "MiB", naive.name, naive.bytes / MIB, naive.bytes / each.bytes)
+        )
+    size = f"{arguments.batch:,} pairs of {arguments.width} channels in float32"
+    report(f"Temporary memory of loss and gradients on one of {mesh.size} devices, {size}", figures)
 
 
 def contenders(mesh: Mesh) -> dict[str, Callable[..., jax.Array]]:

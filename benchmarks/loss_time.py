@@ -7,12 +7,13 @@ features, on a GPU where JAX has one.
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.figures import Figure, report
 from clip_jax.config import LossConfig
 from clip_jax.models.clip import CLIPOutput
 from clip_jax.step import contrastive_loss
@@ -29,18 +30,22 @@ def main() -> None:
     arguments = parser.parse_args()
     rng = np.random.default_rng(0)
     image, text = (_unit(rng.standard_normal((arguments.batch, arguments.width))) for _ in range(2))
-    print(f"{arguments.batch:,} pairs of {arguments.width} channels; milliseconds, median (best); {jax.devices()[0]}")
+    figures = []
     for kind in ("softmax", "sigmoid"):
         calls = {REFERENCE: _open_clip(kind, image, text)}
         for form in ("reference", "chunked", "ring"):
             calls[form] = _ours(LossConfig(kind=kind, form=form), image, text)
-        _report(kind, _time(calls, arguments.rounds))
+        figures += _summarize(kind, _time(calls, arguments.rounds))
+    title = f"Loss and gradients, {arguments.batch:,} pairs of {arguments.width} channels, median (best)"
+    report(f"{title}; {jax.devices()[0]}", figures)
 
 
-def _report(kind: str, seconds: dict[str, list[float]]) -> None:
-    for name, times in seconds.items():
+def _summarize(kind: str, seconds: dict[str, list[float]]) -> Iterator[Figure]:
+    theirs = 1e3 * statistics.median(seconds[REFERENCE])
+    for name, times in list(seconds.items())[1:]:
         faster = statistics.median(a / b for a, b in zip(seconds[REFERENCE], times, strict=True))
-        print(f"{kind:8} {name:10} {1e3 * statistics.median(times):8.1f} ({1e3 * min(times):.1f})  {faster:5.2f}x")
+        middle = 1e3 * statistics.median(times)
+        yield Figure(f"{kind}, {name}", middle, f"ms ({1e3 * min(times):.1f})", REFERENCE, theirs, faster)
 
 
 def _time(calls: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:

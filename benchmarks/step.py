@@ -12,11 +12,13 @@ import argparse
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from benchmarks.figures import Figure, report
 from clip_jax.chips import peak_of
 from clip_jax.command_line import load_config, one_line_errors, take_overrides
 from clip_jax.config import RunConfig
@@ -80,13 +82,21 @@ def measure(runs: dict[str, RunConfig], *, rounds: int, steps: int, side: int | 
                 seconds[name].append((time.perf_counter() - began) / steps)
     for name, each in steps_of.items():
         print(f"{name}: {each.describe(statistics.median(seconds[name]), product, peak_of(device.device_kind))}")
-    if len(runs) > 1:
-        first, other = (seconds[name] for name in runs)
-        ratio = statistics.median(b / a for a, b in zip(first, other, strict=True))
-        print(f"{list(runs)[1]} takes {ratio:.3f} x the time (median of {rounds} turns)")
+    report(f"Training step, {first.what}; {kind}; median of {rounds} turns", list(_summarize(seconds)))
     peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
     if peak:
         print(f"peak memory of device 0, all runs together: {peak / 2**30:.2f} GiB")
+
+
+def _summarize(seconds: dict[str, list[float]]) -> Iterator[Figure]:
+    """Yields the time of a step of each run, the first beside the last."""
+    names, medians = list(seconds), {name: 1e3 * statistics.median(found) for name, found in seconds.items()}
+    if len(names) == 1:
+        yield Figure(names[0], medians[names[0]], "ms")
+        return
+    first, other = names
+    ratio = statistics.median(b / a for a, b in zip(seconds[first], seconds[other], strict=True))
+    yield Figure(first, medians[first], "ms", other, medians[other], ratio)
 
 
 class CompiledStep:
@@ -97,6 +107,7 @@ class CompiledStep:
 
     Attributes:
       target: shapes, dtypes and shardings of the state.
+      what: model, batch, devices and dtype in words.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -105,6 +116,8 @@ class CompiledStep:
         check_micro_batch(config, mesh)
         self._model, self._optimizer = CLIP(config.model), make_optimizer(config.optim, steps=config.steps)
         self._config, self._devices = config, mesh.size
+        name = variant_name(config.model)
+        self.what = f"{name}, {config.batch} pairs on {mesh.size} device(s), {config.model.dtype}"
         self._layout: Any = {"mesh": mesh, "zero1": config.mesh.zero1, "ema": config.optim.ema_decay > 0}
         self.target = abstract_state(self._model, self._optimizer, **self._layout)
         stream = synthetic_batches(
@@ -144,7 +157,7 @@ class CompiledStep:
         rates = flops.rates(seconds, devices=self._devices, peak=product)
         memory: Any = self._step.memory_analysis()
         parts = [
-            f"{variant_name(config.model)}, {config.batch} pairs on {self._devices} device(s), {config.model.dtype}",
+            self.what,
             f"{seconds:.4f} s a step",
             f"{config.batch / seconds:,.1f} pairs/s",
             f"{rates['tflops']:.3f} TFLOP/s a device",

@@ -1,4 +1,4 @@
-"""Captions a second, ours beside open_clip's SimpleTokenizer: `python -m benchmarks.tokenizer`.
+"""Captions a second, ours beside open_clip's SimpleTokenizer: `python -m benchmarks.tokenizer [--tiny]`.
 
 Captions are generated. A word is drawn from the 32,849 whole words of CLIP's vocabulary, by Zipf's law over its order,
 which is roughly that of frequency; 4 % are new (two words run together), 2 % are numbers, 10 % bear a comma. The share
@@ -10,25 +10,31 @@ The library's own batch call, behind the same cleaning, is shown for comparison:
 Only its second row starts threads; ours has none, so TOKENIZERS_PARALLELISM does not change it.
 """
 
+import argparse
 import itertools
 import os
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from benchmarks.figures import Figure, report
 from clip_jax.data import tokenizer as module
 from tests.references import import_open_clip
 
 BATCH = 256
-ROUNDS = 8
+ROUNDS, TINY_ROUNDS = 8, 2
 CAPTIONS = 16 * BATCH
 EXOTIC = ["café", "naïve", "“quoted”", "it’s", "–", "jalapeño", "São", "日本語の写真", "фото", "❤️", "😀", "©", "½", "…"]
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true", help="two short rounds, to see that it runs")
+    tiny = parser.parse_args().tiny
+    rounds, captions = (TINY_ROUNDS, BATCH) if tiny else (ROUNDS, CAPTIONS)
     ours, theirs = module.Tokenizer(), import_open_clip().tokenizer.SimpleTokenizer()
     contenders = {
         "open_clip SimpleTokenizer": lambda texts: theirs(texts).numpy(),
@@ -39,9 +45,9 @@ def main() -> None:
     for kind, exotic in (("plain English", False), ("one word not ASCII in each", True)):
         rng = random.Random(0)
         draw = word_drawer(ours, rng)
-        rounds = [[caption(draw, rng, exotic=exotic) for _ in range(CAPTIONS)] for _ in range(ROUNDS)]
-        print(f"\n{kind}, such as {rounds[0][0]!r}")
-        report(interleave(contenders, rounds))
+        texts = [[caption(draw, rng, exotic=exotic) for _ in range(captions)] for _ in range(rounds)]
+        figures = list(summarize(interleave(contenders, texts)))
+        report(f"Captions a second, {kind}, such as {texts[0][0]!r}", figures)
 
 
 def interleave(contenders: dict[str, Callable], rounds: list[list[str]]) -> dict[str, list[float]]:
@@ -59,12 +65,15 @@ def interleave(contenders: dict[str, Callable], rounds: list[list[str]]) -> dict
     return speeds
 
 
-def report(speeds: dict[str, list[float]]) -> None:
-    reference = next(iter(speeds.values()))
-    for name, (cold, *warm) in speeds.items():
-        ratio = statistics.median(mine / other for mine, other in zip(warm, reference[1:], strict=True))
-        low, middle, high = min(warm), statistics.median(warm), max(warm)
-        print(f"{name:30} {middle:9,.0f}/s ({low:,.0f}-{high:,.0f}), {ratio:5.1f}x; cold {cold:9,.0f}/s")
+def summarize(speeds: dict[str, list[float]]) -> Iterator[Figure]:
+    """Yields two figures a contender, beside the first: with cold memories, and the median of what came after."""
+    reference, (first_cold, *first) = next(iter(speeds.items()))
+    theirs = statistics.median(first)
+    for name, (cold, *warm) in list(speeds.items())[1:]:
+        ratio = statistics.median(mine / other for mine, other in zip(warm, first, strict=True))
+        unit = f"captions/s ({min(warm):,.0f}-{max(warm):,.0f})"
+        yield Figure(name, statistics.median(warm), unit, reference, theirs, ratio)
+        yield Figure(f"{name}, cold", cold, "captions/s", reference, first_cold, cold / first_cold)
 
 
 def library_batch(ours: module.Tokenizer, texts: list[str], *, parallel: str) -> np.ndarray:

@@ -400,6 +400,9 @@ class RunConfig:
         dataset. () turns it off, and so does model.dead_tokens=compute.
       samples: pairs seen in the whole run; the run has `steps` = samples / batch steps.
       seed: of initial weights, data order and augmentation.
+      compilation_cache: folder in which compiled programs are kept, so that a run that is started again, or another
+        like it, does not compile what was compiled before; local, or any that JAX can write. Empty means what
+        JAX_COMPILATION_CACHE_DIR says, or none.
       init_from: trained weights to start from, in any layout that `clip_jax.load` reads; of another resolution, the
         image positions are resized. Empty means random weights. A run that is resumed does not read them again.
       init_part: what is taken of them: `whole`, or the `image` or `text` tower with its projection.
@@ -424,6 +427,7 @@ class RunConfig:
     text_groups: tuple[str, ...] = text_groups.DEFAULT
     samples: int = 12_800_000_000
     seed: int = 0
+    compilation_cache: str = ""
     init_from: str = ""
     init_part: Literal["whole", "image", "text"] = "whole"
     init_rename: tuple[str, ...] = ()

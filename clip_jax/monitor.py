@@ -19,6 +19,7 @@ from clip_jax.console import Progress
 from clip_jax.errors import one_line
 from clip_jax.health import Health
 from clip_jax.metrics import MetricWriter
+from clip_jax.startup import Startup, describe_startup
 from clip_jax.utilization import StepFlops
 
 _STEPS_WATCHED = 50
@@ -38,6 +39,7 @@ class Monitor:
       chance_loss: the loss of a model that knows nothing.
       where: record number to what to call it in messages.
       devices: on which the run is.
+      startup: of this process, which ends with the first step.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Monitor:
         chance_loss: float,
         where: Callable[[int], str],
         devices: Sequence[jax.Device],
+        startup: Startup | None = None,
     ) -> None:
         self._config, self._workdir = config, workdir
         self._start_step, self._chance_loss = start_step, chance_loss
@@ -56,6 +59,7 @@ class Monitor:
         self._health = Health(config, workdir, where, say=self.print)
         self._devices, self._peak = len(devices), peak_of(devices[0].device_kind)
         self._flops = StepFlops.of(config, devices=self._devices)
+        self._startup, self._of_startup = startup, dict[str, float]()
         self._steps_in_groups: list[float] | None = []
         self._failed_evaluations = 0
         self._alarms: dict[str, float] = {}
@@ -92,9 +96,11 @@ class Monitor:
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
         """Counts the time inside as data-wait."""
+        self._lap("state")
         began = time.perf_counter()
         yield
         self._waited += time.perf_counter() - began
+        self._lap("data")
 
     def started(self, step: int, position: int, batch: Mapping[str, np.ndarray]) -> None:
         """Takes this process's rows of a step's batch, which begins at `position`, to name those that go wrong."""
@@ -108,6 +114,8 @@ class Monitor:
           UserError: too many pairs could not be used.
           Rewind: too many steps were skipped.
         """
+        if self._startup is not None:
+            self._end_startup(self._startup, metrics)
         previous, self._pending = self._pending, (step, metrics)
         if previous is not None:
             self._read(*previous)
@@ -153,11 +161,24 @@ class Monitor:
         if self._progress is not None:
             self._progress.print(text)
 
+    def _lap(self, name: str) -> None:
+        if self._startup is not None:
+            self._startup.lap(name)
+
+    def _end_startup(self, startup: Startup, metrics: Mapping[str, jax.Array]) -> None:
+        """Waits for the first step, once: its call has returned, so that what was left to do was compiling."""
+        startup.lap("compile")
+        jax.block_until_ready(metrics)
+        startup.lap("first_step")
+        self._of_startup, self._startup = startup.metrics(), None
+        self.print(describe_startup(self._of_startup))
+
     def _read(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         values = self._bad_records.count(values, self._config.batch)
         values = self._health.judge(step, values)
-        values |= self._since_last_row(values)
+        values |= self._since_last_row(values) | self._of_startup
+        self._of_startup = {}
         self._window_steps += 1
         values |= self._speed()
         self._watch_groups(values.get("text_groups", 1.0))

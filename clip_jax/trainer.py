@@ -34,6 +34,7 @@ from clip_jax.optim import make_optimizer
 from clip_jax.partition import check_batch, make_mesh, place_rows
 from clip_jax.preemption import Preemption
 from clip_jax.resume import check_resumable, describe_resume
+from clip_jax.startup import Startup
 from clip_jax.state import TrainState, abstract_state, count_parameters, create_state, start_from
 from clip_jax.step import TrainStep, make_train_step
 from clip_jax.watchdog import Watchdog
@@ -64,13 +65,16 @@ class Watch(NamedTuple):
     preemption: Preemption
 
 
-def train(config: RunConfig, workdir: Path, *, data: TrainingData | None = None) -> TrainState:
+def train(
+    config: RunConfig, workdir: Path, *, data: TrainingData | None = None, startup: Startup | None = None
+) -> TrainState:
     """Trains until the config's last step, resuming from the newest checkpoint of `workdir`.
 
     Args:
       config: the run's.
       workdir: made if it is not there; gets checkpoints, metrics, config and the report.
       data: training data instead of what `config.data` names.
+      startup: of this process; its time up to here goes to `import`. Without, the start begins here.
 
     Returns:
       The final state.
@@ -79,6 +83,8 @@ def train(config: RunConfig, workdir: Path, *, data: TrainingData | None = None)
       UserError: see the module docstring; nothing was overwritten. Later on, what a person must look at.
       PreemptedError: it was told to end, and has saved.
     """
+    startup = startup or Startup()
+    startup.lap("import")
     model = CLIP(config.model)
     optimizer = make_optimizer(config.optim, steps=config.steps)
     mesh = make_mesh(config.mesh)
@@ -91,6 +97,7 @@ def train(config: RunConfig, workdir: Path, *, data: TrainingData | None = None)
         state = create_state(model, optimizer, seed=config.seed, **layout)
         return state if initial is None else start_from(state, initial.arrays)
 
+    startup.lap("state")
     run = Run(
         config=config,
         workdir=workdir,
@@ -102,6 +109,7 @@ def train(config: RunConfig, workdir: Path, *, data: TrainingData | None = None)
         target=target,
         fresh=fresh,
     )
+    startup.lap("data")
     initial = None
     if (newest := run.checkpoints.latest()) is None:
         run.data.check(0)
@@ -116,13 +124,14 @@ def train(config: RunConfig, workdir: Path, *, data: TrainingData | None = None)
         if resumed is not None:
             step, restored = resumed
             saved = run.checkpoints.read_contents(step)
-            return _train_from(run, restored, describe_resume(saved, config, step=step, data=run.data.fingerprint))
+            notes = describe_resume(saved, config, step=step, data=run.data.fingerprint)
+            return _train_from(run, restored, notes, startup)
         state, notes = fresh(initial), [] if initial is None else initial.report()
         del initial  # whole weights, on the host
-        return _train_from(run, Restored(state, 0), notes)
+        return _train_from(run, Restored(state, 0), notes, startup)
 
 
-def _train_from(run: Run, start: Restored, notes: list[str]) -> TrainState:
+def _train_from(run: Run, start: Restored, notes: list[str], startup: Startup) -> TrainState:
     """Trains a fresh or restored state to the end, evaluates it and reports."""
     config, health = run.config, run.config.health
     chance, step = chance_loss(config.loss.kind, config.batch), int(start.state.step)
@@ -135,6 +144,7 @@ def _train_from(run: Run, start: Restored, notes: list[str]) -> TrainState:
             chance_loss=chance,
             where=run.data.where,
             devices=run.mesh.devices.flatten().tolist(),
+            startup=startup,
         ) as monitor,
         Watchdog(health.hang_minutes, run.workdir / f"hang-{jax.process_index()}.txt") as watchdog,
         Preemption(health.grace_s) as preemption,

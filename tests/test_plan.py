@@ -285,7 +285,6 @@ def test_the_command():
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 
 
-@pytest.mark.slow
 @needs_libtpu
 def test_a_plan_for_tpu_slices_that_are_not_there():
     found = plan_command("--topology=v5e:2x2", "--slices=2")
