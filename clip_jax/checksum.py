@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import multihost_utils
+from jax.sharding import SingleDeviceSharding
 
 from clip_jax.rules import leaf_paths
 
@@ -48,9 +49,11 @@ def _sums_of_shards(leaf: Any) -> list[jax.Array]:
         return [_sum(leaf, np.uint32(0), strides)]
     shards = [shard for shard in leaf.addressable_shards if shard.replica_id == 0]
     starts = [[part.start or 0 for part in shard.index] for shard in shards]
+    # On a mesh of one, what a program made is placed otherwise than what was read, which would be another program.
+    parts = [jax.device_put(shard.data, SingleDeviceSharding(shard.device)) for shard in shards]
     return [
-        _sum(shard.data, np.uint32(sum(map(int.__mul__, start, map(int, strides))) % 2**32), strides)
-        for shard, start in zip(shards, starts, strict=True)
+        _sum(part, np.uint32(sum(map(int.__mul__, start, map(int, strides))) % 2**32), strides)
+        for part, start in zip(parts, starts, strict=True)
     ]
 
 

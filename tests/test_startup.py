@@ -32,7 +32,7 @@ def losses(workdir):
 def test_a_second_start_compiles_nothing_and_has_the_same_bits(tmp_path, monkeypatch, capfd):
     """Counted over the whole processes: until the first step by JAX's events, and by what came into the folder."""
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
-    monkeypatch.setenv("XLA_FLAGS", xla_flags(devices=2))
+    monkeypatch.setenv("XLA_FLAGS", xla_flags(devices=1))
     starts = measure(tmp_path, "configs/demo.py", {key: str(value) for key, value in (KEYS | SMALL).items()})
     first, warm, resumed = starts.values()
     assert first["programs_compiled"] >= 2  # the initial state, and the step
