@@ -19,7 +19,8 @@ from clip_jax.errors import UserError
 from clip_jax.interop.read import read_weights
 from clip_jax.interop.weights import Weights
 from clip_jax.models.clip import CLIP, unit
-from clip_jax.models.variants import ModelConfig, model_config
+from clip_jax.models.layers import layer_norm
+from clip_jax.models.variants import ModelConfig, ResNetConfig, model_config
 from clip_jax.rules import leaf_paths
 
 
@@ -103,6 +104,45 @@ class Pretrained:
             )
         return _features(self.model, self.variables, tokens, method="encode_text", normalize=normalize)
 
+    def text_states(self, tokens: ArrayLike, *, layer: int = -2, norm: bool = False) -> Float[Array, "b l w"]:
+        """Returns the text tower's stream at every token, by which models that draw from text are guided.
+
+        Stable Diffusion 1 takes `layer=-1, norm=True`; SDXL and most with "clip skip" the default, the one before.
+
+        Args:
+          tokens: as for `encode_text`; what stands behind EOT has a state too.
+          layer: after which block; -1 is the last one.
+          norm: apply the tower's final LayerNorm.
+
+        Raises:
+          UserError: no such block.
+        """
+        number = _block(layer, self.config.text.layers)
+        states = _states(self.model, self.variables, jnp.asarray(tokens), tower="text", block=number)
+        if not norm:
+            return states
+        module = layer_norm(states.dtype, name="ln_final")
+        return cast(jax.Array, module.apply({"params": self.params["text"]["ln_final"]}, states))
+
+    def image_states(self, images: ArrayLike, *, layer: int = -2) -> Float[Array, "b n w"]:
+        """Returns a ViT's stream at every token: the class token first, then the patches row by row.
+
+        Models that answer questions on images take the patches before the last block (LLaVA: `[:, 1:]` of the default).
+
+        Args:
+          images: as for `encode_image`.
+          layer: after which block; -1 is the last one.
+
+        Raises:
+          UserError: no such block, or a ResNet, which has none.
+        """
+        vision = self.config.vision
+        if isinstance(vision, ResNetConfig):
+            raise UserError("image_states is for ViTs: a ResNet has no tokens; see model.model for its feature maps")
+        return _states(
+            self.model, self.variables, jnp.asarray(images), tower="image", block=_block(layer, vision.layers)
+        )
+
     def tokenize(self, texts: Captions) -> np.ndarray:
         """Returns int32 [b, context]; a single text is a batch of one, and what is too long is cut."""
         return tokenize(texts, context=self.config.text.context)
@@ -142,3 +182,16 @@ def load(
 def _features(model: CLIP, variables: dict[str, Any], inputs: jax.Array, *, method: str, normalize: bool) -> jax.Array:
     features = cast(jax.Array, model.apply(variables, inputs, method=method))
     return unit(features) if normalize else features
+
+
+def _block(layer: int, layers: int) -> int:
+    """Returns the number of the block that `layer` means, counted from the end where it is negative."""
+    if not -layers <= layer < layers:
+        raise UserError(f"layer={layer}: the tower has {layers} blocks, 0 to {layers - 1}, or -1 to {-layers}")
+    return layer % layers
+
+
+@functools.partial(jax.jit, static_argnames=("model", "tower", "block"))
+def _states(model: CLIP, variables: dict[str, Any], inputs: jax.Array, *, tower: str, block: int) -> jax.Array:
+    _, kept = model.apply(variables, inputs, method=f"encode_{tower}", mutable=["intermediates"])
+    return kept["intermediates"][tower]["transformer"][f"block_{block}"]["output"]

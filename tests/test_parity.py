@@ -25,13 +25,16 @@ from torch_clip import (
 from benchmarks.anchor import torch_optimizer
 from clip_jax.config import OptimConfig, RunConfig
 from clip_jax.data.images import normalize, preprocess_of
+from clip_jax.errors import UserError
 from clip_jax.interop.hugging_face import config_to_hugging_face
 from clip_jax.interop.names import from_torch, to_torch
+from clip_jax.interop.weights import Weights
 from clip_jax.losses import softmax_loss
 from clip_jax.models.clip import CLIP, forward, forward_train
 from clip_jax.models.variants import VARIANTS, ViTConfig, model_config
 from clip_jax.optim import learning_rate, make_optimizer
 from clip_jax.partition import make_mesh, place_rows
+from clip_jax.pretrained import Pretrained
 from clip_jax.state import TrainState
 from clip_jax.step import make_train_step
 
@@ -244,6 +247,39 @@ def test_full_size_equals_open_clip_in_f32(name):
     theirs = torch_features(model, images, tokens)
     named = {key: tensor.numpy() for key, tensor in model.state_dict().items()}
     compare_in_f32(name, theirs, from_torch(named, config, "openai", where=name), images, tokens)
+
+
+def test_the_states_that_generators_take_are_those_of_transformers():
+    import_open_clip()  # makes torchvision importable
+    import torch
+    from transformers import CLIPConfig, CLIPModel
+
+    torch.manual_seed(0)
+    theirs = CLIPModel(CLIPConfig.from_dict(config_to_hugging_face(SMALL_VIT))).eval()
+    randomise_constants(theirs)
+    images, tokens = random_batch(SMALL_VIT, 2, dtype=np.float32)
+    with torch.no_grad():
+        text = theirs.text_model(torch.tensor(tokens), output_hidden_states=True)
+        image = theirs.vision_model(torch_images(images), output_hidden_states=True)
+    named = {key: tensor.numpy() for key, tensor in theirs.state_dict().items()}
+    variables = from_torch(named, SMALL_VIT, "hugging_face", where="theirs")
+    ours = Pretrained(Weights(SMALL_VIT, variables, preprocess_of(SMALL_VIT)))
+    for found, expected in (
+        (ours.text_states(tokens), text.hidden_states[-2]),
+        (ours.text_states(tokens, layer=-1), text.hidden_states[-1]),
+        (ours.text_states(tokens, layer=0), text.hidden_states[1]),
+        (ours.text_states(tokens, layer=-1, norm=True), text.last_hidden_state),
+        (ours.image_states(images), image.hidden_states[-2]),
+        (ours.image_states(images, layer=-1), image.last_hidden_state),
+    ):
+        assert found.shape == tuple(expected.shape)
+        np.testing.assert_allclose(found, expected, atol=2e-5 * float(expected.abs().max()))
+    for layer in (2, -3):
+        with pytest.raises(UserError, match=rf"layer={layer}: the tower has 2 blocks, 0 to 1, or -1 to -2"):
+            ours.text_states(tokens, layer=layer)
+    resnet = random_variables(SMALL_RESNET, dtype=np.float32)
+    with pytest.raises(UserError, match="a ResNet has no tokens"):
+        Pretrained(Weights(SMALL_RESNET, resnet, preprocess_of(SMALL_RESNET))).image_states(images)
 
 
 @pytest.mark.slow
