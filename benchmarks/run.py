@@ -71,18 +71,27 @@ class Outcome(NamedTuple):
 
 
 def main() -> None:
-    """Runs the benchmarks and writes the table; exit code 1 if one of them failed or reported nothing."""
+    """Runs the benchmarks that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=[each.name for each in SUITE], metavar="NAME")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="folder of the tables")
     parser.add_argument("--tiny", action="store_true", help="the smallest sizes, to see that all of them run")
     arguments = parser.parse_args()
     chosen = [each for each in SUITE if not arguments.only or each.name in arguments.only]
-    options = {each.name: each.tiny if arguments.tiny else each.full for each in chosen}
-    outcomes = [
-        run(name, given, QUICK if arguments.tiny else {}) for name, given in options.items() if given is not None
-    ]
-    path = write(outcomes, about(tiny=arguments.tiny), arguments.out)
+    options = [(each.name, each.tiny if arguments.tiny else each.full) for each in chosen]
+    run_all([(name, given) for name, given in options if given is not None], arguments.out, tiny=arguments.tiny)
+
+
+def run_all(chosen: Sequence[tuple[str, Sequence[str]]], out: Path, *, tiny: bool = False) -> None:
+    """Runs benchmarks one after the other and writes their table; exits with 1 if one of them failed.
+
+    Args:
+      chosen: modules and their arguments.
+      out: folder of the tables.
+      tiny: that these are their tiny forms.
+    """
+    outcomes = [run(name, given, QUICK if tiny else {}) for name, given in chosen]
+    path = write(outcomes, about(tiny=tiny), out)
     print(f"written: {path}")
     if failed := [each.name for each in outcomes if each.has_failed]:
         sys.exit(f"failed: {', '.join(failed)}")

@@ -80,12 +80,14 @@ def measure(runs: dict[str, RunConfig], *, rounds: int, steps: int, side: int | 
             state = each.run(state, steps)
             if turn:
                 seconds[name].append((time.perf_counter() - began) / steps)
+    peak, figures = peak_of(device.device_kind), list(_summarize(seconds))
     for name, each in steps_of.items():
-        print(f"{name}: {each.describe(statistics.median(seconds[name]), product, peak_of(device.device_kind))}")
-    report(f"Training step, {first.what}; {kind}; median of {rounds} turns", list(_summarize(seconds)))
-    peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
-    if peak:
-        print(f"peak memory of device 0, all runs together: {peak / 2**30:.2f} GiB")
+        print(f"{name}: {each.describe(statistics.median(seconds[name]), product, peak)}")
+        figures += each.figures(name, statistics.median(seconds[name]), peak or product)
+    report(f"Training step, {first.what}; {kind}; median of {rounds} turns", figures)
+    used = (device.memory_stats() or {}).get("peak_bytes_in_use")
+    if used:
+        print(f"peak memory of device 0, all runs together: {used / 2**30:.2f} GiB")
 
 
 def _summarize(seconds: dict[str, list[float]]) -> Iterator[Figure]:
@@ -149,6 +151,20 @@ class CompiledStep:
             self._done += 1
             self._in_groups.append(metrics.get("text_groups"))
         return jax.block_until_ready(state)
+
+    def figures(self, name: str, seconds: float, peak: float) -> list[Figure]:
+        """Returns speed and utilisation of a step of that time; the peak is a data sheet's, or a matrix product's."""
+        rates = StepFlops.of(self._config, devices=self._devices).rates(seconds, devices=self._devices, peak=peak)
+        return [
+            Figure(f"{name}: pairs", self._config.batch / seconds, "pairs/s"),
+            Figure(
+                f"{name}: share of the peak",
+                1e2 * rates["mfu"],
+                "%",
+                "dead tokens left out",
+                1e2 * rates["mfu_effective"],
+            ),
+        ]
 
     def describe(self, seconds: float, product: float, peak: float) -> str:
         """Returns the figures of a step of that time, beside what a device can do by a matrix product and by its data

@@ -1,7 +1,7 @@
 """Accelerators that a run can be planned for, and measured against.
 
-Memory, peak and chips of a host are the makers' figures: cloud.google.com/tpu/docs (each version's system architecture)
-and NVIDIA's data sheets (SXM, dense bfloat16).
+Memory, peak, chips of a host and bandwidths are the makers' figures: cloud.google.com/tpu/docs (each version's system
+architecture) and NVIDIA's data sheets (SXM, dense bfloat16; the networks of DGX A100 and DGX H100).
 """
 
 import re
@@ -20,23 +20,27 @@ class Chip:
       memory: bytes that programs can use; 0 means unknown.
       peak: bfloat16 operations a second; 0 means unknown.
       per_host: chips of a host.
+      near: bytes a second that a chip sends to chips of its slice (ICI) or host (NVLink); 0 means unknown.
+      far: bytes a second that a chip sends to other slices or hosts, its share of the host's network; 0 means unknown.
     """
 
     platform: Literal["tpu", "gpu", "cpu"]
     memory: int
     peak: float
     per_host: int
+    near: float = 0.0
+    far: float = 0.0
 
 
 GIB = 2**30
 CHIPS = {
     "v4": Chip("tpu", 32 * GIB, 275e12, 4),
-    "v5e": Chip("tpu", 16 * GIB, 197e12, 8),
-    "v5p": Chip("tpu", 95 * GIB, 459e12, 4),
+    "v5e": Chip("tpu", 16 * GIB, 197e12, 8, 200e9, 3.125e9),
+    "v5p": Chip("tpu", 95 * GIB, 459e12, 4, 600e9, 6.25e9),
     "v6e": Chip("tpu", 32 * GIB, 918e12, 8),
-    "a100": Chip("gpu", 80 * 10**9, 312e12, 8),
-    "h100": Chip("gpu", 80 * 10**9, 989e12, 8),
-    "h200": Chip("gpu", 141 * 10**9, 989e12, 8),
+    "a100": Chip("gpu", 80 * 10**9, 312e12, 8, 300e9, 25e9),
+    "h100": Chip("gpu", 80 * 10**9, 989e12, 8, 450e9, 50e9),
+    "h200": Chip("gpu", 141 * 10**9, 989e12, 8, 450e9, 50e9),
     "cpu": Chip("cpu", 0, 0.0, 1),
 }
 _DEVICE_KINDS = {
@@ -85,6 +89,18 @@ class Topology:
         for side in self.shape:
             total *= side
         return total
+
+    def bandwidth(self, *, across: bool) -> float:
+        """Bytes a second that a chip sends in a collective, `across` slices or within one; 0 where it is not known.
+
+        GPUs of several hosts send through all of a host's network cards at once, each a part.
+        """
+        chip = self.chip
+        if across:
+            return chip.far
+        if chip.platform == "gpu" and self.chips > chip.per_host:
+            return min(chip.near, chip.far * chip.per_host)
+        return chip.near
 
 
 def peak_of(device_kind: str) -> float:

@@ -1,11 +1,12 @@
-"""The collectives of a compiled program: what kinds, how often, how many bytes, and between which devices.
+"""The collectives of a compiled program: what kinds, how often, how many bytes, between which devices, and whether
+the device computes meanwhile.
 
 Of a conditional's branches the one counts that moves the most bytes.
 """
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +22,9 @@ _CALLED = re.compile(
 )
 _BRANCHES = re.compile(r"\b(branch|true)_computations?=")
 _BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')  # a TPU's part of one, host to host
+_STARTED = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = .* (?:[\w-]+-start|send)\(")
+_DONE = re.compile(r" [\w-]+-done\(.*?%([\w.-]+)[,)]")
+_COMPUTES = re.compile(r" (?:fusion|convolution|dot|custom-call|while|conditional|call)\(")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
@@ -32,12 +36,17 @@ class Collective(NamedTuple):
       across: it joins devices of different slices.
       count: how often a device takes part in a step; in a loop of unknown length, once.
       bytes: of its results on one device, all together.
+      sent: bytes that a device sends to others, all together, as rings do it.
+      hidden: of these, what is under way while the device computes something else; only a program that is scheduled,
+        as those for TPUs and GPUs are, says so.
     """
 
     kind: str
     across: bool
     count: int
     bytes: int
+    sent: int
+    hidden: int
 
 
 def collectives(text: str, *, devices: int, slices: int = 1) -> list[Collective]:
@@ -48,16 +57,22 @@ def collectives(text: str, *, devices: int, slices: int = 1) -> list[Collective]
       devices: that the program was compiled for.
       slices: into which these are divided, the first ones first.
     """
-    found: dict[tuple[str, bool], list[int]] = {}
-    for line, times in _executed(_computations(text), _entry(text), 1):
+    found: dict[tuple[str, bool], np.ndarray] = {}
+    bodies = _computations(text)
+    beside = {name for lines in bodies.values() for name in _beside_work(lines)}
+    for line, times in _executed(bodies, _entry(text), 1):
         if (collective := _collective(line)) is None:
             continue
         kind, size = collective
-        across = bool(_BETWEEN_SLICES.search(line)) or (slices > 1 and _crosses(line, devices, slices))
-        sums = found.setdefault((kind, across), [0, 0])
-        sums[0] += times
-        sums[1] += times * size
-    return [Collective(kind, across, *sums) for (kind, across), sums in sorted(found.items())]
+        groups = _groups(line, devices)
+        between = bool(_BETWEEN_SLICES.search(line))
+        across = between or (slices > 1 and _crosses(groups, devices, slices))
+        sent = _sent(kind, size, members=slices if between else max(map(len, groups)))
+        started = _STARTED.match(line)
+        hidden = sent if started and started[1] in beside else 0
+        sums = found.setdefault((kind, across), np.zeros(4, np.int64))
+        sums += times * np.array([1, size, sent, hidden])
+    return [Collective(kind, across, *map(int, found[kind, across])) for kind, across in sorted(found)]
 
 
 def _collective(line: str) -> tuple[str, int] | None:
@@ -70,6 +85,26 @@ def _collective(line: str) -> tuple[str, int] | None:
         return between[1].lower().replace("_", "-"), _bytes(shape, operation)
     kind = operation.removesuffix("-start")
     return (kind, _bytes(shape, operation)) if kind in KINDS else None
+
+
+def _sent(kind: str, size: int, *, members: int) -> int:
+    """Returns the bytes that each of so many devices sends for a result of that size, in a ring."""
+    if kind in ("collective-permute", "collective-broadcast"):
+        return size
+    times = {"all-reduce": 2 / members, "reduce-scatter": 1.0}.get(kind, 1 / members)
+    return round(size * times * (members - 1))
+
+
+def _beside_work(lines: Sequence[str]) -> Iterator[str]:
+    """Yields the names of the asynchronous instructions between whose start and end something is computed."""
+    open_since: dict[str, int] = {}
+    for number, line in enumerate(lines):
+        if match := _STARTED.match(line):
+            open_since[match[1]] = number
+        elif (match := _DONE.search(line)) and any(
+            map(_COMPUTES.search, lines[open_since.get(match[1], number) : number])
+        ):
+            yield match[1]
 
 
 def _computations(text: str) -> dict[str, list[str]]:
@@ -125,9 +160,8 @@ def _itemsize(dtype: str) -> int:
     return 1 if dtype == "pred" or bits is None else max(1, int(bits[0]) // 8)
 
 
-def _crosses(line: str, devices: int, slices: int) -> bool:
+def _crosses(groups: Sequence[np.ndarray], devices: int, slices: int) -> bool:
     """Whether some group of devices lies in more than one slice."""
-    groups = _groups(line, devices)
     return any(len({int(device) * slices // devices for device in group}) > 1 for group in groups)
 
 

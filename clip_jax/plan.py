@@ -65,6 +65,20 @@ class Plan:
         peak = self.topology.chip.peak * self.topology.chips
         return self.step_flops / (peak * mfu) if peak else 0.0
 
+    def exchange_seconds(self, *, hidden: bool = True) -> float:
+        """Time that a step's collectives take at the makers' bandwidths; 0 where these are not known.
+
+        Args:
+          hidden: count also what is under way while the chips compute.
+        """
+        total = 0.0
+        for each in self.collectives:
+            bandwidth = self.topology.bandwidth(across=each.across)
+            if not bandwidth:
+                return 0.0
+            total += (each.sent - (0 if hidden else each.hidden)) / bandwidth
+        return total
+
 
 def make_plan(config: RunConfig, topology: Topology) -> Plan:
     """Compiles a run's training step for a topology.
@@ -166,7 +180,8 @@ def report(plan: Plan, *, mfu: float, memory: int, images_per_core: float) -> st
         rows.append(("memory of a chip: there is", f"{memory / 2**30:,.2f} GiB: {verdict}"))
     for each in plan.collectives:
         fabric = "between slices" if each.across else "within a slice" if topology.slices > 1 else "a step"
-        rows.append((f"{each.kind}, {fabric}", f"{each.count:,} x, {each.bytes / 2**20:,.1f} MiB a chip"))
+        behind = f", {each.hidden / each.sent:.0%} of it beside other work" if each.hidden else ""
+        rows.append((f"{each.kind}, {fabric}", f"{each.count:,} x, {each.bytes / 2**20:,.1f} MiB a chip{behind}"))
     rows += _time_rows(plan, mfu=mfu, images_per_core=images_per_core)
     return plain_table(title, ("what", "how much"), rows)
 
@@ -214,8 +229,12 @@ def _time_rows(plan: Plan, *, mfu: float, images_per_core: float) -> list[tuple[
     rate, hosts = plan.config.batch / seconds, -(-chips // plan.topology.chip.per_host)
     days = seconds * plan.config.steps / DAY
     each, cores = rate / hosts, rate / hosts / images_per_core
+    exchange, exposed = plan.exchange_seconds(), plan.exchange_seconds(hidden=False)
+    said = f"{1e3 * exchange:,.2f} ms of exchange, {1e3 * exposed:,.2f} of them with nothing else to do: "
+    share = f"{said}{seconds / (seconds + exposed):.1%} of the time is computing"
     return [
         (f"step at {mfu:.0%} of the peak", f"{seconds:,.3f} s, {rate:,.0f} pairs/s"),
+        *([("at the networks' full speed", share)] if exchange else []),
         (
             f"each of {hosts} host(s)",
             f"{each:,.0f} images/s, {cores:,.1f} cores at {images_per_core:,.0f}",

@@ -79,9 +79,9 @@ def test_collectives_are_counted_in_loops_and_told_apart_by_fabric():
     text = compiled_text(exchange, mesh, (16, 128))
     block = 2 * 128 * 4  # bytes on a device
     assert collectives(text, devices=8, slices=2) == [
-        Collective("all-gather", across=True, count=1, bytes=2 * block),
-        Collective("all-reduce", across=False, count=1, bytes=block),
-        Collective("collective-permute", across=True, count=5, bytes=5 * block),
+        Collective("all-gather", across=True, count=1, bytes=2 * block, sent=block, hidden=0),
+        Collective("all-reduce", across=False, count=1, bytes=block, sent=2 * block * 3 // 4, hidden=0),
+        Collective("collective-permute", across=True, count=5, bytes=5 * block, sent=5 * block, hidden=0),
     ]
     assert not any(each.across for each in collectives(text, devices=8))
 
@@ -133,7 +133,7 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 )
 def test_groups_in_every_spelling(groups, across):
     found = collectives(HLO.replace("REPLICA", groups), devices=8, slices=2)
-    assert Collective("all-gather", across, 1, 32) in found
+    assert ("all-gather", across, 1, 32) in [each[:4] for each in found]
     total = {each.across: each.bytes for each in found if each.kind == "all-reduce"}
     assert total == ({True: 128 + 64} if across else {False: 128, True: 64})
 
@@ -207,6 +207,26 @@ def test_peaks_by_what_jax_calls_a_device(kind, peak):
     assert peak_of(kind) == peak
 
 
+ASYNCHRONOUS = """
+ENTRY %main (p: f32[8]) -> f32[64] {
+  %one = (f32[8], f32[64]) all-gather-start(%p), replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}
+  %two = f32[8] all-reduce-start(%p), replica_groups={{0,1},{2,3},{4,5},{6,7}}, to_apply=%add
+  %same = f32[8] bitcast(%p)
+  %three = f32[8] all-reduce-done(%two)
+  %work = f32[8] fusion(%p), kind=kLoop, calls=%add
+  ROOT %four = f32[64] all-gather-done(%one)
+}
+"""
+
+
+def test_what_is_under_way_while_the_device_computes_is_hidden():
+    """The sum ends before the work begins, and the gather after it."""
+    assert collectives(ASYNCHRONOUS, devices=8) == [
+        Collective("all-gather", False, 1, 256, sent=256 * 7 // 8, hidden=256 * 7 // 8),
+        Collective("all-reduce", False, 1, 32, sent=32, hidden=0),
+    ]
+
+
 def plan_of(**changes) -> Plan:
     run = dataclasses.replace(TINY, samples=TINY.batch * 1000)
     figures = {
@@ -216,7 +236,7 @@ def plan_of(**changes) -> Plan:
         "sample_flops": (10**9, 10**9),
         "step_flops": 4 * 459e12 * 0.4 * 2,
         "memory": {"parameters": 2**30, "temporaries": 9 * 2**30, "total": 10 * 2**30},
-        "collectives": (Collective("all-reduce", False, 3, 2**20),),
+        "collectives": (Collective("all-reduce", False, 3, 2**20, 2 * 2**20, 2**20),),
     }
     return Plan(**(figures | changes))
 

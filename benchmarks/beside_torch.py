@@ -1,0 +1,143 @@
+"""Whole training steps beside open_clip's in torch, in turns in one process.
+
+  python -m benchmarks.beside_torch --config=configs/vit_b32.py:batch=64 --config.model.dtype=float32
+
+The same model, batch, precision and machine: both towers, contrastive loss, backward pass, AdamW, clamp of the scale.
+Ours is measured as configured, and with `model.dead_tokens=compute`, which computes what open_clip does. open_clip runs
+as its users run it at its best: bfloat16 by autocast over float32 weights, fused AdamW and TF32 products on a GPU, and
+with `--compile` through `torch.compile`. Synthetic pairs with captions as long as web captions are. Needs torch and
+open_clip.
+"""
+
+import argparse
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs room beside
+
+import jax
+import numpy as np
+
+from benchmarks.figures import Figure, report
+from benchmarks.step import CompiledStep
+from clip_jax.command_line import load_config, one_line_errors, take_overrides
+from clip_jax.config import RunConfig
+from clip_jax.data.images import preprocess_of
+from clip_jax.data.synthetic import synthetic_batches
+from clip_jax.models.variants import variant_name
+from tests.references import import_open_clip
+
+OURS, PLAIN, THEIRS = "clip_jax", "clip_jax, all tokens", "open_clip"
+
+
+def main() -> None:
+    with one_line_errors():
+        rest, overrides = take_overrides(sys.argv[1:])
+        parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser.add_argument("--config", required=True, help="config file, such as configs/vit_b32.py:batch=64")
+        parser.add_argument("--rounds", type=int, default=7, help="turns; the median counts")
+        parser.add_argument("--steps", type=int, default=1, help="steps in a turn")
+        parser.add_argument("--compile", action="store_true", help="torch.compile for open_clip")
+        arguments = parser.parse_args(rest)
+        plain = [*overrides, ("model.dead_tokens", "compute")]
+        runs = {
+            name: load_config(arguments.config, keys, without_data=True)
+            for name, keys in ((OURS, overrides), (PLAIN, plain))
+        }
+        measure(runs, rounds=arguments.rounds, steps=arguments.steps, compiled=arguments.compile)
+
+
+def measure(runs: dict[str, RunConfig], *, rounds: int, steps: int, compiled: bool) -> None:
+    """Reports the time of a step of each contender.
+
+    Args:
+      runs: ours, by name, the plain one last.
+      rounds: turns that count, after one that does not.
+      steps: in a turn.
+      compiled: use torch.compile.
+    """
+    run, device = runs[PLAIN], jax.devices()[0]
+    contenders: dict[str, Callable[[int], None]] = {name: _ours(run) for name, run in runs.items()}
+    contenders[THEIRS] = _open_clip(run, gpu=device.platform == "gpu", compiled=compiled)
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(rounds + 1):
+        for name, train in contenders.items():
+            began = time.perf_counter()
+            train(steps)
+            if turn:  # the first compiles
+                seconds[name].append((time.perf_counter() - began) / steps)
+    report(
+        f"Training step, {variant_name(run.model)}, {run.batch} pairs, {run.model.dtype}; {device.device_kind}, jax "
+        f"{jax.__version__}; median of {rounds} turns",
+        [_beside(name, seconds[name], seconds[THEIRS]) for name in runs],
+    )
+
+
+def _beside(name: str, ours: list[float], theirs: list[float]) -> Figure:
+    ratio = statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
+    return Figure(name, 1e3 * statistics.median(ours), "ms", THEIRS, 1e3 * statistics.median(theirs), ratio)
+
+
+def _ours(run: RunConfig) -> Callable[[int], None]:
+    step = CompiledStep(run)
+    state = step.new_state()
+
+    def train(steps: int) -> None:
+        nonlocal state
+        state = step.run(state, steps)
+
+    return train
+
+
+def _open_clip(run: RunConfig, *, gpu: bool, compiled: bool) -> Callable[[int], None]:
+    import torch
+
+    open_clip = import_open_clip()
+    torch.set_float32_matmul_precision("high" if gpu else "highest")
+    device = torch.device("cuda" if gpu else "cpu")
+    name = variant_name(run.model).replace("/", "-").replace("@", "-")
+    model: Any = open_clip.create_model(f"{name}-quickgelu", pretrained=None).to(device)
+    loss = open_clip.ClipLoss()
+    decayed = [leaf for key, leaf in model.named_parameters() if leaf.ndim >= 2 and "bn" not in key]
+    others = [leaf for key, leaf in model.named_parameters() if leaf.ndim < 2 or "bn" in key]
+    groups = [{"params": decayed, "weight_decay": 0.2}, {"params": others, "weight_decay": 0.0}]
+    optim = run.optim
+    optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.b1, optim.b2), eps=optim.eps, fused=gpu)
+    forward = torch.compile(model) if compiled else model
+    rows = _batch(run)
+    preprocess = preprocess_of(run.model)
+    mean, std = (torch.tensor(each, device=device).reshape(1, 3, 1, 1) for each in (preprocess.mean, preprocess.std))
+    pixels = torch.from_numpy(rows["image"].transpose(0, 3, 1, 2).copy()).to(device)
+    tokens = torch.tensor(rows["tokens"], dtype=torch.long).to(device)
+
+    def train(steps: int) -> None:
+        for _ in range(steps):
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast(device.type, torch.bfloat16, enabled=run.model.dtype == "bfloat16"):
+                features = forward((pixels / 255 - mean) / std, tokens)
+                value = loss(*features[:3])
+            value.backward()
+            optimizer.step()
+            with torch.no_grad():
+                model.logit_scale.clamp_(max=math.log(optim.max_scale))
+        value.item()
+
+    return train
+
+
+def _batch(run: RunConfig) -> dict[str, np.ndarray]:
+    size, text = run.model.vision.image_size, run.model.text
+    return next(
+        synthetic_batches(
+            batch=run.batch, image_size=size, context=text.context, vocab_size=text.vocab_size, seed=run.seed
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
