@@ -15,8 +15,9 @@ from clip_jax.errors import UserError, did_you_mean
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs one subcommand. A user's mistake is one line on stderr and exit code 2; a plan that does not fit, or
-    accelerators that would starve, are 3; a machine that something is wrong with, or a sweep with a run that failed, 1.
+    """Runs one subcommand. A user's mistake is one line on stderr and exit code 2; a plan that does not fit,
+    accelerators that would starve, or a batch that is not learnt, are 3; a machine that something is wrong with, or a
+    sweep with a run that failed, 1.
     """
     with one_line_errors():
         rest, overrides = take_overrides(sys.argv[1:] if argv is None else argv)
@@ -124,6 +125,13 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--memory", type=float, help="GiB of a chip, instead of what such chips have")
     plan.add_argument("--images-per-core", type=float, default=150, help="that a core of a host decodes in a second")
     plan.set_defaults(run=_plan)
+
+    overfit = commands.add_parser(
+        "overfit-one-batch", help="a first check: train on the first batch alone, whose loss must go to about 0"
+    )
+    overfit.add_argument("--config", required=True, help="config file of the run, with a batch such as :batch=256")
+    overfit.add_argument("--steps", type=int, default=300, help="at most (default: 300)")
+    overfit.set_defaults(run=_overfit)
 
     doctor = commands.add_parser("doctor", help="say what a run would find on this machine, and what is wrong with it")
     doctor.add_argument("--config", help="config file of the run; without one, only the machine is examined")
@@ -364,6 +372,33 @@ def _plan(arguments: argparse.Namespace) -> None:
     memory = topology.chip.memory if arguments.memory is None else int(arguments.memory * 2**30)
     print(report(plan, mfu=arguments.mfu, memory=memory, images_per_core=arguments.images_per_core))
     if not plan.fits(memory):
+        sys.exit(3)
+
+
+def _overfit(arguments: argparse.Namespace) -> None:
+    from clip_jax.command_line import load_config
+    from clip_jax.distributed import processes
+
+    _check_positive(arguments, "steps")
+    config = load_config(arguments.config, arguments.overrides)
+    with processes(config.distributed):
+        import jax
+
+        from clip_jax.overfit import advice, overfit_one_batch
+
+        def say(line: str) -> None:
+            if jax.process_index() == 0:
+                print(line, flush=True)
+
+        found = overfit_one_batch(config, steps=arguments.steps, say=say)
+        steps, loss = len(found.metrics), found.metrics[-1]["loss"]
+        if found.reached:
+            say(f"learnt by heart: {found.pairs} pairs, loss {loss:.4f} after {steps} steps")
+        else:
+            say(f"the loss of one batch is {loss:.4f} after {steps} steps, and not under {found.limit:.4f}; look at:")
+            for line in advice(found):
+                say(f"- {line}")
+    if not found.reached:  # outside, where an exit code would be taken for a failure that others must hear of
         sys.exit(3)
 
 

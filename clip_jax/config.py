@@ -154,6 +154,15 @@ def data_sources(data: DataConfig) -> tuple[DataConfig, ...]:
     return tuple(parse_source(base, text, f"data.mixture[{number}]") for number, text in enumerate(data.mixture))
 
 
+def held_out_source(data: DataConfig, evaluation: "EvalConfig") -> DataConfig:
+    """Returns the source of held-out pairs.
+
+    Raises:
+      ConfigError: an unknown key or a wrong value.
+    """
+    return parse_source(dataclasses.replace(data, mixture=()), evaluation.held_out, "eval.held_out")
+
+
 def parse_source(base: DataConfig, text: str, where: str) -> DataConfig:
     """Returns a source that is written as `key=value,...`.
 
@@ -309,18 +318,26 @@ class CheckpointConfig:
     timeout_s: float = 600.0
 
 
+HELD_OUT_METRICS = ("held_out/loss", "held_out/accuracy")
+"""What is measured on held-out pairs: the loss as in training, and how often images and texts find each other."""
+
+
 @dataclass(frozen=True)
 class EvalConfig:
-    """Zero-shot classification of held-out images, in training and at its end.
+    """What is measured on held-out data, in training and at its end: zero-shot classification, the contrastive loss.
 
     Attributes:
-      dataset: TFDS name of a labelled dataset; empty means no evaluation.
+      dataset: TFDS name of a labelled dataset; empty means no zero-shot evaluation.
       split: TFDS split.
       image_key: feature that holds the image.
       label_key: feature that holds the class label.
       prompts: names of template sets in `clip_jax/evals/prompts.py`; each gives a row of the result.
+      held_out: pairs whose contrastive loss is measured, said as what differs from config.data: `split=val`,
+        `shards=/data/val/{00..03}.tar`, `table=val.csv`; as in `data.mixture`, `key=value,...`. Empty means none.
+      held_out_pairs: their number, one batch for the loss, always the same pairs; 0 means config.batch. Where there are
+        fewer, all.
       every: steps between evaluations; 0 means only at the end.
-      batch: images a step, over all devices.
+      batch: images, or pairs, that go through the towers at a time, over all devices.
     """
 
     dataset: str = ""
@@ -328,13 +345,16 @@ class EvalConfig:
     image_key: str = "image"
     label_key: str = "label"
     prompts: tuple[str, ...] = ("photo",)
+    held_out: str = ""
+    held_out_pairs: int = 0
     every: int = 0
     batch: int = 256
 
     @property
     def metrics(self) -> tuple[str, ...]:
         """Names of the numbers that an evaluation gives."""
-        return tuple(f"zero_shot/{name}/top1" for name in self.prompts) if self.dataset else ()
+        zero_shot = tuple(f"zero_shot/{name}/top1" for name in self.prompts) if self.dataset else ()
+        return zero_shot + (HELD_OUT_METRICS if self.held_out else ())
 
 
 @dataclass(frozen=True)
@@ -346,12 +366,17 @@ class LogConfig:
       tensorboard: write TensorBoard events beside `metrics.jsonl`.
       wandb_project: Weights & Biases project; empty means off.
       wandb_name: name of the run there; empty means the workdir's.
+      profile: first and last of the steps of which a profiler's trace is written into `workdir/profile`, such as
+        `(100, 104)`; () means none.
+      profile_steps: steps whose trace is written when a process gets SIGUSR1.
     """
 
     every: int = 50
     tensorboard: bool = True
     wandb_project: str = ""
     wandb_name: str = ""
+    profile: tuple[int, ...] = ()
+    profile_steps: int = 5
 
 
 @dataclass(frozen=True)
@@ -536,6 +561,11 @@ def _contradictions(config: RunConfig) -> Iterator[tuple[bool, str]]:
     yield from _data_contradictions(config.data, config.eval)
     yield from _distributed_contradictions(config.distributed)
     yield from _checkpoint_contradictions(config.checkpoint, config.eval)
+    profile = config.log.profile
+    yield (
+        bool(profile) and (len(profile) != 2 or not 0 < profile[0] <= profile[1]),
+        f"config.log.profile is {profile}; it must be (first step, last step), such as (100, 104), or ()",
+    )
     cosine = config.health.collapse_cosine
     yield not 0 < cosine <= 1, f"config.health.collapse_cosine is {cosine}; it must be over 0 and at most 1"
     text_groups.parse_groups(config.text_groups)
@@ -594,13 +624,13 @@ def _must_be_positive(config: RunConfig) -> Iterator[tuple[bool, str]]:
     names = "batch samples loss.tile optim.lr optim.eps optim.max_scale mesh.fsdp mesh.dcn_data checkpoint.every"
     names += " data.streams data.block data.window data.connections data.retry_s"
     names += " distributed.timeout checkpoint.keep eval.batch log.every data.threads data.prefetch model.embed_dim"
-    names += " model.temperature distributed.heartbeat health.spike_window health.grace_s"
+    names += " model.temperature distributed.heartbeat health.spike_window health.grace_s log.profile_steps"
     names += " checkpoint.timeout_s"
     sizes = [key for key in values if key.startswith(("model.vision.", "model.text.")) and type(values[key]) is int]
     for key in [*names.split(), *sizes]:
         yield values[key] <= 0, f"config.{key} is {values[key]}; it must be positive"
     names = "data.workers eval.every model.bn_group micro_batch optim.clip_norm optim.weight_decay seed"
-    names += " checkpoint.minutes checkpoint.keep_every"
+    names += " checkpoint.minutes checkpoint.keep_every eval.held_out_pairs"
     names += " health.max_skipped health.max_rewinds health.spike_deviations health.clamp_steps health.hang_minutes"
     for key in names.split():
         yield values[key] < 0, f"config.{key} is {values[key]}; it must not be negative"
@@ -714,7 +744,7 @@ def _checkpoint_contradictions(checkpoint: CheckpointConfig, evaluation: EvalCon
     yield (
         bool(best) and not (names and evaluation.every),
         f"config.checkpoint.best_metric is {best!r}, and nothing is evaluated while training; set config.eval.dataset "
-        "and config.eval.every",
+        "or config.eval.held_out, and config.eval.every",
     )
     yield (
         bool(best) and best not in names,
@@ -750,6 +780,13 @@ def _data_contradictions(data: DataConfig, evaluation: EvalConfig) -> Iterator[t
         bool(evaluation.dataset) and not evaluation.prompts,
         f"config.eval.prompts is empty, and config.eval.dataset={evaluation.dataset!r} needs at least one template set",
     )
+    if evaluation.held_out:
+        held_out = held_out_source(data, evaluation)
+        yield (
+            held_out.source != "synthetic" and held_out in data_sources(data),
+            f"config.eval.held_out is {evaluation.held_out!r}, the pairs that the run is trained on; name others by "
+            "split, shards or table",
+        )
 
 
 def _source_contradictions(data: DataConfig) -> Iterator[tuple[bool, str]]:

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from clip_jax.config import RunConfig
 from clip_jax.errors import ConfigError
 from clip_jax.models.clip import CLIPOutput
-from clip_jax.partition import AXES, ROWS, check_batch
+from clip_jax.partition import check_batch, join_rows, split_rows
 from clip_jax.text_groups import Groups
 from clip_jax.towers import Batch, Towers
 
@@ -70,7 +70,7 @@ def cached_gradients(towers: Towers, loss: Loss, batch: Batch, *, parts: int) ->
     """
     params, mesh = towers.params, towers.mesh
     scalars = {name: part for name, part in params.items() if name not in ("image", "text")}
-    micro = jax.tree.map(lambda rows: _split(rows, parts, mesh), batch)
+    micro = jax.tree.map(lambda rows: split_rows(rows, parts, mesh), batch)
 
     def embed(_: None, part: Batch) -> tuple[None, tuple[jax.Array, jax.Array, jax.Array | None]]:
         layout = towers.layout(part["tokens"])
@@ -84,7 +84,7 @@ def cached_gradients(towers: Towers, loss: Loss, batch: Batch, *, parts: int) ->
         output = loss(features, batch["weight"])
         return output.loss, output
 
-    features = CLIPOutput(_join(images, mesh), _join(texts, mesh), scale, bias)
+    features = CLIPOutput(join_rows(images, mesh), join_rows(texts, mesh), scale, bias)
     of_features, output = jax.grad(value, has_aux=True)(features)
 
     def pull(sums: Any, xs: tuple[Batch, jax.Array, jax.Array]) -> tuple[Any, None]:
@@ -99,25 +99,8 @@ def cached_gradients(towers: Towers, loss: Loss, batch: Batch, *, parts: int) ->
         return jax.tree.map(jnp.add, sums, (pull_image(of_images)[0], of_text_tower, means)), None
 
     zeros = jax.tree.map(jnp.zeros_like, (params["image"], params["text"], towers.batch_stats))
-    cotangents = (_split(of_features.image, parts, mesh), _split(of_features.text, parts, mesh))
+    cotangents = (split_rows(of_features.image, parts, mesh), split_rows(of_features.text, parts, mesh))
     (image, text, sums), _ = jax.lax.scan(pull, zeros, (micro, *cotangents))
     gradients = {"image": image, "text": text, **pull_scalars((of_features.scale, of_features.bias))[0]}
     batch_stats = jax.tree.map(lambda total: total / parts, sums)
     return Gradients(output, gradients, batch_stats, None if fits is None else fits.mean())
-
-
-def _split(rows: jax.Array, parts: int, mesh: Mesh) -> jax.Array:
-    """Cuts [b, …] into [parts, b / parts, …], every device's rows by themselves, so that none changes its device."""
-    each = len(rows) // mesh.size // parts
-    by_device = rows.reshape(mesh.size, parts, each, *rows.shape[1:])
-    micro = by_device.swapaxes(0, 1).reshape(parts, mesh.size * each, *rows.shape[1:])
-    return jax.lax.with_sharding_constraint(micro, NamedSharding(mesh, PartitionSpec(None, AXES)))
-
-
-def _join(micro: jax.Array, mesh: Mesh) -> jax.Array:
-    """Undoes `_split`."""
-    parts, rows = micro.shape[:2]
-    by_device = micro.reshape(parts, mesh.size, rows // mesh.size, *micro.shape[2:]).swapaxes(0, 1)
-    return jax.lax.with_sharding_constraint(
-        by_device.reshape(parts * rows, *micro.shape[2:]), NamedSharding(mesh, ROWS)
-    )

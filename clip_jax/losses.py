@@ -95,6 +95,22 @@ def chance_loss(kind: Literal["softmax", "sigmoid"], batch: int) -> float:
     return math.log(batch) - (batch - 1) * math.log1p(-1 / batch)
 
 
+def least_loss(kind: Literal["softmax", "sigmoid"], batch: int, *, scale: float, bias: float = 0.0) -> float:
+    """Returns the loss where unit features are told apart as well as can be: cosine 1 within pairs, -1 / (batch - 1)
+    between them.
+
+    Args:
+      kind: of the loss.
+      batch: pairs, all of them different.
+      scale: exp(logit_scale).
+      bias: logit_bias.
+    """
+    own, rival, rivals = scale, -scale / max(batch - 1, 1), batch - 1
+    if kind == "softmax":
+        return math.log1p(rivals * math.exp(rival - own))
+    return math.log1p(math.exp(-own - bias)) + rivals * math.log1p(math.exp(rival + bias))
+
+
 def mean_cosine(features: Float[Array, "b e"], weight: Float[Array, " b"]) -> Float[Array, ""]:
     """Returns the mean cosine between the features of different pairs that count.
 

@@ -101,9 +101,21 @@ def clamp_scale(params: dict[str, Any], max_scale: float) -> dict[str, Any]:
     return params | {"logit_scale": jnp.minimum(params["logit_scale"], jnp.log(max_scale))}
 
 
-def global_norm(tree: Any) -> jax.Array:
-    """Returns the 2-norm of all leaves together, in float32 or wider."""
-    return optax.tree.norm(jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree))
+def gradient_norms(gradients: dict[str, Any]) -> dict[str, jax.Array]:
+    """Returns 2-norms in float32 or wider, as metrics: `gradient_norm`, of all leaves together, and of its parts
+    `gradient_norm/image`, `gradient_norm/text` and, of logit_scale and logit_bias, `gradient_norm/rest`.
+
+    What is frozen has gradients of zero, and counts as that. Squares are summed once, so the parts cost nothing.
+    """
+
+    def square(tree: Any) -> jax.Array:
+        wide = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
+        return optax.tree.norm(wide, squared=True)
+
+    rest = {name: part for name, part in gradients.items() if name not in ("image", "text")}
+    squares = {"image": square(gradients["image"]), "text": square(gradients["text"]), "rest": square(rest)}
+    parts = {f"gradient_norm/{name}": jnp.sqrt(value) for name, value in squares.items()}
+    return {"gradient_norm": jnp.sqrt(sum(squares.values())), **parts}
 
 
 def moving_average(average: Any, params: Any, *, decay: float) -> Any:

@@ -172,6 +172,23 @@ def place_rows(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arr
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
 
 
+def split_rows(rows: jax.Array, parts: int, mesh: Mesh) -> jax.Array:
+    """Cuts [b, …] into [parts, b / parts, …], every device's rows by themselves, so that none changes its device."""
+    each = len(rows) // mesh.size // parts
+    by_device = rows.reshape(mesh.size, parts, each, *rows.shape[1:])
+    micro = by_device.swapaxes(0, 1).reshape(parts, mesh.size * each, *rows.shape[1:])
+    return jax.lax.with_sharding_constraint(micro, NamedSharding(mesh, PartitionSpec(None, AXES)))
+
+
+def join_rows(micro: jax.Array, mesh: Mesh) -> jax.Array:
+    """Undoes `split_rows`."""
+    parts, rows = micro.shape[:2]
+    by_device = micro.reshape(parts, mesh.size, rows // mesh.size, *micro.shape[2:]).swapaxes(0, 1)
+    return jax.lax.with_sharding_constraint(
+        by_device.reshape(parts * rows, *micro.shape[2:]), NamedSharding(mesh, ROWS)
+    )
+
+
 def _check_divisible(shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) -> None:
     for size, axis in zip(shape, spec, strict=False):
         if axis is not None and size % mesh.shape[axis]:

@@ -19,15 +19,12 @@ from clip_jax.chips import Topology
 from clip_jax.config import RunConfig
 from clip_jax.console import plain_table
 from clip_jax.errors import UserError, one_line
-from clip_jax.gradient_cache import check_micro_batch
 from clip_jax.hlo import Collective, collectives
-from clip_jax.models.clip import CLIP
 from clip_jax.models.flops import image_flops, text_flops
 from clip_jax.models.variants import ResNetConfig, variant_name
-from clip_jax.optim import make_optimizer
-from clip_jax.partition import check_batch, make_mesh, row_sharding
-from clip_jax.state import TrainState, abstract_state, count_parameters
-from clip_jax.step import make_train_step
+from clip_jax.partition import row_sharding
+from clip_jax.program import make_program
+from clip_jax.state import TrainState, count_parameters
 from clip_jax.utilization import StepFlops
 
 DAY = 86_400
@@ -113,19 +110,15 @@ def lower_step(config: RunConfig, devices: Sequence[Any]) -> tuple[TrainState, j
     Raises:
       ConfigError: mesh or batch do not fit the devices.
     """
-    mesh = make_mesh(config.mesh, devices=devices)
-    check_batch("batch", config.batch, mesh)
-    check_micro_batch(config, mesh)
-    model, optimizer = CLIP(config.model), make_optimizer(config.optim, steps=config.steps)
-    state = abstract_state(model, optimizer, mesh=mesh, zero1=config.mesh.zero1, ema=config.optim.ema_decay > 0)
-    rows, size, context = row_sharding(mesh), config.model.vision.image_size, config.model.text.context
+    program = make_program(config, devices=devices)
+    rows, size, context = row_sharding(program.mesh), config.model.vision.image_size, config.model.text.context
     batch = {
         "image": jax.ShapeDtypeStruct((config.batch, size, size, 3), jnp.uint8, sharding=rows),
         "tokens": jax.ShapeDtypeStruct((config.batch, context), jnp.int32, sharding=rows),
         "weight": jax.ShapeDtypeStruct((config.batch,), jnp.float32, sharding=rows),
     }
-    step: Any = make_train_step(model, optimizer, config, mesh=mesh, state=state)
-    return state, step.lower(state, batch)
+    step: Any = program.train_step
+    return program.target, step.lower(program.target, batch)
 
 
 def devices_of(topology: Topology) -> Sequence[Any]:

@@ -4,11 +4,12 @@ A step whose loss or gradient is not finite changes nothing but the step counter
 functions of the data position.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -17,8 +18,8 @@ from clip_jax.data.records import REASONS
 from clip_jax.gradient_cache import Gradients, Loss, cached_gradients
 from clip_jax.losses import LossOutput, mean_cosine, sigmoid_loss, softmax_loss
 from clip_jax.models.clip import CLIP, CLIPOutput
-from clip_jax.optim import clamp_scale, global_norm, is_schedule, learning_rate, moving_average
-from clip_jax.partition import replicated, row_sharding
+from clip_jax.optim import clamp_scale, gradient_norms, is_schedule, learning_rate, moving_average
+from clip_jax.partition import place_rows, replicated, row_sharding
 from clip_jax.state import TrainState
 from clip_jax.text_groups import Groups
 from clip_jax.tiled_loss import tiled_loss
@@ -71,10 +72,7 @@ def make_train_step(
     random_patches = config.model.patch_dropout > 0
 
     def loss(features: CLIPOutput, weight: jax.Array) -> JudgedFeatures:
-        output = contrastive_loss(config.loss, features, weight, mesh=mesh)
-        accuracy = (output.image_accuracy + output.text_accuracy) / 2
-        cosines = [mean_cosine(side, weight) for side in (features.image, features.text)]
-        return JudgedFeatures(output.loss, accuracy, *cosines)
+        return judge(config.loss, features, weight, mesh=mesh)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         if random_patches:
@@ -87,14 +85,14 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = clamp_scale(cast(dict, optax.apply_updates(state.params, updates)), optim.max_scale)
         ema = moving_average(state.ema, params, decay=optim.ema_decay) if state.ema else state.ema
-        norm = global_norm(grads)
-        finite = jnp.isfinite(output.loss) & jnp.isfinite(norm)
+        norms = gradient_norms(grads)
+        finite = jnp.isfinite(output.loss) & jnp.isfinite(norms["gradient_norm"])
         metrics = {
             "loss": output.loss,
             "accuracy": output.accuracy,
             "logit_scale": jnp.exp(state.params["logit_scale"]),
             "learning_rate": jnp.asarray(learning_rate(optim, steps=config.steps)(state.step)),
-            "gradient_norm": norm,
+            **norms,
             "pairs": batch["weight"].sum(),
             "image_cosine": output.image_cosine,
             "text_cosine": output.text_cosine,
@@ -116,6 +114,11 @@ def make_train_step(
     )
 
 
+def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> Batch:
+    """Makes global arrays of what a step needs of this process's rows; the records' numbers stay on the host."""
+    return place_rows({name: batch[name] for name in ("image", "tokens", "weight", "bad")}, mesh)
+
+
 def keep_unless(finite: jax.Array, updated: TrainState, state: TrainState) -> TrainState:
     """Returns the updated state, or where `finite` is false the old one with the updated counters of steps.
 
@@ -126,6 +129,14 @@ def keep_unless(finite: jax.Array, updated: TrainState, state: TrainState) -> Tr
         return new if is_schedule(new) else jnp.where(finite, new, old)
 
     return jax.tree.map(choose, updated, state, is_leaf=is_schedule).replace(step=updated.step)
+
+
+def judge(config: LossConfig, features: CLIPOutput, weight: jax.Array, *, mesh: Mesh | None) -> JudgedFeatures:
+    """Returns what is said of a batch's features; the arguments are those of `contrastive_loss`."""
+    output = contrastive_loss(config, features, weight, mesh=mesh)
+    accuracy = (output.image_accuracy + output.text_accuracy) / 2
+    cosines = [mean_cosine(side, weight) for side in (features.image, features.text)]
+    return JudgedFeatures(output.loss, accuracy, *cosines)
 
 
 def contrastive_loss(config: LossConfig, output: CLIPOutput, weight: jax.Array, *, mesh: Mesh | None) -> LossOutput:

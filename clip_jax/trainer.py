@@ -7,14 +7,12 @@ What a run does when something goes wrong is in docs/operations.md.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax
-import numpy as np
-from jax.sharding import Mesh
 
 from clip_jax.checkpoint import Checkpoints, Restored
 from clip_jax.config import RunConfig, as_json
@@ -22,25 +20,21 @@ from clip_jax.data.loader import TrainingData, open_training_data
 from clip_jax.data.skips import Skips, batches_between
 from clip_jax.errors import RestartError, UserError, one_line
 from clip_jax.evals.evaluation import Evaluated, Evaluation, scalars
+from clip_jax.evals.held_out import HeldOut
 from clip_jax.evals.report import report_training, report_zero_shot
-from clip_jax.gradient_cache import check_micro_batch
 from clip_jax.health import Rewind
 from clip_jax.lock import locked, unwritable
 from clip_jax.losses import chance_loss
-from clip_jax.models.clip import CLIP
 from clip_jax.models.variants import variant_name
 from clip_jax.monitor import Monitor
-from clip_jax.optim import make_optimizer
-from clip_jax.partition import check_batch, make_mesh, place_rows
 from clip_jax.preemption import Preemption
+from clip_jax.profiling import Profiler
+from clip_jax.program import Program, fresh_state, initial_of, make_program
 from clip_jax.resume import check_resumable, describe_resume
 from clip_jax.startup import Startup
-from clip_jax.state import TrainState, abstract_state, count_parameters, create_state, start_from
-from clip_jax.step import TrainStep, make_train_step
+from clip_jax.state import TrainState, count_parameters
+from clip_jax.step import place_batch
 from clip_jax.watchdog import Watchdog
-
-if TYPE_CHECKING:
-    from clip_jax.initial import Initial
 
 
 class Run(NamedTuple):
@@ -48,13 +42,11 @@ class Run(NamedTuple):
 
     config: RunConfig
     workdir: Path
-    mesh: Mesh
+    program: Program
     data: TrainingData
     evaluation: Evaluation | None
+    held_out: HeldOut | None
     checkpoints: Checkpoints
-    train_step: TrainStep
-    target: TrainState
-    fresh: "Callable[[Initial | None], TrainState]"
 
 
 class Watch(NamedTuple):
@@ -63,6 +55,19 @@ class Watch(NamedTuple):
     monitor: Monitor
     watchdog: Watchdog
     preemption: Preemption
+    profiler: Profiler
+
+
+class Found(NamedTuple):
+    """What was measured after a step.
+
+    Attributes:
+      zero_shot: what the zero-shot evaluation found; None without one.
+      numbers: all of it, as it belongs into the metrics.
+    """
+
+    zero_shot: Evaluated | None
+    numbers: dict[str, float]
 
 
 def train(
@@ -85,55 +90,42 @@ def train(
     """
     startup = startup or Startup()
     startup.lap("import")
-    model = CLIP(config.model)
-    optimizer = make_optimizer(config.optim, steps=config.steps)
-    mesh = make_mesh(config.mesh)
-    check_batch("batch", config.batch, mesh)
-    check_micro_batch(config, mesh)
-    layout = {"mesh": mesh, "zero1": config.mesh.zero1, "ema": config.optim.ema_decay > 0}
-    target = abstract_state(model, optimizer, **layout)
-
-    def fresh(initial: "Initial | None") -> TrainState:
-        state = create_state(model, optimizer, seed=config.seed, **layout)
-        return state if initial is None else start_from(state, initial.arrays)
-
+    program = make_program(config)
     startup.lap("state")
     run = Run(
         config=config,
         workdir=workdir,
-        mesh=mesh,
+        program=program,
         data=open_training_data(config) if data is None else data,
-        evaluation=Evaluation.open(config, model, mesh=mesh),
+        evaluation=Evaluation.open(config, program.model, mesh=program.mesh),
+        held_out=HeldOut.open(config, program.model, mesh=program.mesh),
         checkpoints=Checkpoints(workdir, config.checkpoint),
-        train_step=make_train_step(model, optimizer, config, mesh=mesh, state=target),
-        target=target,
-        fresh=fresh,
     )
     startup.lap("data")
     initial = None
     if (newest := run.checkpoints.latest()) is None:
         run.data.check(0)
-        initial = _initial(config, target)
+        initial = initial_of(config, program)
     else:
         saved = run.checkpoints.read_contents(newest)
         check_resumable(saved, config, step=newest, where=workdir)
         run.data.check(saved.data["position"])
     with locked(workdir):
-        resumed = run.checkpoints.restore_latest(target)
+        resumed = run.checkpoints.restore_latest(program.target)
         prepare_workdir(workdir, config)
         if resumed is not None:
             step, restored = resumed
             saved = run.checkpoints.read_contents(step)
             notes = describe_resume(saved, config, step=step, data=run.data.fingerprint)
             return _train_from(run, restored, notes, startup)
-        state, notes = fresh(initial), [] if initial is None else initial.report()
+        state, notes = fresh_state(program, initial), [] if initial is None else initial.report()
         del initial  # whole weights, on the host
         return _train_from(run, Restored(state, 0), notes, startup)
 
 
 def _train_from(run: Run, start: Restored, notes: list[str], startup: Startup) -> TrainState:
     """Trains a fresh or restored state to the end, evaluates it and reports."""
-    config, health = run.config, run.config.health
+    config, health, log = run.config, run.config.health, run.config.log
     chance, step = chance_loss(config.loss.kind, config.batch), int(start.state.step)
     with (
         run.checkpoints,
@@ -143,19 +135,20 @@ def _train_from(run: Run, start: Restored, notes: list[str], startup: Startup) -
             start_step=step,
             chance_loss=chance,
             where=run.data.where,
-            devices=run.mesh.devices.flatten().tolist(),
+            devices=run.program.mesh.devices.flatten().tolist(),
             startup=startup,
         ) as monitor,
         Watchdog(health.hang_minutes, run.workdir / f"hang-{jax.process_index()}.txt") as watchdog,
         Preemption(health.grace_s) as preemption,
+        Profiler(run.workdir / "profile", log.profile, on_signal=log.profile_steps, say=monitor.print) as profiler,
         _memory_explained(run),
     ):
         for line in [_describe(run), *notes]:
             monitor.print(line)
-        watch = Watch(monitor, watchdog, preemption)
+        watch = Watch(monitor, watchdog, preemption, profiler)
         state = _loop(run, start, watch)
-        evaluated = _evaluate(run, state, watch)
-    _report(run, state, evaluated)
+        found = _evaluate(run, state, watch)
+    _report(run, state, found)
     return state
 
 
@@ -174,10 +167,13 @@ def _steps(run: Run, start: Restored, watch: Watch) -> TrainState:
     state, position, skips = start
     with closing(batches_between(run.data.batches, position, batch=config.batch, skips=skips)) as batches:
         for step in range(int(state.step) + 1, last + 1):
-            with monitor.waiting_for_data():
-                position, batch = next(batches)
-            monitor.started(step, position, batch)
-            state, metrics = run.train_step(state, place_rows(_for_step(batch), run.mesh))
+            watch.profiler.before(step, state)
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                with monitor.waiting_for_data():
+                    position, batch = next(batches)
+                monitor.started(step, position, batch)
+                state, metrics = run.program.train_step(state, place_batch(batch, run.program.mesh))
+            watch.profiler.after(step, state)
             monitor.finished(step, metrics)
             watch.watchdog.progress()
             ending = watch.preemption.noticed()
@@ -190,7 +186,7 @@ def _steps(run: Run, start: Restored, watch: Watch) -> TrainState:
                 skips=skips,
                 config=config,
                 data=run.data.fingerprint,
-                metrics=None if found is None else scalars(found),
+                metrics=None if found is None else found.numbers,
                 now=step == last or ending,
             )
             if saved:
@@ -214,8 +210,9 @@ def _go_back(run: Run, skips: Skips, rewind: Rewind, watch: Watch) -> Restored:
             f"{what}, and the run has gone back {limit} time(s) already (config.health.max_rewinds): data or recipe "
             f"need a look. Their pairs are in {run.workdir}/skipped-*.jsonl; passed over so far: {list(skips[:-1])}"
         )
-    found = run.checkpoints.restore_before(rewind.first, run.target)
-    restored = found[1] if found else Restored(run.fresh(_initial(run.config, run.target)), 0)
+    program, config = run.program, run.config
+    found = run.checkpoints.restore_before(rewind.first, program.target)
+    restored = found[1] if found else Restored(fresh_state(program, initial_of(config, program)), 0)
     step = int(restored.state.step)
     watch.monitor.rewound(step)
     watch.monitor.print(f"{what}: back to step {step}; positions passed over from here on: {list(skips)}")
@@ -233,56 +230,48 @@ def _memory_explained(run: Run) -> Iterator[None]:
             raise
         from clip_jax.plan import levers  # a run that fits does without plans
 
-        changes = "; ".join(levers(run.config, chips=run.mesh.size))
+        mesh = run.program.mesh
+        changes = "; ".join(levers(run.config, chips=mesh.size))
         raise UserError(
-            f"out of memory on {run.mesh.size} x {run.mesh.devices.flat[0].device_kind} ({one_line(error)[:200]}). "
+            f"out of memory on {mesh.size} x {mesh.devices.flat[0].device_kind} ({one_line(error)[:200]}). "
             f"Change one after the other: {changes}. `clip-jax plan` says what fits"
         ) from error
 
 
-def _for_step(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The part of a batch that the device needs; the record index stays on the host."""
-    return {name: batch[name] for name in ("image", "tokens", "weight", "bad")}
-
-
-def _evaluate(run: Run, state: TrainState, watch: Watch) -> Evaluated | None:
-    """Returns what the evaluation found, or None where there is none, or where it failed, which ends no training."""
-    if run.evaluation is None:
+def _evaluate(run: Run, state: TrainState, watch: Watch) -> Found | None:
+    """Returns what the evaluations found, or None where there are none, or where one failed, which ends no training."""
+    if run.evaluation is None and run.held_out is None:
         return None
+    variables, zero_shot, numbers = state.inference_variables, None, {}
     with watch.monitor.pause():
         step = int(state.step)
         try:
-            evaluated = run.evaluation.run(state.inference_variables, progress=watch.watchdog.progress)
+            if run.evaluation is not None:
+                zero_shot = run.evaluation.run(variables, progress=watch.watchdog.progress)
+                numbers = scalars(zero_shot)
+            if run.held_out is not None:
+                numbers |= run.held_out.run(variables, progress=watch.watchdog.progress)
         except RestartError:
             raise
         except Exception as error:  # of any kind: nothing in it is needed for training
             watch.monitor.evaluation_failed(step, error)
             return None
-        watch.monitor.record(step, scalars(evaluated))
-    return evaluated
+        watch.monitor.record(step, numbers)
+    return Found(zero_shot, numbers)
 
 
-def _report(run: Run, state: TrainState, evaluated: Evaluated | None) -> None:
-    if evaluated is not None and run.evaluation is not None:
-        sheet = run.evaluation.retrieve(state.inference_variables, evaluated)  # by all processes
+def _report(run: Run, state: TrainState, found: Found | None) -> None:
+    if found is not None and found.zero_shot is not None and run.evaluation is not None:
+        sheet = run.evaluation.retrieve(state.inference_variables, found.zero_shot)  # by all processes
         if jax.process_index() == 0:
-            report_zero_shot(run.workdir, evaluated, sheet, templates=run.evaluation.templates)
+            report_zero_shot(run.workdir, found.zero_shot, sheet, templates=run.evaluation.templates)
     if jax.process_index() == 0:
         report_training(run.workdir, run.config)
-    if evaluated is None and run.evaluation is not None:
+    if found is None and (run.evaluation is not None or run.held_out is not None):
         raise UserError(
             f"the evaluation at the end failed, see above; the run is trained, and its weights are in {run.workdir}. "
             "The same command evaluates again"
         )
-
-
-def _initial(config: RunConfig, target: TrainState) -> "Initial | None":
-    """Returns the weights that the config names to start from, refused where they do not fit."""
-    if not config.init_from:
-        return None
-    from clip_jax.initial import read_initial  # a run from random weights does without the readers
-
-    return read_initial(config, target.variables)
 
 
 def prepare_workdir(workdir: Path, config: RunConfig) -> None:
@@ -304,9 +293,10 @@ def prepare_workdir(workdir: Path, config: RunConfig) -> None:
 
 def _describe(run: Run) -> str:
     config = run.config
-    parameters = count_parameters(run.target.params)
+    parameters, mesh = count_parameters(run.program.target.params), run.program.mesh
+    held_out = "" if run.held_out is None else f", measured on {run.held_out.description}"
     return (
-        f"{variant_name(config.model)} model, {parameters:,} parameters; {run.data.description}; "
-        f"{config.steps} steps of {config.batch} pairs on {run.mesh.size} device(s), "
-        f"mesh {' '.join(f'{axis}={size}' for axis, size in run.mesh.shape.items())}"
+        f"{variant_name(config.model)} model, {parameters:,} parameters; {run.data.description}{held_out}; "
+        f"{config.steps} steps of {config.batch} pairs on {mesh.size} device(s), "
+        f"mesh {' '.join(f'{axis}={size}' for axis, size in mesh.shape.items())}"
     )

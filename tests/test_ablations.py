@@ -508,7 +508,7 @@ def test_runs_are_compared(three_arms, tmp_path):
     }
     text = report(found)
     assert "0.6000 ± 0.0577" in text
-    assert "Losses of another kind or batch are not compared" in text
+    assert "Losses of another kind or batch, or of other held-out pairs, are not compared" in text
     write_comparison(found, tmp_path / "out")
     values = json.loads((tmp_path / "out/compare.json").read_text())
     assert values == as_values(found)

@@ -65,11 +65,15 @@ def lines(workdir: Path) -> list[dict]:
 
 def test_two_processes_are_one_run(digits_dir, tmp_path):
     """Two processes of four devices and one of eight: the same losses, checkpoints and report, written once."""
-    data = f"--config.data.data_dir={digits_dir}"
-    alone = start(data, f"--workdir={tmp_path / 'one'}", devices=8)
+    data = (
+        f"--config.data.data_dir={digits_dir}",
+        "--config.eval.held_out=split=test",
+        "--config.eval.held_out_pairs=99",
+    )
+    alone = start(*data, f"--workdir={tmp_path / 'one'}", devices=8)
     _, errors = alone.communicate(timeout=400)
     assert alone.returncode == 0, errors
-    both = peers(data, f"--workdir={tmp_path / 'two'}")
+    both = peers(*data, f"--workdir={tmp_path / 'two'}")
     out = [process.communicate(timeout=400) for process in both]
     assert [process.returncode for process in both] == [0, 0], out
     said = out[1][0].replace("\r", "")
@@ -82,11 +86,13 @@ def test_two_processes_are_one_run(digits_dir, tmp_path):
     print(f"largest relative difference of {len(pairs)} losses, one process against two: {difference:.1e}")
     assert len(pairs) == 6
     assert difference <= 1e-6
+    held_out = [row["held_out/loss"] for rows in (one, two) for row in rows if "held_out/loss" in row]
+    assert held_out[0] == pytest.approx(held_out[1], rel=1e-6)
     reports = [json.loads((tmp_path / name / "zero_shot.json").read_text()) for name in ("one", "two")]
     assert [row["acc1"] for row in reports[0]] == [row["acc1"] for row in reports[1]]
 
     longer = ("--config.samples=336", "--config.eval.dataset=")
-    resumed = start(data, f"--workdir={tmp_path / 'two'}", *longer, devices=8)  # in one process
+    resumed = start(*data, f"--workdir={tmp_path / 'two'}", *longer, devices=8)  # in one process
     text, errors = resumed.communicate(timeout=400)
     assert resumed.returncode == 0, errors
     assert "resuming at step 6" in text

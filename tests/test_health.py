@@ -131,6 +131,34 @@ def test_mean_cosine_costs_one_small_all_reduce(monkeypatch):
     assert 0 < reduced[1] - without[1] <= 4 * (2 * TINY.model.embed_dim + 8)
 
 
+def test_the_norms_of_the_towers_cost_no_collective(monkeypatch):
+    """Only the sums of squares that the guard makes anyhow, in three numbers instead of one."""
+    counts, of_all = [], step.gradient_norms
+    for has_parts in (True, False):
+        if not has_parts:
+            monkeypatch.setattr(step, "gradient_norms", lambda grads: {"gradient_norm": of_all(grads)["gradient_norm"]})
+        setup.__globals__["compiled"].cache_clear()
+        mesh, state, train_step = setup(dataclasses.replace(TINY, mesh=MeshConfig(2, 4)), 8)
+        text = train_step.lower(state, place_rows(synthetic(TINY, 1)[0], mesh)).compile().as_text()
+        counts.append({each.kind: (each.count, each.bytes) for each in collectives(text, devices=8)})
+    setup.__globals__["compiled"].cache_clear()
+    print(f"collectives with and without the towers' norms: {counts}")
+    assert counts[0].keys() == counts[1].keys()
+    assert all(counts[0][kind][0] == counts[1][kind][0] for kind in counts[0])
+    assert 0 <= counts[0]["all-reduce"][1] - counts[1]["all-reduce"][1] <= 12
+
+
+@pytest.mark.parametrize("freeze", [(), ("^image/",)], ids=str)
+def test_the_norms_of_the_parts_make_up_that_of_all(freeze):
+    run = dataclasses.replace(TINY, optim=dataclasses.replace(TINY.optim, freeze=freeze))
+    mesh, state, train_step = setup(run, 1)
+    _, found = train_step(state, place_rows(synthetic(run, 1)[0], mesh))
+    parts = {name: float(found[f"gradient_norm/{name}"]) for name in ("image", "text", "rest")}
+    assert float(found["gradient_norm"]) == pytest.approx(np.sqrt(sum(part**2 for part in parts.values())), rel=1e-6)
+    assert (parts["image"] == 0) == bool(freeze)
+    assert min(parts["text"], parts["rest"]) > 0
+
+
 RUN = dataclasses.replace(
     TINY,
     optim=OptimConfig(lr=1e-3, warmup_steps=2),

@@ -194,13 +194,13 @@ def test_an_evaluation_that_fails_ends_no_training(tmp_path, monkeypatch, caplog
 
 def test_images_that_cannot_be_read_are_an_error_when_all_batches_are_through():
     """The batches go on, blank: the other processes wait for this one at each of them."""
-    from clip_jax.evals.evaluation import _InStep
+    from clip_jax.evals.evaluation import InStep
 
     def reading():
         yield {"label": np.ones(1)}
         raise OSError("gone")
 
-    seen, reading = [], _InStep(reading(), {"label": np.zeros(1)}, count=4)
+    seen, reading = [], InStep(reading(), {"label": np.zeros(1)}, count=4)
     assert [int(batch["label"][0]) for batch in reading.batches(lambda: seen.append(1))] == [1, 0, 0, 0]
     assert len(seen) == 4
     with pytest.raises(OSError, match="gone"):
@@ -211,12 +211,12 @@ def test_too_little_memory_names_what_to_change(tmp_path, monkeypatch):
     def step(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.")
 
-    monkeypatch.setattr("clip_jax.trainer.make_train_step", lambda *_, **__: step)
+    monkeypatch.setattr("clip_jax.program.make_train_step", lambda *_, **__: step)
     expected = r"out of memory on 8 x cpu \(RESOURCE_EXHAUSTED: .* 9 bytes.*model.remat=dots.*micro_batch=8.*fsdp=8"
     with pytest.raises(UserError, match=expected):
         train(RUN, tmp_path)
     monkeypatch.setattr(
-        "clip_jax.trainer.make_train_step",
+        "clip_jax.program.make_train_step",
         lambda *_, **__: lambda *_: (_ for _ in ()).throw(jax.errors.JaxRuntimeError("INTERNAL: x")),
     )
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):

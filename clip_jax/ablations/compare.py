@@ -16,7 +16,7 @@ from typing import Any
 from clip_jax.ablations.runs import FinishedRun, RunArm, compared_config, find_runs, group_by_arm
 from clip_jax.ablations.statistics import Difference, mean_and_error, paired_difference
 from clip_jax.ablations.sweep import as_text, short_key
-from clip_jax.config import RunConfig
+from clip_jax.config import HELD_OUT_METRICS, RunConfig
 from clip_jax.console import clock, plain_table
 from clip_jax.errors import UserError, did_you_mean
 from clip_jax.models.flops import pair_flops
@@ -92,7 +92,7 @@ def compare(folders: Sequence[Path], *, baseline: str = "", metrics: Sequence[st
         (each.arm.name, name): paired_difference(base.results.get(name, {}), each.results.get(name, {}))
         for each in compared
         for name in chosen
-        if each is not base and (name != LOSS or _same_loss(base.arm.config, each.arm.config))
+        if each is not base and _mean_the_same(name, base.arm.config, each.arm.config)
     }
     return Comparison(compared, base.arm.name, chosen, differences, left_out)
 
@@ -190,8 +190,17 @@ def _pair_flops(config: RunConfig) -> int:
     return pair_flops(config.model, config.batch, tiled=tiled, frozen_image=frozen_image)
 
 
-def _same_loss(a: RunConfig, b: RunConfig) -> bool:
-    return (a.loss.kind, a.batch) == (b.loss.kind, b.batch)
+def _mean_the_same(name: str, *configs: RunConfig) -> bool:
+    """Whether these runs' values of a metric can be compared: a loss depends on its kind, and on how many pairs it is
+    over."""
+    if name == LOSS:
+        meanings = {(config.loss.kind, config.batch) for config in configs}
+    elif name in HELD_OUT_METRICS:
+        evals = [(config.eval.held_out, config.eval.held_out_pairs or config.batch) for config in configs]
+        meanings = {(config.loss.kind, *pairs) for config, pairs in zip(configs, evals, strict=True)}
+    else:
+        return True
+    return len(meanings) == 1
 
 
 def _known(what: str, name: str, known: Sequence[str]) -> str:
@@ -236,12 +245,12 @@ def _notes(comparison: Comparison) -> list[str]:
             f"Of {told} such intervals, {told / 20:.1f} exclude 0 by chance where arms do not differ. They hold the "
             "noise of seeds, not that of the evaluation's images."
         )
-    if len(comparison.arms) > 1 and any(
-        (arm.arm.name, LOSS) not in comparison.differences
-        for arm in comparison.arms
-        if LOSS in comparison.metrics and arm.arm.name != comparison.baseline
-    ):
-        notes.append("Losses of another kind or batch are not compared with the baseline's: they mean something else.")
+    compared = [arm.arm.name for arm in comparison.arms if arm.arm.name != comparison.baseline]
+    if any((arm, name) not in comparison.differences for arm in compared for name in comparison.metrics):
+        notes.append(
+            "Losses of another kind or batch, or of other held-out pairs, are not compared with the baseline's: they "
+            "mean something else."
+        )
     if comparison.left_out:
         notes.append("Left out, not at their end: " + "; ".join(comparison.left_out))
     return notes

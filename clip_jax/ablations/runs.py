@@ -10,11 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from clip_jax import metrics
-from clip_jax.config import CheckpointConfig, DistributedConfig, LogConfig, RunConfig, from_config_dict
+from clip_jax.config import (
+    HELD_OUT_METRICS,
+    CheckpointConfig,
+    DistributedConfig,
+    LogConfig,
+    RunConfig,
+    from_config_dict,
+)
 from clip_jax.errors import ConfigError, UserError
 
 CONFIG, RESULTS = "config.json", "zero_shot.json"
-EVALUATIONS = ("zero_shot/",)
+EVALUATIONS = ("zero_shot/", "held_out/")
 """How the names of what evaluations measure begin."""
 
 
@@ -98,6 +105,8 @@ def is_finished(workdir: Path, config: RunConfig) -> bool:
     from clip_jax.checkpoint import Checkpoints  # Orbax takes seconds to import, and comparing does without
 
     evaluated = not config.eval.dataset or (workdir / RESULTS).exists()
+    if config.eval.held_out:
+        evaluated &= any(HELD_OUT_METRICS[0] in row for row in metrics.read(workdir) if row["step"] == config.steps)
     return evaluated and Checkpoints(workdir, config.checkpoint).latest() == config.steps
 
 

@@ -12,7 +12,7 @@ from clip_jax.data.augment import Augment
 from clip_jax.data.filters import Filter
 from clip_jax.data.images import preprocess_of
 from clip_jax.data.order import FullShuffle, Mixture, WindowShuffle
-from clip_jax.data.pipeline import TrainTransform, Transform, check_batches, train_batches
+from clip_jax.data.pipeline import FixedTransform, TrainTransform, Transform, check_batches, train_batches
 from clip_jax.data.reading import Part, where
 from clip_jax.data.records import Source
 from clip_jax.data.storage import is_remote
@@ -45,15 +45,20 @@ class TrainingData(NamedTuple):
     check: Callable[[int], None] = lambda position: None
 
 
-def open_training_data(config: RunConfig) -> TrainingData:
+def open_training_data(config: RunConfig, *, augmented: bool = True) -> TrainingData:
     """Opens what `config.data` names.
+
+    Args:
+      config: the run's.
+      augmented: False takes every image as evaluation does, and of several captions the first.
 
     Raises:
       UserError: the data are not there or not image + text.
     """
     if config.data.source == "synthetic" and not config.data.mixture:
         return synthetic_data(config)
-    return parts_data(config, [open_part(config, data) for data in data_sources(config.data)])
+    transform = None if augmented else fixed_transform_of(config)
+    return parts_data(config, [open_part(config, data) for data in data_sources(config.data)], transform)
 
 
 def open_part(config: RunConfig, data: DataConfig, source: Source | None = None) -> Part:
@@ -121,9 +126,15 @@ def open_tars(data: DataConfig, *, index: bool = False, need_captions: bool = Tr
     )
 
 
-def parts_data(config: RunConfig, parts: Sequence[Part]) -> TrainingData:
-    """Returns the training data of a run that reads `parts`: augmented, tokenised, shuffled by the run's seed."""
-    transform = transform_of(config)
+def parts_data(config: RunConfig, parts: Sequence[Part], transform: Transform | None = None) -> TrainingData:
+    """Returns the training data of a run that reads `parts`, shuffled by the run's seed.
+
+    Args:
+      config: the run's.
+      parts: its sources in their order.
+      transform: what is made of a record; None augments and tokenises.
+    """
+    transform = transform_of(config) if transform is None else transform
 
     def batches(position: int) -> Batches:
         yield from parts_batches(
@@ -191,6 +202,13 @@ def transform_of(config: RunConfig) -> TrainTransform:
         context=config.model.text.context,
         augment=augment_of(config.data),
     )
+
+
+def fixed_transform_of(config: RunConfig) -> FixedTransform:
+    """Returns what is made of a record where nothing shall be random."""
+    from clip_jax.data.tokenizer import Tokenizer  # as above
+
+    return FixedTransform(preprocess_of(config.model), Tokenizer(), context=config.model.text.context)
 
 
 def augment_of(data: DataConfig) -> Augment:

@@ -86,8 +86,37 @@ class TrainTransform:
 
     def blank(self) -> Example:
         """Returns a row of zeros."""
-        size = self.preprocess.size
-        return {"image": np.zeros((size, size, 3), np.uint8), "tokens": np.zeros(self.context, np.int32)}
+        return _blank_pair(self.preprocess.size, self.context)
+
+
+@dataclass(frozen=True)
+class FixedTransform:
+    """A record to the arrays of one pair, without chance: the image as in evaluation, and the first caption.
+
+    Attributes:
+      preprocess: its size is the side of the image.
+      tokenizer: captions to rows of ids.
+      context: length of a row.
+    """
+
+    preprocess: Preprocess
+    tokenizer: Tokenize
+    _: KW_ONLY
+    context: int = 77
+
+    def __call__(self, record: Record, rng: np.random.Generator | None = None) -> Example:
+        """Returns `image`, uint8 [s, s, 3], and `tokens`, int32 [l]; nothing is drawn from `rng`.
+
+        Raises:
+          ImageError: the image cannot be decoded.
+          RecordError: there is no caption.
+        """
+        tokens = self.tokenizer([record.first_caption()], context=self.context)[0]
+        return {"image": eval_image(record.image, self.preprocess), "tokens": tokens}
+
+    def blank(self) -> Example:
+        """Returns a row of zeros."""
+        return _blank_pair(self.preprocess.size, self.context)
 
 
 @dataclass(frozen=True)
@@ -197,6 +226,7 @@ def eval_batches(
     process_count: int = 1,
     threads: int = 4,
     prefetch: int = 8,
+    on_bad: Literal["drop", "fail"] = "fail",
 ) -> Iterator[Batch]:
     """Yields this process's rows of every record once, in order; all processes yield the same number of batches.
 
@@ -208,6 +238,7 @@ def eval_batches(
       process_count: number of processes.
       threads: batches made at the same time.
       prefetch: batches kept ready.
+      on_bad: what becomes of a record that cannot be used: an exception, or the transform's `blank` row with weight 0.
 
     Returns:
       An iterator of dicts with the transform's arrays stacked (`image` uint8 [b/P, s, s, 3] and `label` int32 [b/P]),
@@ -219,7 +250,8 @@ def eval_batches(
     """
     _check_source(source)
     rows = rows_of_process(batch, process_index, process_count)
-    return _iterate(_EvalBatches(source, transform, batch, rows), workers=0, threads=threads, prefetch=prefetch)
+    made = _EvalBatches(source, transform, batch, rows, on_bad == "drop")
+    return _iterate(made, workers=0, threads=threads, prefetch=prefetch)
 
 
 @dataclass(frozen=True)
@@ -293,6 +325,7 @@ class _EvalBatches:
     transform: Callable[[Record], Example]
     batch: int
     rows: range
+    drop: bool
 
     def __len__(self) -> int:
         return -(-len(self.source) // self.batch)
@@ -300,19 +333,27 @@ class _EvalBatches:
     def __getitem__(self, index: int) -> Batch:
         records = index * self.batch + np.asarray(self.rows, np.int64)
         is_record = records < len(self.source)
-        examples = [self._example(int(record)) for record in records[is_record]]
+        made = [self._example(int(record)) for record in records[is_record]]
+        examples, weights = [example for example, _ in made], [weight for _, weight in made]
         if padding := int(np.sum(~is_record)):
             # Its shapes are a record's: the last batch of a process may hold nothing but padding.
-            examples += [_zeros(examples[0] if examples else self._example(0))] * padding
-        return _stack(examples) | {"weight": is_record.astype(np.float32), "index": np.where(is_record, records, -1)}
+            examples += [_zeros(examples[0] if examples else self._example(0)[0])] * padding
+            weights += [0.0] * padding
+        return _stack(examples) | {
+            "weight": np.asarray(weights, np.float32),
+            "index": np.where(is_record, records, -1),
+        }
 
     def close(self) -> None:
         """Nothing is open."""
 
-    def _example(self, index: int) -> Example:
+    def _example(self, index: int) -> tuple[Example, float]:
+        """Returns arrays and weight of a row."""
         try:
-            return self.transform(self.source[index])
+            return self.transform(self.source[index]), 1.0
         except (ImageError, RecordError) as error:
+            if self.drop and isinstance(self.transform, Transform):
+                return self.transform.blank(), 0.0
             raise RecordError(error.reason, f"record {index} of {self.source}: {error}") from None
 
 
@@ -384,6 +425,7 @@ def _start_worker(_index: int, _count: int) -> None:
     """Leaves signals to the main process, which must see a preemption first, and lets no worker outlive it."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # which asks the main process for a profile
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
@@ -396,6 +438,10 @@ def _exit_with_parent() -> None:
 
 def _stack(examples: Sequence[Example]) -> Batch:
     return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
+
+
+def _blank_pair(size: int, context: int) -> Example:
+    return {"image": np.zeros((size, size, 3), np.uint8), "tokens": np.zeros(context, np.int32)}
 
 
 def _zeros(example: Example) -> Example:

@@ -72,10 +72,15 @@ class Record(NamedTuple):
         Raises:
           RecordError: there is none, or it is blank.
         """
-        caption = self.captions[_draw(len(self.captions), self.shares, rng)] if self.captions else ""
-        if not caption.strip():
-            raise RecordError("caption_missing", "the caption is empty")
-        return caption
+        return _not_blank(self.captions[_draw(len(self.captions), self.shares, rng)] if self.captions else "")
+
+    def first_caption(self) -> str:
+        """Returns the first of the captions.
+
+        Raises:
+          RecordError: there is none, or it is blank.
+        """
+        return _not_blank(self.captions[0] if self.captions else "")
 
 
 @runtime_checkable
@@ -118,6 +123,12 @@ def read_image_file(path: Path) -> bytes:
         return path.read_bytes()
     except (OSError, ValueError) as error:
         raise RecordError("image_missing", f"{path} cannot be read: {one_line(error)}") from None
+
+
+def _not_blank(caption: str) -> str:
+    if not caption.strip():
+        raise RecordError("caption_missing", "the caption is empty")
+    return caption
 
 
 def _draw(count: int, shares: Sequence[float], rng: np.random.Generator) -> int:

@@ -86,7 +86,7 @@ class Evaluation:
           variables: of the model, on the mesh.
           progress: called after every batch.
         """
-        reading = _InStep(self._batches(), self._blank(), count=-(-len(self._source) // self._batch))
+        reading = InStep(self._batches(), self._blank(), count=-(-len(self._source) // self._batch))
         images = self._embedder.images(variables, reading.batches(progress))
         reading.check()
         classes = self._source.classes
@@ -126,7 +126,7 @@ class Evaluation:
         )
 
 
-class _InStep:
+class InStep:
     """Batches that keep the processes in step where one of them cannot read its own: blank ones stand in for these.
 
     Args:

@@ -37,6 +37,9 @@ def plot_training(rows: Sequence[Mapping[str, Any]], path: Path, *, chance_loss:
     steps, loss = _curve(rows, "loss")
     left.plot(steps, loss, color=BLUE, linewidth=0.8, alpha=0.4)
     left.plot(steps, smooth(loss), color=BLUE, marker=_marker(loss), label="loss")
+    steps, loss = _curve(rows, "held_out/loss")
+    if len(steps):
+        left.plot(steps, loss, color=ORANGE, marker="o", markersize=4, label="held-out pairs")
     left.axhline(chance_loss, color=GREY, linestyle="--", label=f"chance, ln(batch) = {chance_loss:.2f}")
     left.set(xlabel="step", ylabel="contrastive loss")
 

@@ -1,0 +1,71 @@
+"""From a run's config to the program that trains it, before there is any data or any array."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from jax.sharding import Mesh
+
+from clip_jax.config import RunConfig
+from clip_jax.gradient_cache import check_micro_batch
+from clip_jax.models.clip import CLIP
+from clip_jax.optim import make_optimizer
+from clip_jax.partition import check_batch, make_mesh
+from clip_jax.state import TrainState, abstract_state, create_state, start_from
+from clip_jax.step import TrainStep, make_train_step
+
+if TYPE_CHECKING:
+    from clip_jax.initial import Initial
+
+
+class Program(NamedTuple):
+    """What follows from a config and devices.
+
+    Attributes:
+      model: the towers.
+      mesh: the devices.
+      target: shapes and shardings of the state.
+      train_step: jitted, not yet compiled.
+      fresh: makes a state from the config's seed.
+    """
+
+    model: CLIP
+    mesh: Mesh
+    target: TrainState
+    train_step: TrainStep
+    fresh: Callable[[], TrainState]
+
+
+def make_program(config: RunConfig, *, devices: Sequence[Any] | None = None) -> Program:
+    """Returns a run's program for all devices, or those given.
+
+    Raises:
+      ConfigError: mesh or batch do not fit the devices.
+    """
+    mesh = make_mesh(config.mesh, devices=devices)
+    check_batch("batch", config.batch, mesh)
+    check_micro_batch(config, mesh)
+    model, optimizer = CLIP(config.model), make_optimizer(config.optim, steps=config.steps)
+    layout = {"mesh": mesh, "zero1": config.mesh.zero1, "ema": config.optim.ema_decay > 0}
+    target = abstract_state(model, optimizer, **layout)
+    return Program(
+        model,
+        mesh,
+        target,
+        make_train_step(model, optimizer, config, mesh=mesh, state=target),
+        lambda: create_state(model, optimizer, seed=config.seed, **layout),
+    )
+
+
+def initial_of(config: RunConfig, program: Program) -> "Initial | None":
+    """Returns the weights that the config names to start from, refused where they do not fit."""
+    if not config.init_from:
+        return None
+    from clip_jax.initial import read_initial  # a run from random weights does without the readers
+
+    return read_initial(config, program.target.variables)
+
+
+def fresh_state(program: Program, initial: "Initial | None") -> TrainState:
+    """Returns the state that a run begins with."""
+    state = program.fresh()
+    return state if initial is None else start_from(state, initial.arrays)

@@ -1,0 +1,153 @@
+"""The first check: what can be learnt is, what cannot is said with its reason; repeats are named with their cost."""
+
+import dataclasses
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from tiny import TINY
+
+from clip_jax.config import LossConfig, OptimConfig
+from clip_jax.data.loader import open_training_data
+from clip_jax.losses import chance_loss, least_loss, sigmoid_loss, softmax_loss
+from clip_jax.overfit import NEAR, advice, check_config, overfit_one_batch
+
+ROOT = Path(__file__).parent.parent
+RUN = dataclasses.replace(TINY, optim=OptimConfig(lr=3e-3, warmup_steps=2_000), samples=32 * 100_000)
+SIGMOID = dataclasses.replace(
+    RUN,
+    model=dataclasses.replace(TINY.model, logit_bias=True, temperature=0.1),
+    loss=LossConfig(kind="sigmoid"),
+)
+
+
+def changed(change):
+    """The data of RUN with a first batch that `change` has altered."""
+    data = open_training_data(RUN)
+
+    def batches(position):
+        for batch in data.batches(position):
+            copy = {name: rows.copy() for name, rows in batch.items()}
+            change(copy)
+            yield copy
+
+    return data._replace(batches=batches)
+
+
+@pytest.mark.parametrize("run", [RUN, SIGMOID], ids=["softmax", "sigmoid"])
+def test_a_batch_is_learnt_by_heart(run):
+    """However long the run's own warm-up is."""
+    said: list[str] = []
+    found = overfit_one_batch(run, steps=200, say=said.append)
+    loss = [row["loss"] for row in found.metrics]
+    print(f"{run.loss.kind}: {len(loss)} steps, loss {loss[0]:.3f} to {loss[-1]:.4f}, limit {found.limit:.4f}")
+    assert found.reached
+    assert found.pairs == 32
+    assert not found.repeats
+    assert loss[-1] <= found.limit < loss[-2]
+    assert len(loss) < 200
+    if run is RUN:
+        assert found.limit == pytest.approx(NEAR * math.log(32))
+    assert said[-1].startswith(f"step {len(loss)}/200  loss {loss[-1]:.4f} (must be under {found.limit:.4f})")
+
+
+def test_repeats_are_named_with_the_loss_that_they_cost():
+    """Three captions alike and two: 3/31 ln 3 + 2/31 ln 2 of the 31 pairs that count; the images are all different."""
+
+    def change(batch):
+        batch["tokens"][[4, 9]] = batch["tokens"][2]
+        batch["tokens"][20] = batch["tokens"][21]
+        batch["weight"][5] = 0
+        batch["tokens"][5] = batch["tokens"][2]
+
+    said: list[str] = []
+    found = overfit_one_batch(RUN, steps=200, say=said.append, data=changed(change))
+    (captions,) = found.repeats
+    assert captions.what == "caption"
+    assert captions.groups == ((2, 4, 9), (20, 21))
+    floor = (3 * math.log(3) + 2 * math.log(2)) / 31
+    assert captions.floor("softmax", 31) == pytest.approx(floor)
+    assert said[0] == "5 pairs share their caption with another one: record 2, record 4, record 9; record 20, record 21"
+    assert said[1] == f"so the loss cannot fall under {floor:.4f}"
+    assert found.reached
+    assert found.metrics[-1]["loss"] >= floor
+    assert found.limit == pytest.approx(floor + NEAR * math.log(31))
+    assert captions.floor("sigmoid", 31) == pytest.approx((3 * chance_loss("sigmoid", 3) + 4 * math.log(2)) / 31)
+
+
+@pytest.mark.parametrize(
+    ("optim", "model", "said"),
+    [
+        ({"lr": 1e-9}, {}, r"hardly left the loss of guessing \(3.47\): config.optim.lr \(1e-09\) too low"),
+        ({"freeze": ("^image/",)}, {}, r"no gradient reaches the image tower: config.optim.freeze=\('\^image/',\)"),
+        (
+            {},
+            {"temperature": 1.0},
+            r"logit scale is 1\.\d+, at which no features give less than 2\.\d+: lower conf",
+        ),
+        ({"lr": 1e-3, "lr_multipliers": ("=0",)}, {}, r"some parameters have a rate of their own: .*\('=0',\)"),
+    ],
+    ids=["lr", "freeze", "temperature", "multipliers"],
+)
+def test_where_it_is_not_learnt_the_reason_is_said(optim, model, said):
+    run = dataclasses.replace(
+        RUN, optim=dataclasses.replace(RUN.optim, **optim), model=dataclasses.replace(RUN.model, **model)
+    )
+    found = overfit_one_batch(run, steps=3, say=lambda line: None)
+    assert not found.reached
+    assert len(found.metrics) == 3
+    assert re.search(said, "\n".join(advice(found))), advice(found)
+
+
+def test_numbers_that_are_not_finite_end_it_at_once():
+    def change(batch):
+        batch["weight"][0] = np.inf
+
+    found = overfit_one_batch(RUN, steps=50, say=lambda line: None, data=changed(change))
+    assert not found.reached
+    assert len(found.metrics) == 1
+    assert advice(found)[0].startswith("loss or gradients are not finite at step 1: lower config.optim.lr (0.003)")
+
+
+@pytest.mark.parametrize(("batch", "scale", "bias"), [(5, 3.0, -1.0), (8, 14.0, -10.0)])
+def test_the_least_loss_is_that_of_a_simplex(batch, scale, bias):
+    """Unit features whose mean is 0, in as many dimensions as are needed."""
+    corners = np.eye(batch) - 1 / batch
+    corners = jax.numpy.asarray(corners / np.linalg.norm(corners, axis=1, keepdims=True), np.float32)
+    weight = jax.numpy.ones(batch)
+    s, b = jax.numpy.float32(scale), jax.numpy.float32(bias)
+    softmax, sigmoid = softmax_loss(corners, corners, s, weight), sigmoid_loss(corners, corners, s, b, weight)
+    assert least_loss("softmax", batch, scale=scale) == pytest.approx(float(softmax.loss), rel=1e-4, abs=1e-6)
+    assert least_loss("sigmoid", batch, scale=scale, bias=bias) == pytest.approx(float(sigmoid.loss), rel=1e-4)
+    assert least_loss("softmax", 1, scale=scale) == 0
+
+
+def test_the_check_is_the_run_but_for_length_and_chance():
+    run = dataclasses.replace(RUN, model=dataclasses.replace(RUN.model, patch_dropout=0.5))
+    check = check_config(run, steps=50)
+    assert (check.steps, check.optim.warmup_steps, check.model.patch_dropout) == (50, 5, 0.0)
+    assert (check.optim.lr, check.optim.weight_decay, check.mesh) == (run.optim.lr, run.optim.weight_decay, run.mesh)
+
+
+def test_the_command(digits_dir):
+    """Real images and captions; then towers that cannot learn."""
+    command = [sys.executable, "-m", "clip_jax.cli", "overfit-one-batch"]
+    command += [
+        "--config=configs/demo.py:batch=16",
+        f"--config.data.data_dir={digits_dir}",
+        "--config.data.build=false",
+    ]
+    learnt = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    print(learnt.stdout)
+    assert learnt.returncode == 0, learnt.stdout + learnt.stderr
+    assert "learnt by heart: 16 pairs, loss 0." in learnt.stdout
+    frozen = [*command, "--config.optim.freeze=('image/','text/')", "--steps=2"]
+    failed = subprocess.run(frozen, cwd=ROOT, capture_output=True, text=True)
+    assert failed.returncode == 3, failed.stderr
+    assert "and not under" in failed.stdout
+    assert "- no gradient reaches the image and the text tower: config.optim.freeze=" in failed.stdout
