@@ -34,10 +34,10 @@ class Chip:
 
 GIB = 2**30
 CHIPS = {
-    "v4": Chip("tpu", 32 * GIB, 275e12, 4),
+    "v4": Chip("tpu", 32 * GIB, 275e12, 4, 300e9),
     "v5e": Chip("tpu", 16 * GIB, 197e12, 8, 200e9, 3.125e9),
     "v5p": Chip("tpu", 95 * GIB, 459e12, 4, 600e9, 6.25e9),
-    "v6e": Chip("tpu", 32 * GIB, 918e12, 8),
+    "v6e": Chip("tpu", 32 * GIB, 918e12, 8, 448e9),
     "a100": Chip("gpu", 80 * 10**9, 312e12, 8, 300e9, 25e9),
     "h100": Chip("gpu", 80 * 10**9, 989e12, 8, 450e9, 50e9),
     "h200": Chip("gpu", 141 * 10**9, 989e12, 8, 450e9, 50e9),

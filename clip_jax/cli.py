@@ -124,6 +124,14 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--mfu", type=float, default=0.4, help="share of the peak that is reached (default: 0.4)")
     plan.add_argument("--memory", type=float, help="GiB of a chip, instead of what such chips have")
     plan.add_argument("--images-per-core", type=float, default=150, help="that a core of a host decodes in a second")
+    plan.add_argument(
+        "--budget",
+        type=float,
+        nargs="?",
+        const=0.0,
+        help="propose batch, remat and mesh for so many GiB of a chip, or for all that it has, by trying them",
+    )
+    plan.add_argument("--tries", type=int, default=12, help="compilations for --budget at most (default: 12)")
     plan.set_defaults(run=_plan)
 
     overfit = commands.add_parser(
@@ -364,15 +372,48 @@ def _plan(arguments: argparse.Namespace) -> None:
     if topology.slices > 1:
         overrides = [("mesh.dcn_data", str(topology.slices)), *overrides]
     config = load_config(arguments.config, overrides, without_data=True)
-    _check_positive(arguments, "mfu", "images_per_core")
+    _check_positive(arguments, "mfu", "images_per_core", "tries")
     simulate_devices(1 if topology.chip.platform == "tpu" else topology.chips)
+    memory = topology.chip.memory if arguments.memory is None else int(arguments.memory * 2**30)
+    if arguments.budget is not None:
+        _propose(config, topology, int(arguments.budget * 2**30) or memory, arguments)
+        return
     from clip_jax.plan import make_plan, report
 
     plan = make_plan(config, topology)
-    memory = topology.chip.memory if arguments.memory is None else int(arguments.memory * 2**30)
     print(report(plan, mfu=arguments.mfu, memory=memory, images_per_core=arguments.images_per_core))
     if not plan.fits(memory):
         sys.exit(3)
+
+
+def _propose(config: Any, topology: Any, budget: int, arguments: argparse.Namespace) -> None:
+    if budget <= 0:
+        raise UserError(f"--budget: say how many GiB a chip of {topology.name} has, such as --budget=16")
+    from clip_jax.plan import devices_of, lasting_bytes, make_plan
+    from clip_jax.proposals import Exhausted, Search
+
+    devices_of(topology)  # refuses a topology that does not exist before anything is tried
+    search = Search(
+        config,
+        topology,
+        budget=budget,
+        tries=arguments.tries,
+        mfu=arguments.mfu,
+        planner=lambda tried: make_plan(tried, topology),
+        lasting=lambda tried: lasting_bytes(tried, topology),
+        say=lambda line: print(line, flush=True),
+    )
+    interrupted = False
+    try:
+        search.run()
+    except Exhausted:
+        print(f"there is more to try (--tries={arguments.tries})")
+    except KeyboardInterrupt:
+        interrupted = True
+        print("interrupted; until then:")
+    print(search.report())
+    if interrupted or not search.frontier():
+        sys.exit(130 if interrupted else 3)
 
 
 def _overfit(arguments: argparse.Namespace) -> None:

@@ -752,6 +752,11 @@ def _checkpoint_contradictions(checkpoint: CheckpointConfig, evaluation: EvalCon
         f"({', '.join(names)})",
     )
     yield (
+        best == HELD_OUT_METRICS[0] and checkpoint.best_mode == "max",
+        f"config.checkpoint.best_mode is 'max', and {best} is best where it is smallest; "
+        "use config.checkpoint.best_mode=min",
+    )
+    yield (
         checkpoint.keep_every % checkpoint.every != 0,
         f"config.checkpoint.keep_every is {checkpoint.keep_every}; it must be a multiple of config.checkpoint.every "
         f"({checkpoint.every}), or 0",

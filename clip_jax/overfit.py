@@ -135,7 +135,7 @@ def advice(found: Overfit) -> list[str]:
     least = least_loss(config.loss.kind, found.pairs, scale=last["logit_scale"], bias=last["logit_bias"])
     cosine, most = max(last["image_cosine"], last["text_cosine"]), config.health.collapse_cosine
     tenth = max(1, steps // 10)
-    before, after = np.mean(losses[-3 * tenth : -2 * tenth or None]), np.mean(losses[-tenth:])
+    before, after = np.mean(losses[-3 * tenth : -2 * tenth] or losses[:1]), np.mean(losses[-tenth:])
     points = [
         (bool(still), f"no gradient reaches the {' and the '.join(still)} tower: config.optim.freeze={optim.freeze}"),
         (bool(optim.lr_multipliers), f"some parameters have a rate of their own: {slowed}"),

@@ -104,6 +104,16 @@ def make_plan(config: RunConfig, topology: Topology) -> Plan:
     )
 
 
+def lasting_bytes(config: RunConfig, topology: Topology) -> int:
+    """Returns the bytes of one chip that hold parameters, optimizer state and average; compiles nothing.
+
+    Raises:
+      ConfigError: mesh or batch do not fit the devices.
+    """
+    state = make_program(config, devices=devices_of(topology)).target
+    return _bytes((state.params, state.opt_state, state.ema))
+
+
 def lower_step(config: RunConfig, devices: Sequence[Any]) -> tuple[TrainState, jax.stages.Lowered]:
     """Returns the shapes of a run's state, and its training step, ready to be compiled for those devices.
 

@@ -136,6 +136,11 @@ def test_overrides_that_are_refused(key, text, message):
             "config.checkpoint.best_metric is 'zero_shot/photo/top1', and nothing is evaluated while training; set",
         ),
         (
+            {"log": {"profile": (4, 2)}},
+            r"config.log.profile is \(4, 2\); it must be \(first step, last step\), such as",
+        ),
+        ({"log": {"profile_steps": 0}}, "config.log.profile_steps is 0; it must be positive"),
+        (
             {"checkpoint": {"best_metric": "zero_shot/photos/top1"}, "eval": {"dataset": "x", "every": 5}},
             "which the evaluation does not give; did you mean 'zero_shot/photo/top1'",
         ),

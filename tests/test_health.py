@@ -148,7 +148,7 @@ def test_the_norms_of_the_towers_cost_no_collective(monkeypatch):
     assert 0 <= counts[0]["all-reduce"][1] - counts[1]["all-reduce"][1] <= 12
 
 
-@pytest.mark.parametrize("freeze", [(), ("^image/",)], ids=str)
+@pytest.mark.parametrize("freeze", [pytest.param((), marks=pytest.mark.slow), ("^image/",)], ids=str)
 def test_the_norms_of_the_parts_make_up_that_of_all(freeze):
     run = dataclasses.replace(TINY, optim=dataclasses.replace(TINY.optim, freeze=freeze))
     mesh, state, train_step = setup(run, 1)

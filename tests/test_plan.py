@@ -138,6 +138,16 @@ def test_groups_in_every_spelling(groups, across):
     assert total == ({True: 128 + 64} if across else {False: 128, True: 64})
 
 
+def test_bytes_that_a_ring_sends():
+    """Among four: an all-reduce of 128 bytes sends them twice but for a quarter, a gather of 32 once."""
+    found = collectives(HLO.replace("REPLICA", "{{0,1,2,3},{4,5,6,7}}"), devices=8, slices=2)
+    assert {(each.kind, each.across): each.sent for each in found} == {
+        ("all-gather", False): 32 * 3 // 4,
+        ("all-reduce", False): 2 * 128 * 3 // 4,
+        ("all-reduce", True): 64,  # between two slices
+    }
+
+
 @pytest.mark.parametrize(
     "mesh",
     [

@@ -3,6 +3,8 @@
 import dataclasses
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -66,3 +68,17 @@ def test_a_trace_that_fails_ends_no_training(tmp_path, caplog):
     (tmp_path / "profile").write_text("a file where the folder should be")
     assert profiled(tmp_path, range(1, 5), window=(2, 3)) == []
     assert caplog.text.count("no profile was written") == 1
+
+
+WORKER = """
+import os, signal
+from clip_jax.data.pipeline import _start_worker
+_start_worker(0, 1)
+os.kill(os.getpid(), signal.SIGUSR1)
+print("goes on")
+"""
+
+
+def test_a_data_worker_goes_on_where_a_whole_job_gets_the_signal():
+    done = subprocess.run([sys.executable, "-c", WORKER], capture_output=True, text=True)
+    assert done.stdout == "goes on\n", done.stderr

@@ -20,11 +20,11 @@ def image_flops(config: ModelConfig, *, train: bool = False, read: bool = False)
     """
     vision = config.vision
     if isinstance(vision, ResNetConfig):
-        return _resnet(vision, config.embed_dim)
-    patches = vision.tokens - 1
-    kept = max(1, int(patches * (1 - config.patch_dropout))) if train else patches
-    embedding = 2 * patches * 3 * vision.patch**2 * vision.width
-    blocks = _transformer(vision, kept + 1) - read * _unread(vision.width, kept + 1)
+        stem, stages, pool = _resnet_parts(vision, config.embed_dim)
+        return stem + sum(map(sum, stages)) + pool
+    tokens = _kept_tokens(config, vision) if train else vision.tokens
+    embedding = 2 * (vision.tokens - 1) * 3 * vision.patch**2 * vision.width
+    blocks = _transformer(vision, tokens) - read * _unread(vision.width, tokens)
     return embedding + blocks + 2 * vision.width * config.embed_dim
 
 
@@ -66,6 +66,40 @@ def pair_flops(config: ModelConfig, batch: int, *, tiled: bool, frozen_image: bo
     return image + 3 * text_flops(config) + loss_flops(config.embed_dim, batch, tiled=tiled)
 
 
+def recomputed_flops(config: ModelConfig) -> int:
+    """Returns operations that the backward pass does again on one pair, by the config's `remat`."""
+    if config.remat == "none":
+        return 0
+    vision, text = config.vision, config.text
+    if config.remat == "dots":
+        image = 0 if isinstance(vision, ResNetConfig) else _attention(vision, _kept_tokens(config, vision))
+        return image + _attention(text, text.context)
+    if isinstance(vision, ResNetConfig):
+        stages = _resnet_parts(vision, config.embed_dim)[1]
+        blocks = [block for stage in stages for block in stage]
+        image = sum(blocks) + (config.remat == "full") * (sum(blocks) - sum(stage[-1] for stage in stages))
+    else:
+        image = _recomputed_blocks(vision, _kept_tokens(config, vision), twice=config.remat == "full")
+    return image + _recomputed_blocks(text, text.context, twice=config.remat == "full")
+
+
+def _recomputed_blocks(config: ViTConfig | TextConfig, tokens: int, *, twice: bool) -> int:
+    """All but each block's last product, which no gradient needs; for `full`, before that the blocks up to the last."""
+    whole = _transformer(config, tokens)
+    last_products = config.layers * tokens * 2 * EXPANSION * config.width**2
+    return whole - last_products + twice * (whole - whole // config.layers)
+
+
+def _kept_tokens(config: ModelConfig, vision: ViTConfig) -> int:
+    """Tokens of an image that are left in training by `patch_dropout`, the class token counted."""
+    return 1 + max(1, int((vision.tokens - 1) * (1 - config.patch_dropout)))
+
+
+def _attention(config: ViTConfig | TextConfig, tokens: int) -> int:
+    """Attention's two products in all blocks."""
+    return config.layers * 2 * 2 * tokens**2 * config.width
+
+
 def _transformer(config: ViTConfig | TextConfig, tokens: int) -> int:
     """Per token and block: 12 width² in the dense layers, and width · tokens in each of attention's two products."""
     width = config.width
@@ -77,20 +111,21 @@ def _unread(width: int, tokens: int) -> int:
     return (tokens - 1) * 2 * (9 * width**2 + 2 * tokens * width)
 
 
-def _resnet(config: ResNetConfig, embed_dim: int) -> int:
+def _resnet_parts(config: ResNetConfig, embed_dim: int) -> tuple[int, list[list[int]], int]:
+    """Of the stem, of each stage's bottlenecks, and of the attention pool."""
     side, width = config.image_size // 2, config.width
     half = width // 2
-    total = 2 * side**2 * 9 * (3 * half + half * half + half * width)
-    side, inputs = side // 2, width
-    for stage, blocks in enumerate(config.layers):
-        inner = width * 2**stage
+    stem = 2 * side**2 * 9 * (3 * half + half * half + half * width)
+    side, inputs, stages = side // 2, width, []
+    for number, blocks in enumerate(config.layers):
+        inner, stage = width * 2**number, list[int]()
         for block in range(blocks):
             outer = EXPANSION * inner
-            after = side // 2 if stage and not block else side
-            total += 2 * side**2 * (inputs * inner + 9 * inner * inner) + 2 * after**2 * inner * outer
-            if not block:
-                total += 2 * after**2 * inputs * outer
+            after = side // 2 if number and not block else side
+            shortcut = 2 * after**2 * inputs * outer if not block else 0
+            stage.append(2 * side**2 * (inputs * inner + 9 * inner * inner) + 2 * after**2 * inner * outer + shortcut)
             side, inputs = after, outer
+        stages.append(stage)
     tokens = side**2 + 1
     pool = inputs**2 * (1 + 2 * tokens) + 2 * tokens * inputs + inputs * embed_dim  # one query
-    return total + 2 * pool
+    return stem, stages, 2 * pool
