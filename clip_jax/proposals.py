@@ -158,7 +158,7 @@ class Search:
             other = self._tried.get(self._with(self._config.mesh, batch, policy))
             if other is not None and other.fits:
                 return True  # the config's own mesh has more state on a chip, and less to send
-            if self._is_hopeless(config, other):
+            if self._is_hopeless(config):
                 return False
             self._try(config)
         found = self._tried[config]
@@ -192,18 +192,20 @@ class Search:
         peak = self._topology.chip.peak * self._topology.chips
         return work / (peak * self._mfu) + plan.exchange_seconds(hidden=False) if peak else 0.0
 
-    def _is_hopeless(self, config: RunConfig, other: Tried | None) -> bool:
-        """Whether a config need not be tried: by `other`, the same in the config's own mesh, which differs in the state
-        alone; or else by the nearest batch, all but the state in proportion.
+    def _is_hopeless(self, config: RunConfig) -> bool:
+        """Whether a config need not be tried, by the nearest batch with its policy in any mesh.
+
+        What is not the state is taken to be in proportion to the batch.
         """
-        state = self._state_of(config.mesh)
-        if other is not None:
-            return other.memory - self._state_of(other.config.mesh) + state > self._budget * (1 + _GAIN)
-        alike = [each for each in self.tried if dataclasses.replace(each.config, batch=config.batch) == config]
+        alike = [
+            each for each in self.tried if each.config.model.remat == config.model.remat and not each.config.micro_batch
+        ]
         if not alike:
             return False
         nearest = min(alike, key=lambda each: abs(each.config.batch - config.batch))
-        return state + (nearest.memory - state) * config.batch / nearest.config.batch > self._budget * _HOPELESS
+        rest = nearest.memory - self._state_of(nearest.config.mesh)
+        expected = self._state_of(config.mesh) + rest * config.batch / nearest.config.batch
+        return expected > self._budget * (1 + _GAIN if nearest.config.batch == config.batch else _HOPELESS)
 
     def _fitting(self, mesh: MeshConfig, batch: int) -> bool:
         """Whether a batch is known to fit in a mesh, or in the config's own."""
@@ -274,6 +276,6 @@ def _row(each: Tried) -> tuple[str, ...]:
         config.model.remat,
         " ".join(layout) or "data",
         f"{each.memory / 2**30:,.2f} GiB",
-        f"{each.seconds:,.3f} s" if each.seconds else f"{each.work / 1e15:,.3f} PFLOP",
+        f"{1e3 * each.seconds:,.1f} ms" if each.seconds else f"{each.work / 1e15:,.3f} PFLOP",
         f"{config.batch / each.seconds:,.0f}" if each.seconds else "–",
     )

@@ -146,6 +146,8 @@ def test_bytes_that_a_ring_sends():
         ("all-reduce", False): 2 * 128 * 3 // 4,
         ("all-reduce", True): 64,  # between two slices
     }
+    scattered = HLO.replace("REPLICA", "{{0,1,2,3},{4,5,6,7}}").replace("all-reduce(", "reduce-scatter(")
+    assert ("reduce-scatter", 128 * 3) in [(each.kind, each.sent) for each in collectives(scattered, devices=8)]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from clip_jax.hlo import Collective
 from clip_jax.models.flops import image_flops, recomputed_flops, text_flops
 from clip_jax.models.variants import ResNetConfig, model_config
 from clip_jax.plan import Plan, lasting_bytes, lower_step, make_plan
-from clip_jax.proposals import Exhausted, Search
+from clip_jax.proposals import Exhausted, Search, Tried
 
 ROOT = Path(__file__).parent.parent
 GIB = 2**30
@@ -99,6 +99,7 @@ def test_the_edge_of_what_fits_is_found_with_few_tries(budget):
     assert len(compiler.asked) == len(set(compiler.asked)) <= 14
     in_own_mesh = [config for config in compiler.asked if config.mesh == B32.mesh]
     assert len(in_own_mesh) <= len(expected) + 4
+    assert {config.batch for config in compiler.asked if config.model.remat == "full"} <= {B32.batch}
 
 
 def test_another_mesh_is_tried_only_where_it_may_make_room():
@@ -126,13 +127,16 @@ def test_a_batch_that_does_not_fit_is_tried_in_micro_batches():
 
 
 def test_what_is_beaten_is_not_on_the_frontier():
-    search, _ = searched(B32, 9.0)
-    frontier = search.frontier()
-    assert len(frontier) < len([each for each in search.tried if each.fits]) or len(frontier) == len(search.tried)
-    for one in frontier:
-        for other in search.tried:
-            if other.fits and other.config.batch == one.config.batch:
-                assert not (other.memory < one.memory and other.cost < one.cost)
+    """In memory and time both; a trade of one for the other stays, and so does another batch."""
+    search, _ = searched(B32, 100.0, compiler=Compiler(refuse=lambda config: True))
+    configs = [dataclasses.replace(B32, batch=batch, seed=seed) for batch in (4096, 8192) for seed in range(3)]
+    numbers = [(5, 2.0), (6, 3.0), (4, 4.0), (9, 9.0), (9, 9.5), (10, 8.0)]
+    rows = [
+        Tried(config, memory, fits=memory < 10, work=0.0, seconds=seconds)
+        for config, (memory, seconds) in zip(configs, numbers, strict=True)
+    ]
+    search._tried = {each.config: each for each in rows}
+    assert [(each.memory, each.seconds) for each in search.frontier()] == [(5, 2.0), (4, 4.0), (9, 9.0)]
 
 
 def test_the_number_of_tries_is_kept_and_what_was_found_is_there():
