@@ -16,8 +16,8 @@ from clip_jax.errors import UserError, did_you_mean
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs one subcommand. A user's mistake is one line on stderr and exit code 2; a plan that does not fit,
-    accelerators that would starve, or a batch that is not learnt, are 3; a machine that something is wrong with, or a
-    sweep with a run that failed, 1.
+    accelerators that would starve, a batch that is not learnt, or a figure that is not met, are 3; a machine that
+    something is wrong with, or a sweep with a run that failed, 1.
     """
     with one_line_errors():
         rest, overrides = take_overrides(sys.argv[1:] if argv is None else argv)
@@ -167,6 +167,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--out", type=Path, help="write compare.md, compare.json and compare.png into this folder")
     compare.set_defaults(run=_compare)
 
+    _add_eval(commands)
     _add_search(commands)
 
     config_diff = commands.add_parser("config-diff", help="show what differs between two runs' configs")
@@ -174,6 +175,37 @@ def _parser() -> argparse.ArgumentParser:
     config_diff.add_argument("new", type=Path, help="a workdir or its config.json")
     config_diff.set_defaults(run=_config_diff)
     return parser
+
+
+def _add_eval(commands: Any) -> None:
+    """Adds what measures a trained model."""
+    evaluate = commands.add_parser("eval", help="measure a model: zero-shot classification, retrieval, linear probe")
+    evaluate.add_argument("model", help="a file, a folder, a run's workdir, a model's name or hf-hub:owner/name")
+    evaluate.add_argument(
+        "--dataset", default="", help="a TFDS name, a folder or tar shards such as '/data/{0..9}.tar'"
+    )
+    evaluate.add_argument("--suite", type=Path, help="TOML file with an [[evaluation]] for each of many datasets")
+    evaluate.add_argument("--task", help="such as zeroshot_classification (the default) or zeroshot_retrieval")
+    evaluate.add_argument("--name", help="what results call the dataset (default: as it is given)")
+    evaluate.add_argument("--split", help="of a TFDS dataset (test)")
+    evaluate.add_argument("--data-dir", help="where TFDS datasets lie (default: TFDS's own)")
+    evaluate.add_argument("--image-key", help="TFDS feature that holds the image (image)")
+    evaluate.add_argument("--label-key", help="TFDS feature that holds the class (label); of tars, cls or json.key")
+    evaluate.add_argument("--caption-key", help="TFDS feature that holds captions, for retrieval (caption)")
+    evaluate.add_argument("--classes", help="open_clip, clip_benchmark, or a .txt or .json file (the dataset's own)")
+    evaluate.add_argument("--templates", help="a template set, open_clip, clip_benchmark, or a .txt or .json file")
+    evaluate.add_argument("--language", help="of class names and templates (en)")
+    evaluate.add_argument("--train", help="linear_probe: a TFDS split, a folder or tar shards to fit on (train)")
+    evaluate.add_argument("--validation", help="linear_probe: the same, to choose C on (default: a part of --train)")
+    evaluate.add_argument(
+        "--check", action="append", help="target=…,tol=…[,metric=…] or published,tol=…; exit code 3 if it is not met"
+    )
+    evaluate.add_argument("--batch", type=int, default=256, help="rows a step, over all devices (default: 256)")
+    evaluate.add_argument("--threads", type=int, help="that read and decode (default: the number of cores)")
+    evaluate.add_argument("--compute", default="float32", choices=("float32", "bfloat16"), help="dtype of activations")
+    evaluate.add_argument("--cache", default="", help="folder in which features of images are kept; may be remote")
+    evaluate.add_argument("--out", type=Path, help="write JSON in CLIP_benchmark's format, and results.csv, here")
+    evaluate.set_defaults(run=_eval)
 
 
 def _add_search(commands: Any) -> None:
@@ -490,6 +522,36 @@ def _compare(arguments: argparse.Namespace) -> None:
     print(report(comparison))
     if arguments.out is not None:
         write_comparison(comparison, arguments.out)
+
+
+def _eval(arguments: argparse.Namespace) -> None:
+    from dataclasses import fields
+
+    from clip_jax.config import DistributedConfig
+    from clip_jax.distributed import processes
+    from clip_jax.evals.job import EvalJob, read_suite
+
+    if bool(arguments.dataset) == bool(arguments.suite):
+        raise UserError("name what to evaluate on with --dataset, or many with --suite=file")
+    given = {field.name: getattr(arguments, field.name, None) for field in fields(EvalJob)}
+    given |= {"check": tuple(arguments.check or ())}
+    job = EvalJob(**{name: value for name, value in given.items() if value is not None})
+    jobs = [job] if arguments.suite is None else read_suite(arguments.suite, job)
+    with processes(DistributedConfig()):
+        from clip_jax.evals.command import run_jobs
+        from clip_jax.evals.evaluator import Evaluator
+        from clip_jax.pretrained import load
+
+        evaluator = Evaluator(
+            load(arguments.model, dtype=arguments.compute),
+            arguments.model,
+            batch=arguments.batch,
+            threads=arguments.threads or os.cpu_count() or 1,
+            cache=arguments.cache,
+        )
+        all_met = run_jobs(evaluator, jobs, out=arguments.out)
+    if not all_met:  # outside, where it is no failure that would end the other processes
+        sys.exit(3)
 
 
 def _classify(arguments: argparse.Namespace) -> None:

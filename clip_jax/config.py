@@ -327,11 +327,14 @@ class EvalConfig:
     """What is measured on held-out data, in training and at its end: zero-shot classification, the contrastive loss.
 
     Attributes:
-      dataset: TFDS name of a labelled dataset; empty means no zero-shot evaluation.
+      dataset: a labelled dataset: a TFDS name, a folder with a folder of images for every class, or tar shards with a
+        `.cls` beside every image; empty means no zero-shot evaluation.
       split: TFDS split.
       image_key: feature that holds the image.
       label_key: feature that holds the class label.
-      prompts: names of template sets in `clip_jax/evals/prompts.py`; each gives a row of the result.
+      classes: names of the classes instead of the dataset's own: `open_clip` (ImageNet's), `clip_benchmark`, or a
+        .txt or .json file.
+      prompts: template sets, see `clip_jax/evals/prompts.py`; each gives a row of the result.
       held_out: pairs whose contrastive loss is measured, said as what differs from config.data: `split=val`,
         `shards=/data/val/{00..03}.tar`, `table=val.csv`; as in `data.mixture`, `key=value,...`. Empty means none.
       held_out_pairs: their number, one batch for the loss, always the same pairs; 0 means config.batch. Where there are
@@ -344,6 +347,7 @@ class EvalConfig:
     split: str = "test"
     image_key: str = "image"
     label_key: str = "label"
+    classes: str = ""
     prompts: tuple[str, ...] = ("photo",)
     held_out: str = ""
     held_out_pairs: int = 0

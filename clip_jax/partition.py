@@ -189,6 +189,11 @@ def join_rows(micro: jax.Array, mesh: Mesh) -> jax.Array:
     )
 
 
+def place_whole(values: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """Makes a global array of values that every process holds all of."""
+    return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
+
+
 def _check_divisible(shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) -> None:
     for size, axis in zip(shape, spec, strict=False):
         if axis is not None and size % mesh.shape[axis]:

@@ -194,7 +194,7 @@ def test_an_evaluation_that_fails_ends_no_training(tmp_path, monkeypatch, caplog
 
 def test_images_that_cannot_be_read_are_an_error_when_all_batches_are_through():
     """The batches go on, blank: the other processes wait for this one at each of them."""
-    from clip_jax.evals.evaluation import InStep
+    from clip_jax.evals.embedding import InStep
 
     def reading():
         yield {"label": np.ones(1)}

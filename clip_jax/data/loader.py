@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from clip_jax.config import DataConfig, RunConfig, data_sources
+from clip_jax.config import DataConfig, RunConfig, data_sources, parse_source
 from clip_jax.data.augment import Augment
 from clip_jax.data.filters import Filter
+from clip_jax.data.folder_source import FolderSource
 from clip_jax.data.images import preprocess_of
 from clip_jax.data.order import FullShuffle, Mixture, WindowShuffle
 from clip_jax.data.pipeline import FixedTransform, TrainTransform, Transform, check_batches, train_batches
@@ -108,6 +109,29 @@ def open_source(config: RunConfig, data: DataConfig, *, need_captions: bool = Tr
         caption_key=data.caption_key,
         images_only=not need_captions,
     )
+
+
+def open_named(data: str, config: RunConfig, *, need_captions: bool = True) -> Source:
+    """Opens data that a person names on a command line.
+
+    Args:
+      data: a folder; a `.csv`, `.tsv` or `.parquet` table; tar shards, such as `/data/{000..999}.tar`; or the keys of a
+        source of `config.data`, such as `source=tfds,dataset=digits,split=test`.
+      config: for the size of synthetic images.
+      need_captions: refuse a source, or a sample of tar shards, that has none.
+
+    Raises:
+      UserError: nothing there, or another kind of thing.
+    """
+    if "=" in data.partition(",")[0] and not Path(data).exists():
+        section = parse_source(DataConfig(build=True), data, "data")
+    elif data.endswith((".csv", ".tsv", ".parquet")):
+        section = DataConfig(source="table", table=data)
+    elif data.endswith(".tar"):
+        section = DataConfig(source="tars", shards=data)
+    else:
+        return FolderSource(Path(data))
+    return open_source(config, section, need_captions=need_captions)
 
 
 def open_tars(data: DataConfig, *, index: bool = False, need_captions: bool = True) -> TarSource:

@@ -24,7 +24,7 @@ import numpy as np
 from clip_jax.data.augment import Augment, random_crop
 from clip_jax.data.images import ImageError, Preprocess, eval_image
 from clip_jax.data.order import Mixture, position_of_row, rows_of_process
-from clip_jax.data.reading import MixedReader, Part, where
+from clip_jax.data.reading import MixedReader, Part, name_record, where
 from clip_jax.data.records import REASONS, Record, RecordError, Source
 from clip_jax.errors import RestartError, UserError, one_line
 
@@ -354,7 +354,7 @@ class _EvalBatches:
         except (ImageError, RecordError) as error:
             if self.drop and isinstance(self.transform, Transform):
                 return self.transform.blank(), 0.0
-            raise RecordError(error.reason, f"record {index} of {self.source}: {error}") from None
+            raise RecordError(error.reason, f"{name_record(self.source, index)}: {error}") from None
 
 
 def _iterate(

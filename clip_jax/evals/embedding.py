@@ -1,15 +1,18 @@
-"""Unit features of many images or texts, computed in batches over all devices."""
+"""Features of many images or texts, computed in batches over all devices and hosts."""
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from clip_jax.data.images import Preprocess, normalize, preprocess_of
-from clip_jax.models.clip import CLIP, Variables, image_features, text_features
+from clip_jax.data.pipeline import EvalTransform, eval_batches
+from clip_jax.data.records import Source
+from clip_jax.models.clip import CLIP, Variables, image_features, probe_features, text_features
 from clip_jax.partition import place_rows, replicated
 
 Tokenize = Callable[..., np.ndarray]
@@ -19,9 +22,9 @@ class ImageFeatures(NamedTuple):
     """Embedded images in the order of their dataset.
 
     Attributes:
-      features: float [n, e], unit length.
+      features: float [n, e].
       labels: int32 [n].
-      index: int64 [n], positions in the dataset.
+      index: int32 [n], positions in the dataset.
     """
 
     features: np.ndarray
@@ -37,17 +40,56 @@ class Embedder:
       tokenize: (texts, context=…) to int32 [n, context].
       mesh: the devices.
       batch: rows a step, over all devices; the mesh's size divides it.
-      preprocess: whose mean and deviation pixels are normalised with; CLIP's if None.
+      preprocess: how images are cut, and whose mean and deviation pixels are normalised with; CLIP's if None.
+      kind: of the images' features: `unit`, embeddings of unit length, or `probe`, see `probe_features`.
+      threads: that read and decode.
     """
 
     def __init__(
-        self, model: CLIP, tokenize: Tokenize, *, mesh: Mesh, batch: int, preprocess: Preprocess | None = None
+        self,
+        model: CLIP,
+        tokenize: Tokenize,
+        *,
+        mesh: Mesh,
+        batch: int,
+        preprocess: Preprocess | None = None,
+        kind: Literal["unit", "probe"] = "unit",
+        threads: int = 4,
     ) -> None:
         self._model, self._tokenize, self._mesh, self._batch = model, tokenize, mesh, batch
         self._preprocess = preprocess or preprocess_of(model.config)
+        self._apply, self._threads = {"unit": image_features, "probe": probe_features}[kind], threads
         self._encode_images = jax.jit(self._image_features, out_shardings=replicated(mesh))
         self._encode_pixels = jax.jit(self._pixel_features, out_shardings=replicated(mesh))
         self._encode_texts = jax.jit(self._text_features, out_shardings=replicated(mesh))
+
+    def source(
+        self, variables: Variables, source: Source, *, progress: Callable[[], None] = lambda: None
+    ) -> ImageFeatures:
+        """Embeds every image of a source once, in order; collective over processes, of which each reads its slice.
+
+        Images that cannot be read raise an exception in all processes, at the same place.
+
+        Args:
+          variables: of the model, on the mesh.
+          source: the same in every process.
+          progress: called before every batch.
+
+        Raises:
+          RecordError: names an image that cannot be read.
+        """
+        batches = eval_batches(
+            source,
+            transform=EvalTransform(self._preprocess),
+            batch=self._batch,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            threads=self._threads,
+        )
+        reading = InStep(batches, self._blank(), count=-(-len(source) // self._batch))
+        images = self.images(variables, reading.batches(progress))
+        reading.check()
+        return images
 
     def images(self, variables: Variables, batches: Iterable[dict[str, np.ndarray]]) -> ImageFeatures:
         """Embeds the images of `eval_batches`; rows of weight 0 are dropped.
@@ -65,7 +107,17 @@ class Embedder:
 
     def texts(self, variables: Variables, texts: Sequence[str]) -> np.ndarray:
         """Embeds texts: float [n, e], unit length."""
-        tokens = self._tokenize(list(texts), context=self._model.config.text.context)
+        return self.tokens(variables, self.tokenize(texts))
+
+    def tokenize(self, texts: Sequence[str]) -> np.ndarray:
+        """Returns texts as the text tower reads them: int32 [n, context]."""
+        return self._tokenize(list(texts), context=self._model.config.text.context)
+
+    def tokens(self, variables: Variables, tokens: np.ndarray) -> np.ndarray:
+        """Embeds rows of token ids, int32 [n, context]: float [n, e], unit length.
+
+        Every process of the mesh gives all of them.
+        """
         return self._encode(self._encode_texts, variables, tokens)
 
     def pixels(self, variables: Variables, images: np.ndarray) -> np.ndarray:
@@ -91,9 +143,18 @@ class Embedder:
         share = len(rows) // len(processes)
         return rows[share * processes.index(jax.process_index()) :][:share]
 
+    def _blank(self) -> dict[str, np.ndarray]:
+        rows, size = self._batch // jax.process_count(), self._preprocess.size
+        return {
+            "image": np.zeros((rows, size, size, 3), np.uint8),
+            "label": np.zeros(rows, np.int32),
+            "weight": np.zeros(rows, np.float32),
+            "index": np.full(rows, -1, np.int64),
+        }
+
     def _pixel_features(self, variables: Variables, images: jax.Array) -> jax.Array:
         dtype = self._model.config.dtype
-        return image_features(self._model, variables, normalize(images, self._preprocess, dtype))
+        return self._apply(self._model, variables, normalize(images, self._preprocess, dtype))
 
     def _image_features(self, variables: Variables, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         return {
@@ -105,3 +166,35 @@ class Embedder:
 
     def _text_features(self, variables: Variables, tokens: jax.Array) -> jax.Array:
         return text_features(self._model, variables, tokens)
+
+
+class InStep:
+    """Batches that keep the processes in step where one of them cannot read its own: blank ones stand in for these.
+
+    Args:
+      batches: this process's.
+      blank: of their shapes, without a row that counts.
+      count: of every process.
+    """
+
+    def __init__(self, batches: Iterator[dict[str, np.ndarray]], blank: dict[str, np.ndarray], *, count: int) -> None:
+        self._batches, self._blank, self._count = batches, blank, count
+        self._error: Exception | None = None
+
+    def batches(self, progress: Callable[[], None]) -> Iterator[dict[str, np.ndarray]]:
+        """Yields them, calling `progress` before each."""
+        for _ in range(self._count):
+            progress()
+            try:
+                batch = self._blank if self._error else next(self._batches)
+            except Exception as error:  # of any kind: all that is known is that this process has no batch
+                self._error, batch = error, self._blank
+            yield batch
+
+    def check(self) -> None:
+        """Raises what went wrong, in every process."""
+        failed = self._error is not None
+        if jax.process_count() > 1:
+            failed = bool(multihost_utils.process_allgather(np.asarray(failed)).any())
+        if failed:
+            raise self._error or RuntimeError("another process could not read its images")

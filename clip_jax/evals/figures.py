@@ -48,7 +48,7 @@ def plot_training(rows: Sequence[Mapping[str, Any]], path: Path, *, chance_loss:
     names = sorted({key for row in rows for key in row if key.startswith("zero_shot/") and key.endswith("/top1")})
     for i, name in enumerate(names):
         steps, values = _curve(rows, name)
-        label = "zero-shot, prompts " + name.split("/")[1]
+        label = "zero-shot, prompts " + name.removeprefix("zero_shot/").removesuffix("/top1")
         right.plot(steps, values, color=SERIES[i % len(SERIES)], marker="osD^"[i % 4], markersize=4, label=label)
     right.set(xlabel="step", ylabel="accuracy", ylim=(-0.03, 1.03))
     for axes in (left, right):

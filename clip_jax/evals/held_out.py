@@ -16,7 +16,7 @@ from clip_jax.config import HELD_OUT_METRICS, RunConfig
 from clip_jax.data.held_out import Batch, HeldOutPairs, open_held_out
 from clip_jax.data.images import normalize, preprocess_of
 from clip_jax.errors import UserError
-from clip_jax.evals.evaluation import InStep
+from clip_jax.evals.embedding import InStep
 from clip_jax.models.clip import CLIP, CLIPOutput, Variables, forward, scale_and_bias
 from clip_jax.partition import check_batch, join_rows, place_rows, replicated, row_sharding
 from clip_jax.step import JudgedFeatures, judge

@@ -213,6 +213,16 @@ def image_features(model: CLIP, variables: Variables, images: Float[Array, "b s 
     return cast(jax.Array, model.apply(variables, images, normalize=True, method="encode_image"))
 
 
+def probe_features(model: CLIP, variables: Variables, images: Float[Array, "b s s 3"]) -> Float[Array, "b d"]:
+    """Returns what linear probes are fitted on (paper, §3.2): a ViT's class token before the projection, a ResNet's
+    embedding; not normalised."""
+    applied = model.apply(variables, images, method="encode_image", mutable=["intermediates"])
+    features, kept = cast(tuple[jax.Array, dict[str, Any]], applied)
+    if isinstance(model.config.vision, ResNetConfig):
+        return features
+    return _at_least_f32(kept["intermediates"]["image"]["pooled"])
+
+
 def text_features(
     model: CLIP, variables: Variables, tokens: Int[Array, "b l"], *, groups: Groups = ()
 ) -> Float[Array, "b e"]:

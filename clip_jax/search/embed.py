@@ -23,10 +23,9 @@ import jax
 import numpy as np
 import pyarrow
 
-from clip_jax.config import DataConfig, MeshConfig, RunConfig, parse_source
-from clip_jax.data.folder_source import FolderSource
+from clip_jax.config import MeshConfig, RunConfig
 from clip_jax.data.images import ImageError, Preprocess, eval_image, open_image, to_jpeg
-from clip_jax.data.loader import open_source
+from clip_jax.data.loader import open_named
 from clip_jax.data.reading import name_record
 from clip_jax.data.records import Record, RecordError, Source
 from clip_jax.data.tar_source import TarSource
@@ -86,22 +85,13 @@ def open_images(data: str, model: Pretrained) -> Source:
     """Opens what is to be embedded.
 
     Args:
-      data: a folder; a `.csv`, `.tsv` or `.parquet` table; tar shards, such as `/data/{000..999}.tar`; or the keys of a
-        source of `config.data`, such as `source=tfds,dataset=digits,split=test`.
+      data: as in `clip_jax.data.loader.open_named`.
       model: for the size of synthetic images.
 
     Raises:
       UserError: nothing there, or another kind of thing.
     """
-    if "=" in data.partition(",")[0] and not Path(data).exists():
-        section = parse_source(DataConfig(build=True), data, "data")
-    elif data.endswith((".csv", ".tsv", ".parquet")):
-        section = DataConfig(source="table", table=data)
-    elif data.endswith(".tar"):
-        section = DataConfig(source="tars", shards=data)
-    else:
-        return FolderSource(Path(data))
-    return open_source(RunConfig(model.config), section, need_captions=False)
+    return open_named(data, RunConfig(model.config), need_captions=False)
 
 
 def embed(

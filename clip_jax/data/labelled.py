@@ -1,0 +1,235 @@
+"""Images with a class each: TFDS datasets, folders by class, and tar shards with a `.cls` beside every image."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from clip_jax.data.captions import parse_metadata
+from clip_jax.data.folder_source import FolderSource
+from clip_jax.data.records import MAX_FILE_BYTES, Record, RecordError, Source
+from clip_jax.data.storage import Storage, StorageError, expand
+from clip_jax.data.tar_index import IMAGES, members, read_at, sample_key
+from clip_jax.data.tfds_source import TfdsSource
+from clip_jax.errors import UserError
+
+_LONGEST_LABEL = 1 << 12
+
+
+@runtime_checkable
+class LabelledSource(Source, Protocol):
+    """Records that have a `label`.
+
+    Attributes:
+      classes: names of the classes in the order of the labels; empty where the dataset has none.
+      fingerprint: what identifies the records, as JSON holds it.
+    """
+
+    classes: tuple[str, ...]
+    fingerprint: dict[str, Any]
+
+
+def open_labelled(
+    dataset: str,
+    *,
+    split: str = "test",
+    data_dir: str = "",
+    image_key: str = "image",
+    label_key: str = "label",
+) -> LabelledSource:
+    """Opens a dataset for classification.
+
+    Args:
+      dataset: a folder with a folder of images for every class; tar shards such as `/data/{000..049}.tar`; or a TFDS
+        name.
+      split: of a TFDS dataset.
+      data_dir: of prepared TFDS datasets; empty means TFDS's default.
+      image_key: feature of a TFDS dataset that holds the image.
+      label_key: feature of a TFDS dataset that holds the class. In tar shards it is the number in the `.cls`, or with
+        `json.key` one in the `.json`.
+
+    Raises:
+      UserError: nothing there, or no classes.
+    """
+    if dataset.endswith(".tar"):
+        return ClassTars(dataset, label_key="cls" if label_key == "label" else label_key)
+    if Path(dataset).expanduser().is_dir():
+        return ClassFolders(Path(dataset))
+    if dataset.startswith((os.sep, ".", "~")) or dataset.endswith(os.sep):
+        raise UserError(f"{dataset} is not a folder")
+    return TfdsSource(dataset, split, data_dir=data_dir, image_key=image_key, caption_key="", label_key=label_key)
+
+
+class ClassFolders:
+    """A folder with a folder of images for every class, in the order of their names, as torchvision's `ImageFolder`.
+
+    Attributes:
+      classes: the folders' names.
+      fingerprint: folder, number of images and a digest of their paths, as JSON holds them.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Lists the folder.
+
+        Raises:
+          UserError: as `clip_jax.data.folder_source.images_below`; or an image that is in no class's folder.
+        """
+        self._images = FolderSource(folder)
+        root = self._images.root
+        self.classes = tuple(sorted(path.name for path in root.iterdir() if path.is_dir() and path.name[0] != "."))
+        number = {name: label for label, name in enumerate(self.classes)}
+        self._labels = [number.get(self.key(i).partition(os.sep)[0], -1) for i in range(len(self._images))]
+        if -1 in self._labels:
+            raise UserError(
+                f"{self._images.where(self._labels.index(-1))} is in no class's folder; {root} must hold a folder of "
+                "images for every class, and nothing beside them"
+            )
+        self.fingerprint: dict[str, Any] = self._images.fingerprint | {"name": root.name}
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __str__(self) -> str:
+        return str(self._images)
+
+    def __getitem__(self, index: int) -> Record:
+        """Returns an image with its class.
+
+        Raises:
+          RecordError: it cannot be read.
+        """
+        return self._images[index]._replace(label=self._labels[index])
+
+    def where(self, index: int) -> str:
+        """Returns an image's path, for messages."""
+        return self._images.where(index)
+
+    def key(self, index: int) -> str:
+        """Returns an image's path below the folder."""
+        return self._images.key(index)
+
+
+class _Place(NamedTuple):
+    """Where an image lies: shard, first byte, bytes; its class, and its key."""
+
+    shard: int
+    start: int
+    size: int
+    label: int
+    key: str
+
+
+class ClassTars:
+    """Samples of tar shards, local or remote, with the number of their class beside the image.
+
+    All shards are looked through when they are opened. As in CLIP_benchmark's exports, the classes' names may lie in a
+    `classnames.txt`, and templates in a `zeroshot_classification_templates.txt`, beside the shards or in the folder
+    above.
+
+    Attributes:
+      classes: of `classnames.txt`; empty where there is none.
+      templates: of `zeroshot_classification_templates.txt`, with `{}` for the name; empty where there is none.
+      fingerprint: the shards, number of samples and a digest of where they lie, as JSON holds them.
+    """
+
+    def __init__(self, shards: str, *, label_key: str = "cls") -> None:
+        """Looks through the shards.
+
+        Args:
+          shards: paths or URLs, see `clip_jax.data.storage.expand`.
+          label_key: `cls`, or `json.key`.
+
+        Raises:
+          UserError: no shards, one that cannot be read, no samples, or one without a class.
+        """
+        self._storage, self._paths, self._patterns = Storage(), expand(shards), shards
+        try:
+            self._places = [place for shard in range(len(self._paths)) for place in self._look(shard, label_key)]
+        except StorageError as error:
+            raise UserError(str(error)) from None
+        if not self._places:
+            raise UserError(f"{shards} has no images (members that end in {', '.join(sorted(IMAGES))})")
+        self.classes = tuple(self._lines("classnames.txt"))
+        self.templates = tuple(
+            line.replace("{c}", "{}") for line in self._lines("zeroshot_classification_templates.txt")
+        )
+        digest = hashlib.sha256(repr([(*place[1:4], place.key) for place in self._places]).encode())
+        self.fingerprint: dict[str, Any] = {
+            "name": "tars",
+            "shards": shards,
+            "records": len(self._places),
+            "samples": digest.hexdigest()[:16],
+        }
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __str__(self) -> str:
+        return f"{len(self._paths):,} tar shards ({self._patterns})"
+
+    def __getitem__(self, index: int) -> Record:
+        """Returns an image with its class.
+
+        Raises:
+          RecordError: it cannot be read.
+        """
+        place = self._places[index]
+        if place.size > MAX_FILE_BYTES:
+            raise RecordError("image_too_large", f"the image has {place.size:,} bytes, over {MAX_FILE_BYTES:,}")
+        try:
+            image = self._storage.read(self._paths[place.shard], place.start, place.size)
+        except StorageError as error:
+            raise RecordError("shard_missing", str(error)) from None
+        return Record(image, label=place.label)
+
+    def where(self, index: int) -> str:
+        """Returns an image's shard and key, for messages."""
+        place = self._places[index]
+        return f"{place.key} in {self._paths[place.shard]}"
+
+    def key(self, index: int) -> str:
+        """Returns what a sample's files are called, up to the first dot."""
+        return self._places[index].key
+
+    def _look(self, shard: int, label_key: str) -> Iterator[_Place]:
+        """Yields the samples of a shard."""
+        path = self._paths[shard]
+        file = read_at(self._storage, path, self._storage.stat(path).size)
+        label_file = "json" if label_key.startswith("json.") else label_key
+        samples: dict[str, dict[str, tuple[int, int]]] = {}
+        for member in members(file):
+            extension = member.name.rpartition("/")[2].partition(".")[2].lower()
+            part = "image" if extension in IMAGES else extension
+            samples.setdefault(sample_key(member.name), {})[part] = (member.data, member.size)
+        for key, parts in samples.items():
+            if "image" not in parts:
+                continue
+            start, size = parts.get(label_file, (0, 0))
+            label = _label(file.read(start, min(size, _LONGEST_LABEL)), label_key)
+            if label is None:
+                raise UserError(f"{key} in {path} has no class: there must be a number in its .{label_key}")
+            yield _Place(shard, *parts["image"], label, key)
+
+    def _lines(self, name: str) -> list[str]:
+        """Returns the lines of a file beside the shards, or in the folder above; none where there is no such file."""
+        folder = self._paths[0].rpartition("/")[0]
+        for where in (folder, folder.rpartition("/")[0]):
+            try:
+                text = self._storage.read_whole(f"{where}/{name}").decode("utf-8")
+            except (StorageError, UnicodeDecodeError):
+                continue
+            return [line.strip() for line in text.splitlines() if line.strip()]
+        return []
+
+
+def _label(content: bytes, label_key: str) -> int | None:
+    """Returns the class that a file of a sample states, or None."""
+    if label_key.startswith("json."):
+        try:
+            value = parse_metadata(content).get(label_key.removeprefix("json."))
+        except RecordError:
+            return None
+        return value if type(value) is int and value >= 0 else None
+    text = content.decode("ascii", "replace").strip()
+    return int(text) if text.isdecimal() else None

@@ -1,0 +1,105 @@
+"""Images with captions, for retrieval: both are read once, each process its slice, and every process gets all."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from clip_jax.config import DataConfig, RunConfig
+from clip_jax.data.loader import open_named, open_source
+from clip_jax.data.reading import name_record
+from clip_jax.data.records import Record, RecordError, Source
+from clip_jax.evals.evaluator import Evaluator
+from clip_jax.evals.job import EvalJob
+
+
+class Captioned(NamedTuple):
+    """Embedded images and their captions.
+
+    Attributes:
+      images: float [n, e], unit length.
+      texts: float [m, e], unit length.
+      image_of_text: int64 [m], the image to which each text belongs.
+    """
+
+    images: np.ndarray
+    texts: np.ndarray
+    image_of_text: np.ndarray
+
+
+def open_captioned(job: EvalJob, config: RunConfig) -> Source:
+    """Opens images with captions.
+
+    Raises:
+      UserError: nothing there, or no captions.
+    """
+    data = job.dataset
+    is_path = data.endswith((".csv", ".tsv", ".parquet", ".tar")) or Path(data).expanduser().is_dir()
+    if is_path or "=" in data:
+        return open_named(data, config)
+    section = DataConfig(
+        dataset=data, split=job.split, data_dir=job.data_dir, image_key=job.image_key, caption_key=job.caption_key
+    )
+    return open_source(config, section)
+
+
+def embed_captioned(evaluator: Evaluator, source: Source) -> Captioned:
+    """Embeds all images and all their captions; collective over processes.
+
+    Raises:
+      RecordError: names a record that cannot be read, or has no caption.
+    """
+    remembered = _Remembering(source)
+    images = evaluator.embed(remembered)
+    own = sorted(remembered.captions.items())
+    image_of_text = np.array([index for index, texts in own for _ in texts], np.int32)
+    tokens = evaluator.tokenize([text for _, texts in own for text in texts])
+    tokens, image_of_text = _from_all(tokens, image_of_text)
+    order = np.argsort(image_of_text, kind="stable")
+    return Captioned(images.features, evaluator.tokens(tokens[order]), image_of_text[order].astype(np.int64))
+
+
+class _Remembering:
+    """A source that remembers the captions of what was read from it."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self.captions: dict[int, Sequence[str]] = {}
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __str__(self) -> str:
+        return str(self._source)
+
+    def __getitem__(self, index: int) -> Record:
+        record = self._source[index]
+        texts = [text for text in record.captions if text.strip()]
+        if not texts:
+            raise RecordError("caption_missing", "there is no caption")
+        self.captions[index] = texts
+        return record
+
+    def where(self, index: int) -> str:
+        """Returns what to call a record in messages."""
+        return name_record(self._source, index)
+
+
+def _from_all(tokens: np.ndarray, image_of_text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the rows of all processes; a row that two of them read, for its shapes, is there once."""
+    if jax.process_count() == 1:
+        return tokens, image_of_text
+    most = int(multihost_utils.process_allgather(np.array(len(tokens))).max())
+    padding = ((0, most - len(tokens)),)
+    all_tokens = multihost_utils.process_allgather(np.pad(tokens, (*padding, (0, 0))))
+    all_images = multihost_utils.process_allgather(np.pad(image_of_text, padding, constant_values=-1))
+    kept, seen = [], set()
+    for process, images in enumerate(all_images):
+        fresh = set(images.tolist()) - seen - {-1}
+        kept += [(process, row) for row, image in enumerate(images.tolist()) if image in fresh]
+        seen |= fresh
+    processes, rows = (np.array(column) for column in zip(*kept, strict=True))
+    return all_tokens[processes, rows], all_images[processes, rows]

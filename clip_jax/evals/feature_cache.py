@@ -1,0 +1,117 @@
+"""Features of a dataset's images on disk: embedded once, and gone on with where a run was stopped.
+
+The folder is one of `clip_jax.search.store`: shards of consecutive records, each whole or not there, and what was
+embedded with what, so that another model's features are never taken for this one's. Only the first process reads and
+writes it.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import pyarrow
+from jax.experimental import multihost_utils
+
+from clip_jax.data.images import Preprocess
+from clip_jax.data.labelled import LabelledSource
+from clip_jax.data.reading import name_record
+from clip_jax.data.records import Record, Source
+from clip_jax.evals.embedding import ImageFeatures
+from clip_jax.search.store import FORMAT, VectorStore, embedding_column, vectors_of
+
+SHARD = 8_192
+
+
+class FeatureCache:
+    """Keeps features of one model's images below a folder, which may be remote.
+
+    Args:
+      folder: gets a folder for every model, kind of features and dataset.
+      model: its fingerprint.
+      kind: of the features.
+      preprocess: how images were cut.
+      shard: records that are embedded, and lost by a kill, at once.
+    """
+
+    def __init__(self, folder: str, *, model: str, kind: str, preprocess: Preprocess, shard: int = SHARD) -> None:
+        self._folder, self._shard = folder.rstrip("/"), shard
+        self._about = {"model": {"fingerprint": model, "preprocess": preprocess.to_dict()}, "features": kind}
+
+    def images(self, source: LabelledSource, embed: Callable[[Source], ImageFeatures]) -> ImageFeatures:
+        """Returns a source's features and labels; collective over processes.
+
+        Args:
+          source: the same in every process.
+          embed: embeds what is not there.
+
+        Raises:
+          UserError: the folder cannot be read or written.
+        """
+        job = self._about | {"data": source.fingerprint, "records": len(source), "shard_records": self._shard}
+        name = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:16]
+        store = VectorStore(f"{self._folder}/{name}")
+        first = jax.process_index() == 0
+        if first:
+            store.begin(job)
+        ranges = [range(at, min(at + self._shard, len(source))) for at in range(0, len(source), self._shard)]
+        there = (
+            [found is not None for found in store.read_shards(range(len(ranges)))] if first else [False] * len(ranges)
+        )
+        everywhere = _from_first(np.array(there, np.int32))
+        for shard, records in enumerate(ranges):
+            if not everywhere[shard]:
+                made = embed(_Part(source, records))
+                if first:
+                    store.write_shard(shard, {"images": _table(made, records.start)}, {"records": len(records)})
+        return self._read(store, job, len(ranges))
+
+    def _read(self, store: VectorStore, job: dict[str, Any], shards: int) -> ImageFeatures:
+        """Returns what is stored, as the first process reads it."""
+        features, labels = np.zeros((0, 0), np.float32), np.zeros(0, np.int32)
+        if jax.process_index() == 0:
+            written = [store.read_shard(shard) or {} for shard in range(shards)]
+            store.write_manifest({**job, "format": FORMAT, "kinds": ["images"], "shards": written})
+            tables = list(store.tables("images"))
+            features = np.concatenate([vectors_of(table) for table in tables])
+            labels = np.concatenate([table.column("label").to_numpy() for table in tables]).astype(np.int32)
+        rows, width = _from_first(np.array(features.shape)).tolist()
+        if jax.process_index() != 0:
+            features, labels = np.zeros((rows, width), np.float32), np.zeros(rows, np.int32)
+        return ImageFeatures(_from_first(features), _from_first(labels), np.arange(rows, dtype=np.int32))
+
+
+class _Part:
+    """Consecutive records of a source, as a source."""
+
+    def __init__(self, source: Source, records: range) -> None:
+        self._source, self._records = source, records
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __str__(self) -> str:
+        return f"records {self._records.start} to {self._records.stop - 1} of {self._source}"
+
+    def __getitem__(self, index: int) -> Record:
+        return self._source[self._records[index]]
+
+    def where(self, index: int) -> str:
+        """Returns what to call a record in messages."""
+        return name_record(self._source, self._records[index])
+
+
+def _table(found: ImageFeatures, first: int) -> pyarrow.Table:
+    columns = {
+        "record": pyarrow.array(found.index.astype(np.int64) + first),
+        "label": pyarrow.array(found.labels.astype(np.int64)),
+        "embedding": embedding_column(found.features.astype(np.float32)),
+    }
+    return pyarrow.table(columns)
+
+
+def _from_first(values: np.ndarray) -> np.ndarray:
+    """Returns an array as the first process has it."""
+    return values if jax.process_count() == 1 else np.asarray(multihost_utils.broadcast_one_to_all(values))

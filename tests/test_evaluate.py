@@ -1,0 +1,322 @@
+"""`clip-jax eval`: the figures by NumPy and by open_clip, from every kind of dataset, in CLIP_benchmark's format."""
+
+import dataclasses
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from references import import_open_clip
+from tars import add
+
+from clip_jax import cli
+from clip_jax.data.labelled import ClassFolders, open_labelled
+from clip_jax.data.tfds_source import TfdsSource
+from clip_jax.errors import UserError
+from clip_jax.evals.evaluator import Evaluator
+from clip_jax.evals.job import EvalJob
+from clip_jax.evals.prompts import class_names, templates
+from clip_jax.evals.published import PUBLISHED, published
+from clip_jax.evals.results import check, parse_target
+from clip_jax.evals.tasks import evaluate
+from clip_jax.evals.zero_shot import class_weights
+
+SCANS = 37  # divided by no batch, and by no number of devices
+
+
+@pytest.fixture(scope="session")
+def scans(digits_dir):
+    """The first held-out scans of the digits, as TFDS has them."""
+    return TfdsSource("digits", f"test[:{SCANS}]", data_dir=str(digits_dir), caption_key="", label_key="label")
+
+
+@pytest.fixture(scope="session")
+def folders(scans, tmp_path_factory):
+    """The same scans, in a folder for every class; the folders' names sort as the labels do."""
+    root = tmp_path_factory.mktemp("scans") / "by_class"
+    for name in range(10):
+        (root / str(name)).mkdir(parents=True)
+    for number in range(len(scans)):
+        (root / str(scans[number].label) / f"{number:03d}.png").write_bytes(scans[number].image)
+    return root
+
+
+@pytest.fixture(scope="session")
+def shards(scans, tmp_path_factory):
+    """The same in two tar shards, as CLIP_benchmark's exports are: a `.cls` before the image, names beside."""
+    folder = tmp_path_factory.mktemp("wds")
+    (folder / "test").mkdir()
+    for shard, numbers in enumerate((range(20), range(20, SCANS))):
+        with tarfile.open(folder / "test" / f"{shard}.tar", "w") as tar:
+            for number in numbers:
+                add(tar, f"s{number:04d}.cls", f"{scans[number].label}\n".encode())
+                add(tar, f"s{number:04d}.json", json.dumps({"digit": scans[number].label}).encode())
+                add(tar, f"s{number:04d}.png", scans[number].image)
+    (folder / "classnames.txt").write_text("\n".join(scans.classes))
+    (folder / "zeroshot_classification_templates.txt").write_text("a photo of a {c}.\n")
+    return f"{folder}/test/{{0..1}}.tar"
+
+
+@pytest.fixture(scope="session")
+def evaluator(model, model_dir):
+    return Evaluator(model, str(model_dir), batch=16, threads=2)
+
+
+@pytest.fixture(scope="session")
+def job(digits_dir):
+    return EvalJob("digits", split=f"test[:{SCANS}]", data_dir=str(digits_dir), templates="digits_unseen")
+
+
+@pytest.fixture(scope="session")
+def result(evaluator, job):
+    return evaluate(evaluator, job)
+
+
+def by_numpy(model, scans, prompts):
+    """Top-1, top-5 and mean per class, image by image and prompt by prompt."""
+
+    def unit(x):
+        return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+    rows = []
+    for name in scans.classes:
+        tokens = np.concatenate([model.tokenize(prompt.replace("{}", name)) for prompt in prompts])
+        rows.append(unit(unit(np.asarray(model.encode_text(tokens), np.float64)).mean(axis=0)))
+    records = [scans[number] for number in range(len(scans))]
+    images = model.preprocess([record.image for record in records])
+    features = unit(np.asarray(model.encode_image(images), np.float64))
+    labels = np.array([record.label for record in records])
+    order = np.argsort(-features @ np.stack(rows).T, axis=1)
+    right = order[:, 0] == labels
+    per_class = np.mean([right[labels == label].mean() for label in np.unique(labels)])
+    return right.mean(), (order[:, :5] == labels[:, None]).any(axis=1).mean(), per_class
+
+
+def test_equal_to_numpy(result, model, scans):
+    assert tuple(result.metrics.values()) == pytest.approx(
+        by_numpy(model, scans, templates("digits_unseen")), abs=1e-12
+    )
+    assert result.details["images"] == SCANS  # the last batch is padded to 16
+    assert 0 < result.metrics["acc1"] < result.metrics["acc5"] < 1
+
+
+def test_weights_equal_open_clips(model, model_dir, evaluator):
+    """`build_zero_shot_classifier` on the same weights, ImageNet's 80 templates on some of its names."""
+    open_clip = import_open_clip()
+    import torch
+
+    theirs = open_clip.create_model_from_pretrained(f"local-dir:{model_dir}", return_transform=False).eval()
+    tokenizer = open_clip.SimpleTokenizer(context_length=model.config.text.context)
+    names, prompts = class_names("open_clip")[:1000:91], templates("open_clip")
+    assert prompts == tuple(template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES)
+    assert class_names("open_clip") == tuple(open_clip.IMAGENET_CLASSNAMES)
+    with torch.no_grad():
+        expected = open_clip.build_zero_shot_classifier(
+            theirs, tokenizer, names, open_clip.OPENAI_IMAGENET_TEMPLATES
+        ).T.numpy()
+    ours = class_weights(evaluator.texts, names, prompts)
+    print(f"class weights of {len(names)} classes in 80 prompts: {abs(ours - expected).max():.1e} from open_clip's")
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-6)
+
+
+def test_neither_batches_nor_padding_count(model, model_dir, job, result):
+    again = evaluate(Evaluator(model, str(model_dir), batch=40, threads=2), job)
+    assert again.to_dict() == result.to_dict()
+
+
+def test_every_kind_of_dataset_gives_the_same_figures(evaluator, job, result, folders, shards, scans):
+    names = folders.parent / "names.json"
+    names.write_text(json.dumps({"by_class": scans.classes, "other": ["x"]}))
+    in_folders = evaluate(evaluator, dataclasses.replace(job, dataset=str(folders), classes=str(names)))
+    assert (in_folders.metrics, in_folders.dataset) == (result.metrics, "by_class")
+    in_shards = evaluate(evaluator, dataclasses.replace(job, dataset=shards))
+    assert (in_shards.metrics, in_shards.dataset) == (result.metrics, "test")
+    by_json = evaluate(evaluator, dataclasses.replace(job, dataset=shards, label_key="json.digit"))
+    assert by_json.metrics == result.metrics
+
+
+def test_templates_beside_shards_are_taken(evaluator, job, shards):
+    own = evaluate(evaluator, dataclasses.replace(job, dataset=shards, templates=""))
+    assert own.details["templates"] == ["a photo of a {}."]
+
+
+def test_json_is_clip_benchmarks(result, tmp_path, model_dir):
+    file = result.write(tmp_path)
+    assert file.name == "benchmark_digits_small_custom_en_zeroshot_classification.json"
+    found = json.loads(file.read_text())
+    assert list(found) == ["dataset", "model", "pretrained", "task", "metrics", "language", "details"]
+    assert list(found["metrics"]) == ["acc1", "acc5", "mean_per_class_recall"]
+    assert found["pretrained"] == str(model_dir)
+    for name, (low, high) in found["details"]["intervals"].items():
+        assert low <= found["metrics"][name] <= high
+    assert found["details"]["data"]["records"] == SCANS
+
+
+def test_fewer_than_five_classes_have_no_acc5(evaluator, scans, tmp_path):
+    for label in range(3):
+        (tmp_path / "few" / scans.classes[label]).mkdir(parents=True)
+    for number in range(len(scans)):
+        if scans[number].label < 3:
+            (tmp_path / "few" / scans.classes[scans[number].label] / f"{number}.png").write_bytes(scans[number].image)
+    result = evaluate(evaluator, EvalJob(str(tmp_path / "few")))
+    assert result.details["classes"] == ["one", "two", "zero"]  # the folders' names, sorted
+    assert json.loads(result.write(tmp_path).read_text())["metrics"]["acc5"] is None
+    assert "acc5" not in result.intervals
+
+
+def run(*arguments):
+    """Runs the command; returns its exit code."""
+    try:
+        cli.main(["eval", *arguments])
+    except SystemExit as ended:
+        return ended.code
+    return 0
+
+
+def test_a_suite_of_datasets_with_targets(folders, digits_dir, model_dir, result, scans, tmp_path, capsys):
+    (tmp_path / "names.txt").write_text("\n".join(scans.classes))
+    acc1 = result.metrics["acc1"]
+    (tmp_path / "suite.toml").write_text(f"""
+templates = "digits_unseen"
+
+[[evaluation]]
+dataset = "digits"
+split = "test[:{SCANS}]"
+data_dir = "{digits_dir}"
+check = "target={acc1:.4f},tol=0.0001"
+
+[[evaluation]]
+dataset = "{folders}"
+name = "mine"
+classes = "{tmp_path}/names.txt"
+check = ["target={acc1 + 0.02:.4f},tol=0.01", "target=0.5,tol=0.5,metric=acc5"]
+""")
+    common = [str(model_dir), "--batch=16", "--threads=2", f"--suite={tmp_path}/suite.toml", f"--out={tmp_path}/out"]
+    assert run(*common) == 3
+    said = capsys.readouterr().out
+    assert said.count("MISSED") == 1
+    assert said.count(" met\n") == 2
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "benchmark_digits_small_custom_en_zeroshot_classification.json",
+        "benchmark_mine_small_custom_en_zeroshot_classification.json",
+        "results.csv",
+    }
+    header, first, second = (tmp_path / "out" / "results.csv").read_text().splitlines()
+    assert header == "acc1,acc5,mean_per_class_recall,dataset,model,pretrained,task,language,model_fullname"
+    assert first.split(",")[:4] == [*map(str, result.metrics.values()), "digits"]
+    assert second.split(",")[3] == "mine"
+
+
+def test_a_target_that_is_met_is_exit_code_0(digits_dir, model_dir, result, capsys):
+    options = [f"--split=test[:{SCANS}]", f"--data-dir={digits_dir}", "--templates=digits_unseen", "--batch=16"]
+    target = f"--check=target={result.metrics['acc1']:.3f},tol=0.001"
+    assert run(str(model_dir), "--dataset=digits", *options, target) == 0
+    assert "met" in capsys.readouterr().out
+
+
+def test_published_figures(result):
+    values = {(row.model, row.dataset, row.metric): row.value for row in PUBLISHED}
+    assert values["ViT-B/32", "imagenet1k", "acc1"] == 0.6332
+    assert values["ViT-L/14@336", "imagenet1k", "acc1"] == 0.7656
+    assert values["ViT-L/14", "flickr30k", "text_retrieval_recall@1"] == 0.852
+    assert len([row for row in PUBLISHED if row.dataset == "imagenet1k"]) == 9
+    for name in ("imagenet2012:5.1.0", "imagenet1k", "tfds/imagenet2012"):
+        assert [row.value for row in published("ViT-B/16", name, ("acc1", "acc5"))] == [0.6834]
+    imported = dataclasses.replace(result, dataset="imagenet2012", metrics={"acc1": 0.6331, "acc5": 0.9})
+    [compared] = check(imported, parse_target("published,tol=0.001"), model="ViT-B/32")
+    assert compared.passed
+    assert not check(imported, parse_target("published,tol=0.001"), model="ViT-B/16")[0].passed
+    with pytest.raises(
+        UserError, match=r"no published figure is known of RN50 on 'digits' \(of this model: imagenet1k"
+    ):
+        check(result, parse_target("published,tol=0.001"), model="RN50")
+
+
+def test_clip_benchmarks_json(tmp_path, monkeypatch):
+    """Its own files, in an installed package and given by path; and those in other languages."""
+    data = tmp_path / "clip_benchmark" / "datasets"
+    data.mkdir(parents=True)
+    (tmp_path / "clip_benchmark" / "__init__.py").write_text("raise RuntimeError('the package must not be run')")
+    (data / "en_classnames.json").write_text(json.dumps({"imagenet1k": ["tench"], "cifar10": ["plane", "car"]}))
+    (data / "it_classnames.json").write_text(json.dumps({"cifar10": ["aereo", "auto"]}))
+    prompts = {"imagenet1k": ["a {c}."], "cifar10": ["one {c}", "two {c}"]}
+    (data / "en_zeroshot_classification_templates.json").write_text(json.dumps(prompts))
+    with pytest.raises(UserError, match="the package clip-benchmark is not installed; pip install clip-benchmark"):
+        class_names("clip_benchmark", dataset="cifar10")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert class_names("clip_benchmark", dataset="wds/cifar10") == ("plane", "car")
+    assert class_names("clip_benchmark", dataset="cifar10", language="it") == ("aereo", "auto")
+    assert templates("clip_benchmark", dataset="cifar10:3.0.2") == ("one {}", "two {}")
+    assert templates(str(data / "en_zeroshot_classification_templates.json"), dataset="imagenet2012") == ("a {}.",)
+    with pytest.raises(UserError, match="has nothing for the dataset 'cifar1'; did you mean 'cifar10'"):
+        templates("clip_benchmark", dataset="cifar1")
+
+
+def test_class_names_and_templates_from_text_files(tmp_path):
+    (tmp_path / "t.txt").write_text("a photo of {c}\n\nthe {}\n")
+    assert templates(str(tmp_path / "t.txt")) == ("a photo of {}", "the {}")
+    (tmp_path / "bad.txt").write_text("a photo of {name}\n")
+    with pytest.raises(UserError, match=r"the template 'a photo of \{name\}' must have \{\} or \{c\}"):
+        templates(str(tmp_path / "bad.txt"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "name what to evaluate on with --dataset, or many with --suite=file"),
+        (["--dataset=digits", "--task=zeroshot"], "--task=zeroshot; did you mean 'zeroshot_retrieval'? (tasks: "),
+        (["--dataset=digits", "--check=0.5"], "--check=0.5: it must be target=…,tol=…"),
+        (["--dataset=digits", "--check=target=0.5"], "--check=target=0.5: it must be target=…,tol=…"),
+        (["--dataset=digits", "--batch=0"], "--batch is 0; it must be positive"),
+        (["--dataset=/nowhere"], "/nowhere is not a folder"),
+        (["--dataset={loose}"], "is in no class's folder"),
+        (["--dataset={unlabelled}"], "s0 in {unlabelled} has no class: there must be a number in its .cls"),
+        (["--dataset={digits}", "--classes={two}"], "2 class names are given, and "),
+        (["--dataset={digits}", "--templates=phot"], "no template set 'phot'; did you mean 'photo'"),
+        (
+            ["--suite={suite}"],
+            "suite.toml, evaluation 1: unknown key dateset; did you mean 'dataset'? (keys: dataset, ",
+        ),
+        (["--suite={two}"], "two.txt cannot be read: "),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message, folders, model_dir, tmp_path, capsys):
+    (tmp_path / "loose" / "class").mkdir(parents=True)
+    picture = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(picture, "PNG")
+    (tmp_path / "loose" / "x.png").write_bytes(picture.getvalue())
+    with tarfile.open(tmp_path / "unlabelled.tar", "w") as tar:
+        add(tar, "s0.png", picture.getvalue())
+    (tmp_path / "two.txt").write_text("one\ntwo\n")
+    (tmp_path / "suite.toml").write_text('[[evaluation]]\ndateset = "digits"\n')
+    names = {
+        "loose": tmp_path / "loose",
+        "unlabelled": tmp_path / "unlabelled.tar",
+        "digits": folders,
+        "two": tmp_path / "two.txt",
+        "suite": tmp_path / "suite.toml",
+    }
+    assert run(str(model_dir), *(argument.format(**names) for argument in arguments)) == 2
+    error = capsys.readouterr().err
+    assert message.format(**names) in error
+    assert error.count("\n") == 1
+
+
+def test_an_image_that_cannot_be_read_is_named(evaluator, folders, tmp_path):
+    import shutil
+
+    shutil.copytree(folders, tmp_path / "damaged")
+    broken = next((tmp_path / "damaged" / "3").iterdir())
+    broken.write_bytes(b"\xff\xd8\xff damaged")
+    with pytest.raises(UserError, match=f"{broken}: the JPEG cannot be decoded"):
+        evaluate(evaluator, EvalJob(str(tmp_path / "damaged")))
+
+
+def test_labels_are_those_of_the_folders(folders):
+    source = open_labelled(str(folders))
+    assert isinstance(source, ClassFolders)
+    for number in range(len(source)):
+        assert source.classes[source[number].label] == Path(source.key(number)).parts[0]
