@@ -179,13 +179,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_eval(commands: Any) -> None:
     """Adds what measures a trained model."""
-    evaluate = commands.add_parser("eval", help="measure a model: zero-shot classification, retrieval, linear probe")
+    evaluate = commands.add_parser("eval", help="measure a model: zero-shot, retrieval, linear probe, limits")
     evaluate.add_argument("model", help="a file, a folder, a run's workdir, a model's name or hf-hub:owner/name")
     evaluate.add_argument(
         "--dataset", default="", help="a TFDS name, a folder or tar shards such as '/data/{0..9}.tar'"
     )
     evaluate.add_argument("--suite", type=Path, help="TOML file with an [[evaluation]] for each of many datasets")
-    evaluate.add_argument("--task", help="such as zeroshot_classification (the default) or zeroshot_retrieval")
+    evaluate.add_argument("--task", help="zeroshot_classification (the default), zeroshot_retrieval, … (see docs)")
     evaluate.add_argument("--name", help="what results call the dataset (default: as it is given)")
     evaluate.add_argument("--split", help="of a TFDS dataset (test)")
     evaluate.add_argument("--data-dir", help="where TFDS datasets lie (default: TFDS's own)")
@@ -197,6 +197,8 @@ def _add_eval(commands: Any) -> None:
     evaluate.add_argument("--language", help="of class names and templates (en)")
     evaluate.add_argument("--train", help="linear_probe: a TFDS split, a folder or tar shards to fit on (train)")
     evaluate.add_argument("--validation", help="linear_probe: the same, to choose C on (default: a part of --train)")
+    evaluate.add_argument("--words", help="typographic: file of what is written for each class (default: its name)")
+    evaluate.add_argument("--groups", help="groups: file with the group of every image")
     evaluate.add_argument(
         "--check", action="append", help="target=…,tol=…[,metric=…] or published,tol=…; exit code 3 if it is not met"
     )
@@ -531,12 +533,11 @@ def _eval(arguments: argparse.Namespace) -> None:
     from clip_jax.distributed import processes
     from clip_jax.evals.job import EvalJob, read_suite
 
-    if bool(arguments.dataset) == bool(arguments.suite):
-        raise UserError("name what to evaluate on with --dataset, or many with --suite=file")
-    given = {field.name: getattr(arguments, field.name, None) for field in fields(EvalJob)}
-    given |= {"check": tuple(arguments.check or ())}
-    job = EvalJob(**{name: value for name, value in given.items() if value is not None})
-    jobs = [job] if arguments.suite is None else read_suite(arguments.suite, job)
+    if arguments.dataset and arguments.suite:
+        raise UserError("--dataset names one dataset, and --suite many; give one of them")
+    given: dict[str, Any] = {field.name: getattr(arguments, field.name) for field in fields(EvalJob)}
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if value}
+    jobs = [EvalJob(**given)] if arguments.suite is None else read_suite(arguments.suite, given)
     with processes(DistributedConfig()):
         from clip_jax.evals.command import run_jobs
         from clip_jax.evals.evaluator import Evaluator

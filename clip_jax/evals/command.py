@@ -7,6 +7,7 @@ import jax
 
 from clip_jax.console import print_table
 from clip_jax.evals.evaluator import Evaluator
+from clip_jax.evals.figures import plot_typographic
 from clip_jax.evals.job import EvalJob
 from clip_jax.evals.results import CHECK_COLUMNS, COLUMNS, Check, Result, check, write_table
 from clip_jax.evals.tasks import evaluate
@@ -20,7 +21,7 @@ def run_jobs(evaluator: Evaluator, jobs: Sequence[EvalJob], *, out: Path | None 
     Args:
       evaluator: of the model.
       jobs: what to evaluate.
-      out: folder for a JSON file of each and a `results.csv` of all; None writes nothing.
+      out: folder for a JSON file of each, its figure where it has one, and a `results.csv` of all; None writes nothing.
 
     Raises:
       UserError: as `evaluate`, `check` and `Result.write`.
@@ -34,7 +35,11 @@ def run_jobs(evaluator: Evaluator, jobs: Sequence[EvalJob], *, out: Path | None 
         if first:
             print_table(_title(result), COLUMNS, result.rows())
         if first and out is not None:
-            print(result.write(out))
+            print(file := result.write(out))
+            if result.task == "typographic":
+                figure = file.with_suffix(".png")
+                plot_typographic(result.details["curve"], result.metrics["acc1"], figure, title=_title(result))
+                print(figure)
         for target in job.targets:
             checks += check(result, target, model=evaluator.variant)
     if first and out is not None:

@@ -31,20 +31,33 @@ class Evaluator:
       batch: rows a step, over all devices; rounded up to a multiple of them.
       threads: that read and decode, in every process.
       cache: folder in which images' features are kept; empty for none.
+      devices: to compute on; None means all.
 
     Attributes:
       mesh: the devices.
+      own_mesh: those of this process.
       config: the model's sizes.
       variant: the paper's name of the model, or `custom`.
       names: what results call it: architecture, and where its weights came from.
       fingerprint: of the model.
     """
 
-    def __init__(self, model: Pretrained, source: str, *, batch: int = 256, threads: int = 4, cache: str = "") -> None:
+    def __init__(
+        self,
+        model: Pretrained,
+        source: str,
+        *,
+        batch: int = 256,
+        threads: int = 4,
+        cache: str = "",
+        devices: Sequence[jax.Device] | None = None,
+    ) -> None:
         for name, value in (("batch", batch), ("threads", threads)):
             if value < 1:
                 raise UserError(f"--{name} is {value}; it must be positive")
-        self.mesh, self.config, self.preprocess = make_mesh(MeshConfig()), model.config, model.preprocess
+        self.mesh = make_mesh(MeshConfig(), devices=devices)
+        self.own_mesh = make_mesh(MeshConfig(), devices=self.mesh.local_devices)
+        self.config, self.preprocess = model.config, model.preprocess
         self.variant, self.names = variant_name(model.config), model_names(model.config, source)
         self.fingerprint = model.fingerprint
         self._model, self._threads, self._cache = model, threads, cache

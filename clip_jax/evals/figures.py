@@ -107,6 +107,33 @@ def plot_confusion(matrix: np.ndarray, classes: Sequence[str], path: Path, *, ti
     save(figure, path)
 
 
+def plot_typographic(curve: Sequence[Mapping[str, float]], clean: float, path: Path, *, title: str) -> None:
+    """Draws accuracy over the size of what is written on the images, beside an empty strip of the same size.
+
+    Args:
+      curve: by size, shares of images: `blank` and `wrong` right, `wrong_taken` taken for what is written.
+      clean: accuracy on the images as they are.
+      path: the PNG.
+      title: of the figure.
+    """
+    figure = new_figure(6.0, 4.0)
+    axes = figure.subplots()
+    sizes = [point["size"] for point in curve]
+    lines = (
+        ("blank", BLUE, "s", "right, with an empty strip"),
+        ("wrong", RED, "o", "right, with a wrong word on it"),
+        ("wrong_taken", ORANGE, "^", "taken for that word"),
+    )
+    axes.axhline(clean, color=GREY, linestyle="--", label="right, as they are")
+    for name, colour, marker, label in lines:
+        axes.plot(sizes, [point[name] for point in curve], color=colour, marker=marker, label=label)
+    axes.set(title=title, xlabel="height of the strip / height of the image", ylabel="share of images")
+    axes.set(ylim=(-0.03, 1.03), xticks=sizes)
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    save(figure, path)
+
+
 def _draw_found(axes: Any, image: np.ndarray, *, right: bool) -> None:
     axes.imshow(image, interpolation="nearest")
     axes.set(xticks=[], yticks=[])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,18 @@ from typing import Any
 from clip_jax.errors import UserError, did_you_mean
 from clip_jax.evals.results import Target, parse_target
 
-TASKS = ("zeroshot_classification", "zeroshot_retrieval", "linear_probe")
-"""What can be evaluated; the names are CLIP_benchmark's."""
+TASKS = (
+    "zeroshot_classification",
+    "zeroshot_retrieval",
+    "linear_probe",
+    "typographic",
+    "word_order",
+    "groups",
+    "phrasing",
+)
+"""What can be evaluated; the first three names are CLIP_benchmark's."""
+WITHOUT_DATASET = ("typographic", "word_order")
+"""Tasks that take photographs of scikit-learn and scikit-image where no dataset is named."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +45,13 @@ class EvalJob:
       language: of class names and templates.
       train: split of a TFDS dataset, or folder or tar shards, that a linear probe is fitted on.
       validation: the same, on which its regularisation is chosen; empty means a part of `train`.
+      words: of `typographic`, a .txt or .json file with what is written for each class; empty means its name.
+      groups: of `groups`, a text file with the group of every image, in the dataset's order; or a CSV file with the
+        columns `key` and `group`, in any order.
       check: targets, see `clip_jax.evals.results.parse_target`.
     """
 
-    dataset: str
+    dataset: str = ""
     task: str = TASKS[0]
     name: str = ""
     split: str = "test"
@@ -50,11 +64,17 @@ class EvalJob:
     language: str = "en"
     train: str = "train"
     validation: str = ""
+    words: str = ""
+    groups: str = ""
     check: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
             raise UserError(f"--task={self.task}{did_you_mean(self.task, TASKS)} (tasks: {', '.join(TASKS)})")
+        if not self.dataset and self.task not in WITHOUT_DATASET:
+            raise UserError(f"--task={self.task} needs a --dataset")
+        if self.task == "groups" and not self.groups:
+            raise UserError("--task=groups needs --groups=file, with the group of every image")
         self.targets  # noqa: B018 (a wrong one is said before anything is computed)
 
     @property
@@ -67,18 +87,20 @@ class EvalJob:
         """What results call the dataset."""
         if self.name:
             return self.name
+        if not self.dataset:
+            return "photographs"
         path = Path(self.dataset).expanduser()
         if path.suffix == ".tar":
             return path.parent.name
         return path.resolve().name if path.is_dir() else self.dataset
 
 
-def read_suite(path: Path, defaults: EvalJob) -> list[EvalJob]:
+def read_suite(path: Path, defaults: Mapping[str, Any]) -> list[EvalJob]:
     """Returns the evaluations of a suite: a TOML file with a table `[[evaluation]]` for each.
 
     Args:
       path: the file. Its keys are those of `EvalJob`; those at its top hold for all evaluations.
-      defaults: values of the keys that it does not set.
+      defaults: values of keys that it does not set.
 
     Raises:
       UserError: it cannot be read, or has an unknown key or a wrong value.
@@ -91,24 +113,23 @@ def read_suite(path: Path, defaults: EvalJob) -> list[EvalJob]:
     if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
         raise UserError(f"{path} names no evaluation; it must hold a table [[evaluation]] for each")
     return [
-        _job(values | table, defaults, where=f"{path}, evaluation {number}") for number, table in enumerate(tables, 1)
+        _job({**defaults, **values, **table}, where=f"{path}, evaluation {number}")
+        for number, table in enumerate(tables, 1)
     ]
 
 
-def _job(values: dict[str, Any], defaults: EvalJob, *, where: str) -> EvalJob:
+def _job(values: Mapping[str, Any], *, where: str) -> EvalJob:
     fields = {field.name: field for field in dataclasses.fields(EvalJob)}
     found: dict[str, Any] = {}
     for key, value in values.items():
         if key not in fields:
             raise UserError(f"{where}: unknown key {key}{did_you_mean(key, fields)} (keys: {', '.join(fields)})")
-        many = isinstance(getattr(defaults, key), tuple)
-        value = [value] if many and isinstance(value, str) else value
-        if not isinstance(value, list if many else str) or (many and not all(isinstance(each, str) for each in value)):
+        many = isinstance(fields[key].default, tuple)
+        texts = [value] if many and isinstance(value, str) else value
+        if not isinstance(texts, list | tuple if many else str) or not all(isinstance(each, str) for each in texts):
             raise UserError(f"{where}: {key} is {value!r}; it must be {'a list of texts' if many else 'a text'}")
-        found[key] = tuple(value) if many else value
-    if not found.get("dataset"):
-        raise UserError(f"{where}: dataset is missing")
+        found[key] = tuple(texts) if many else texts
     try:
-        return dataclasses.replace(defaults, **found)
+        return EvalJob(**found)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None

@@ -1,35 +1,19 @@
 """The tasks of `clip-jax eval`: a model and a job to a result."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
-
-import numpy as np
 
 import clip_jax
 from clip_jax.config import RunConfig
-from clip_jax.data.labelled import LabelledSource, open_labelled
-from clip_jax.data.tfds_source import TfdsSource
-from clip_jax.errors import UserError
-from clip_jax.evals import linear_probe, prompts
 from clip_jax.evals.captioned import embed_captioned, open_captioned
+from clip_jax.evals.classification import Found, linear_probe_classification, zero_shot_classification
 from clip_jax.evals.evaluator import Evaluator
 from clip_jax.evals.job import EvalJob
+from clip_jax.evals.limits import groups, phrasing, typographic, word_order
 from clip_jax.evals.results import Result
 from clip_jax.evals.retrieval import recalls
-from clip_jax.evals.zero_shot import ZeroShotResult, class_weights, classify, named_classes, wilson_interval
-
-SHOWN_CONFUSIONS = 20
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a task gives; see `Result`."""
-
-    metrics: Mapping[str, float]
-    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    details: Mapping[str, Any] = field(default_factory=dict)
+from clip_jax.evals.zero_shot import wilson_interval
 
 
 def evaluate(evaluator: Evaluator, job: EvalJob) -> Result:
@@ -58,68 +42,8 @@ def evaluate(evaluator: Evaluator, job: EvalJob) -> Result:
     )
 
 
-def open_classes(job: EvalJob) -> tuple[LabelledSource, tuple[str, ...]]:
-    """Opens a job's labelled dataset, and names its classes.
-
-    Raises:
-      UserError: as `evaluate`.
-    """
-    source = open_job(job)
-    named = job.classes or ("open_clip" if prompts.is_imagenet(job.called) else "")
-    given = prompts.class_names(named, dataset=job.called, language=job.language) if named else ()
-    return source, named_classes(given, source)
-
-
-def open_job(job: EvalJob) -> LabelledSource:
-    """Opens a job's labelled dataset; see `open_labelled`."""
-    return open_labelled(
-        job.dataset, split=job.split, data_dir=job.data_dir, image_key=job.image_key, label_key=job.label_key
-    )
-
-
-def open_templates(job: EvalJob, source: LabelledSource) -> tuple[str, ...]:
-    """Returns a job's templates.
-
-    Raises:
-      UserError: as `evaluate`.
-    """
-    own: tuple[str, ...] = getattr(source, "templates", ())
-    if own and not job.templates:
-        return prompts.checked(own, str(source))
-    named = job.templates or ("open_clip" if prompts.is_imagenet(job.called) else "photo")
-    return prompts.templates(named, dataset=job.called, language=job.language)
-
-
-def _zero_shot_classification(evaluator: Evaluator, job: EvalJob) -> Found:
-    source, classes = open_classes(job)
-    templates = open_templates(job, source)
-    weights = class_weights(evaluator.texts, classes, templates)
-    images = evaluator.images(source)
-    found = classify(images.features, images.labels, weights, prompts=job.templates, classes=classes)
-    return Found(*accuracy(found), details=_about(found, source) | {"templates": list(templates)})
-
-
-def accuracy(found: ZeroShotResult) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
-    """Returns top-1, top-5 and mean per class by CLIP_benchmark's names, and their 95 % intervals."""
-    metrics = {"acc1": found.top1, "acc5": found.top5, "mean_per_class_recall": found.mean_per_class}
-    ends = {
-        "acc1": found.interval,
-        "acc5": found.top5_interval,
-        "mean_per_class_recall": found.mean_per_class_interval,
-    }
-    return metrics, {name: pair for name, pair in ends.items() if pair is not None}
-
-
-def _about(found: ZeroShotResult, source: LabelledSource) -> dict[str, Any]:
-    return {
-        "images": found.images,
-        "data": source.fingerprint,
-        "classes": list(found.classes),
-        "confusions": [list(row) for row in found.confusions()[:SHOWN_CONFUSIONS]],
-    }
-
-
-def _zero_shot_retrieval(evaluator: Evaluator, job: EvalJob) -> Found:
+def zero_shot_retrieval(evaluator: Evaluator, job: EvalJob) -> Found:
+    """Returns how often images are found by their captions, and captions by their images."""
     source = open_captioned(job, RunConfig(evaluator.config))
     found = embed_captioned(evaluator, source)
     metrics = recalls(found.images, found.texts, found.image_of_text, mesh=evaluator.mesh)
@@ -133,58 +57,12 @@ def _zero_shot_retrieval(evaluator: Evaluator, job: EvalJob) -> Found:
     return Found(metrics, intervals, details)
 
 
-def _linear_probe(evaluator: Evaluator, job: EvalJob) -> Found:
-    source, classes = open_classes(job)
-    train = _embedded_beside(evaluator, job, job.train, source)
-    test = evaluator.images(source, kind="probe")
-    if job.validation:
-        validation = _embedded_beside(evaluator, job, job.validation, source)
-    else:
-        features, labels = train
-        held_out = linear_probe.split_off(labels)
-        train, validation = (features[~held_out], labels[~held_out]), (features[held_out], labels[held_out])
-    options: dict[str, Any] = {"classes": len(classes), "mesh": evaluator.mesh}
-    chosen = linear_probe.choose_c(train, validation, **options)
-    both = [np.concatenate(columns) for columns in zip(train, validation, strict=True)]
-    probe = linear_probe.fit(*both, c=chosen.c, **options)
-    ones = np.ones((len(test.labels), 1), test.features.dtype)
-    features = np.concatenate([test.features, ones], axis=1)
-    found = classify(features, test.labels, probe.with_biases(), prompts="", classes=classes)
-    metrics, intervals = accuracy(found)
-    details = {
-        "c": chosen.c,
-        "validation_accuracy": {f"{c:.6g}": share for c, share in chosen.tried.items()},
-        "iterations": probe.iterations,
-        "features": test.features.shape[1],
-        "train_images": len(both[1]),
-    }
-    return Found(
-        {f"lp_{name}": value for name, value in metrics.items()},
-        {f"lp_{name}": ends for name, ends in intervals.items()},
-        _about(found, source) | details,
-    )
-
-
-def _embedded_beside(
-    evaluator: Evaluator, job: EvalJob, where: str, source: LabelledSource
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns probe features and labels of another split of a TFDS dataset, or of another folder or other tar shards.
-
-    Raises:
-      UserError: nothing there, or other classes.
-    """
-    if isinstance(source, TfdsSource):
-        beside = open_job(dataclasses.replace(job, split=where))
-    else:
-        beside = open_job(dataclasses.replace(job, dataset=where))
-    if beside.classes != source.classes:
-        raise UserError(f"{beside} has other classes than {source}; their labels would mean something else")
-    found = evaluator.images(beside, kind="probe")
-    return found.features, found.labels
-
-
 _TASKS: dict[str, Callable[[Evaluator, EvalJob], Found]] = {
-    "zeroshot_classification": _zero_shot_classification,
-    "zeroshot_retrieval": _zero_shot_retrieval,
-    "linear_probe": _linear_probe,
+    "zeroshot_classification": zero_shot_classification,
+    "zeroshot_retrieval": zero_shot_retrieval,
+    "linear_probe": linear_probe_classification,
+    "typographic": typographic,
+    "word_order": word_order,
+    "groups": groups,
+    "phrasing": phrasing,
 }
