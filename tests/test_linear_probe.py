@@ -127,7 +127,7 @@ def test_a_whole_probe_is_scikit_learns(model, model_dir, job, tmp_path):
     both = [np.concatenate(columns) for columns in zip(train, validation, strict=True)]
     expected = theirs.fit(*both).score(*test)
     print(
-        f"probe of random features, C {result.details['c']:.3g}: {result.metrics['lp_acc1']:.4f}, scikit-learn's {expected:.4f}"
+        f"random features, C {result.details['c']:.3g}: {result.metrics['lp_acc1']:.4f}, scikit-learn's {expected:.4f}"
     )
     assert abs(result.metrics["lp_acc1"] - expected) <= 0.002
     assert 0.3 < expected < 1
