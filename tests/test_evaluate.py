@@ -266,7 +266,7 @@ def test_class_names_and_templates_from_text_files(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "name what to evaluate on with --dataset, or many with --suite=file"),
+        ([], "--task=zeroshot_classification needs a --dataset"),
         (["--dataset=digits", "--task=zeroshot"], "--task=zeroshot; did you mean 'zeroshot_retrieval'? (tasks: "),
         (["--dataset=digits", "--check=0.5"], "--check=0.5: it must be target=…,tol=…"),
         (["--dataset=digits", "--check=target=0.5"], "--check=target=0.5: it must be target=…,tol=…"),

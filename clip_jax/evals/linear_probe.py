@@ -73,12 +73,14 @@ def fit(
       iterations: at most.
       tolerance: end where no part of the gradient of the mean loss is larger, or where the loss no longer falls.
     """
+    # Biases are free, so what all features have in common changes no minimum, only how well float32 finds it.
+    common = features.mean(axis=0, dtype=np.float64).astype(features.dtype)
     rows = -(-len(features) // mesh.size) * mesh.size
     padding = rows - len(features)
     sharding = row_sharding(mesh)
     placed = [
         place_whole(np.concatenate([column, np.zeros((padding, *column.shape[1:]), column.dtype)]), sharding)
-        for column in (features, labels.astype(np.int32), np.ones(len(features), features.dtype))
+        for column in (features - common, labels.astype(np.int32), np.ones(len(features), features.dtype))
     ]
     penalty = (
         1 / (c * len(features)) * (2 if classes == 2 else 1)
@@ -87,7 +89,8 @@ def fit(
     (weights, biases), count = _minimise(
         *placed, scale, classes=classes, iterations=iterations, tolerance=tolerance, mesh=mesh
     )
-    return Probe(np.asarray(weights), np.asarray(biases), int(count))
+    found = np.asarray(weights)
+    return Probe(found, np.asarray(biases) - common @ found, int(count))
 
 
 def accuracy(probe: Probe, features: np.ndarray, labels: np.ndarray) -> float:
