@@ -193,5 +193,5 @@ def _block(layer: int, layers: int) -> int:
 
 @functools.partial(jax.jit, static_argnames=("model", "tower", "block"))
 def _states(model: CLIP, variables: dict[str, Any], inputs: jax.Array, *, tower: str, block: int) -> jax.Array:
-    _, kept = model.apply(variables, inputs, method=f"encode_{tower}", mutable=["intermediates"])
+    kept: Any = model.apply(variables, inputs, method=f"encode_{tower}", mutable=["intermediates"])[1]
     return kept["intermediates"][tower]["transformer"][f"block_{block}"]["output"]
