@@ -24,7 +24,7 @@ def named_classes(given: Sequence[str], source: LabelledSource) -> tuple[str, ..
     """
     classes, own = tuple(given or source.classes), source.classes
     if not classes:
-        raise UserError(f"{source} does not name its classes; give their names with --classes")
+        raise UserError(f"{source} does not name its classes; give their names with --classes or config.eval.classes")
     if own and len(classes) != len(own):
         raise UserError(f"{len(classes):,} class names are given, and {source} has {len(own):,} classes")
     return classes
