@@ -107,9 +107,12 @@ def job(digits_dir):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_a_whole_probe_is_scikit_learns(model, model_dir, job, tmp_path):
-    """Random weights, and so far from perfect: embedded, C chosen on the validation split, fitted on both, measured."""
+    """Random weights, and so far from perfect: embedded, C chosen on the validation split, fitted on both, measured.
+
+    By scikit-learn's Newton solver, which finds the minimum also at the large C that such features want; its L-BFGS
+    stops short of it there, further away than ours.
+    """
     result = evaluate(Evaluator(model, str(model_dir), batch=100, threads=2, devices=jax.devices()[:1]), job)
     assert list(result.metrics) == ["lp_acc1", "lp_acc5", "lp_mean_per_class_recall"]
     assert result.details["train_images"] == 600
@@ -123,7 +126,7 @@ def test_a_whole_probe_is_scikit_learns(model, model_dir, job, tmp_path):
         return np.asarray(features, np.float64), np.array([record.label for record in records])
 
     train, validation, test = (embedded(split) for split in (job.train, job.validation, "test"))
-    theirs = LogisticRegression(C=result.details["c"], max_iter=5_000, tol=1e-5)
+    theirs = LogisticRegression(C=result.details["c"], max_iter=1_000, tol=1e-9, solver="newton-cholesky")
     both = [np.concatenate(columns) for columns in zip(train, validation, strict=True)]
     expected = theirs.fit(*both).score(*test)
     print(
