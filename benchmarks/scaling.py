@@ -10,7 +10,6 @@ for what is under way while the chip computes.
 
 import argparse
 import dataclasses
-import time
 
 from clip_jax.chips import Topology, parse_topology
 from clip_jax.command_line import load_config, simulate_devices
@@ -39,7 +38,6 @@ def _row(name: str, topology: Topology, *, mfu: float) -> str:
     run = load_config(f"configs/{name}.py", [], without_data=True)
     batch = PAIRS_A_CHIP * topology.chips
     mesh = dataclasses.replace(run.mesh, dcn_data=topology.slices)
-    began = time.monotonic()
     plan = make_plan(dataclasses.replace(run, batch=batch, mesh=mesh), topology)
     seconds, exposed = plan.step_seconds(mfu), plan.exchange_seconds(hidden=False)
     sent = {across: sum(each.sent for each in plan.collectives if each.across == across) for across in (False, True)}
@@ -54,7 +52,6 @@ def _row(name: str, topology: Topology, *, mfu: float) -> str:
         f"{1e3 * (seconds + exposed):.1f} ms",
         f"{seconds / (seconds + exposed):.1%}",
         f"{plan.memory['total'] / 2**30:.2f}",
-        f"{(time.monotonic() - began) / 60:.0f} min",
     )
     return f"| {' | '.join(cells)} |"
 
