@@ -203,7 +203,8 @@ def test_an_array_task_starts_what_the_command_starts(tmp_path):
         shown = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, check=True).stdout
         given = shown.splitlines()[-1].rstrip("\0").split("\0")
         assert given[:4] == ["python", "train.py", f"--config={DEMO}", f"--workdir=runs/study/{job.folder}"]
-        assert take_overrides(given[4:])[1] == [("mesh.dcn_data", "1"), *job.overrides]
+        launched = [("mesh.dcn_data", "1"), ("compilation_cache", f"runs/study/{job.folder}/programs")]
+        assert take_overrides(given[4:])[1] == [*launched, *job.overrides]
 
 
 def test_jobsets_differ_from_the_template_in_name_and_arguments_alone():
@@ -219,7 +220,8 @@ def test_jobsets_differ_from_the_template_in_name_and_arguments_alone():
     for document, job in zip(documents, jobs, strict=True):
         rest, overrides = take_overrides(container(document)["args"])
         assert rest == [f"--config={DEMO}", f"--workdir=/runs/study/{job.folder}"]
-        assert overrides == [*job.overrides, ("mesh.dcn_data", "4")]
+        programs = ("compilation_cache", f"/runs/study/{job.folder}/programs")
+        assert overrides == [*job.overrides, ("mesh.dcn_data", "4"), programs]
         document["metadata"], container(document)["args"] = template["metadata"], container(template)["args"]
         assert document == template
 

@@ -68,11 +68,11 @@ def test_streams_that_the_batch_does_not_fill_are_refused_before_anything_is_wri
 
 def test_streams_that_do_not_divide_the_position_are_refused_with_the_run_as_it_was(tmp_path):
     shards = shard_with_holes(tmp_path / "a.tar", set())
-    short = dataclasses.replace(run(tmp_path, shards=shards), samples=32)
+    short = dataclasses.replace(run(tmp_path, shards=shards), samples=32 * 7)
     train(short, tmp_path / "run")
     before = (tmp_path / "run" / "config.json").read_bytes()
-    other = dataclasses.replace(short, batch=64, samples=128, data=dataclasses.replace(short.data, streams=64))
-    with pytest.raises(UserError, match=r"streams is 64; .* divide config.batch \(64\) and the samples .* \(32\)"):
+    other = dataclasses.replace(short, batch=64, samples=64 * 8, data=dataclasses.replace(short.data, streams=64))
+    with pytest.raises(UserError, match=r"streams is 64; .* divide config.batch \(64\) and the samples .* \(224\)"):
         train(other, tmp_path / "run")
     assert (tmp_path / "run" / "config.json").read_bytes() == before
 

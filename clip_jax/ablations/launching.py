@@ -132,7 +132,8 @@ def _jobset(template: Any, sweep: Sweep, job: Job, folder: Path, number: int) ->
     (replicated,) = document["spec"]["replicatedJobs"]
     (container,) = replicated["template"]["spec"]["template"]["spec"]["containers"]
     nodes = [argument for argument in container["args"] if argument.startswith("--config.mesh.dcn_data=")]
-    container["args"] = [*train_arguments(sweep, job, folder)[1:], *nodes]
+    programs = f"--config.compilation_cache={folder / job.folder / 'programs'}"
+    container["args"] = [*train_arguments(sweep, job, folder)[1:], *nodes, programs]
     return document
 
 
