@@ -10,11 +10,11 @@ open_clip.
 """
 
 import argparse
+import functools
 import math
 import os
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +25,7 @@ import numpy as np
 
 from benchmarks.figures import Figure, report
 from benchmarks.step import CompiledStep
+from benchmarks.turns import in_turns
 from clip_jax.command_line import load_config, one_line_errors, take_overrides
 from clip_jax.config import RunConfig
 from clip_jax.data.images import preprocess_of
@@ -62,25 +63,20 @@ def measure(runs: dict[str, RunConfig], *, rounds: int, steps: int, compiled: bo
       compiled: use torch.compile.
     """
     run, device = runs[PLAIN], jax.devices()[0]
-    contenders: dict[str, Callable[[int], None]] = {name: _ours(run) for name, run in runs.items()}
+    contenders = {name: _ours(run) for name, run in runs.items()}
     contenders[THEIRS] = _open_clip(run, gpu=device.platform == "gpu", compiled=compiled)
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(rounds + 1):
-        for name, train in contenders.items():
-            began = time.perf_counter()
-            train(steps)
-            if turn:  # the first compiles
-                seconds[name].append((time.perf_counter() - began) / steps)
+    seconds = in_turns({name: functools.partial(train, steps) for name, train in contenders.items()}, rounds)
     report(
         f"Training step, {variant_name(run.model)}, {run.batch} pairs, {run.model.dtype}; {device.device_kind}, jax "
         f"{jax.__version__}; median of {rounds} turns",
-        [_beside(name, seconds[name], seconds[THEIRS]) for name in runs],
+        [_beside(name, seconds[name], seconds[THEIRS], steps) for name in runs],
     )
 
 
-def _beside(name: str, ours: list[float], theirs: list[float]) -> Figure:
+def _beside(name: str, ours: list[float], theirs: list[float], steps: int) -> Figure:
     ratio = statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
-    return Figure(name, 1e3 * statistics.median(ours), "ms", THEIRS, 1e3 * statistics.median(theirs), ratio)
+    mine, other = (1e3 * statistics.median(seconds) / steps for seconds in (ours, theirs))
+    return Figure(name, mine, "ms", THEIRS, other, ratio)
 
 
 def _ours(run: RunConfig) -> Callable[[int], None]:

@@ -8,8 +8,8 @@ from pathlib import Path
 from benchmarks.plans import CONFIGS
 from clip_jax.chips import CHIPS
 from clip_jax.command_line import load_config
-from clip_jax.models.flops import pair_flops
 from clip_jax.models.variants import variant_name
+from clip_jax.utilization import StepFlops
 
 MFU = 0.4
 DOLLARS_AN_H100_HOUR = 2.0
@@ -23,7 +23,7 @@ def rows() -> list[str]:
 
 def _row(name: str) -> str:
     config = load_config(str(ROOT / "configs" / f"{name}.py"), [], without_data=True)
-    of_a_pair = pair_flops(config.model, config.batch, tiled=config.loss.form != "reference")
+    of_a_pair = StepFlops.of(config, devices=1).paper / config.batch
     hours = {chip: config.samples * of_a_pair / (MFU * CHIPS[chip].peak) / 3600 for chip in ("h100", "v5p")}
     cells = (
         variant_name(config.model),

@@ -7,13 +7,13 @@ micro-batches, and a batch of one micro-batch. Four passes stand against three, 
 import argparse
 import dataclasses
 import statistics
-import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.turns import in_turns
 from clip_jax.config import DataConfig, OptimConfig, RunConfig
 from clip_jax.models.clip import CLIP
 from clip_jax.models.variants import ModelConfig, TextConfig, ViTConfig
@@ -67,15 +67,8 @@ def _at_once(run: RunConfig) -> RunConfig:
 def _pairs_per_second(runs: list[RunConfig], rounds: int) -> list[list[float]]:
     """Times equal numbers of pairs of each run, in turns."""
     most = max(run.batch for run in runs)
-    steps = [_steps(run, most // run.batch) for run in runs]
-    speeds: list[list[float]] = [[] for _ in runs]
-    for turn in range(rounds + 1):
-        for step, found in zip(steps, speeds, strict=True):
-            began = time.perf_counter()
-            step()
-            if turn:  # the first is warm-up
-                found.append(most / (time.perf_counter() - began))
-    return speeds
+    seconds = in_turns({str(i): _steps(run, most // run.batch) for i, run in enumerate(runs)}, rounds)
+    return [[most / each for each in found] for found in seconds.values()]
 
 
 def _steps(run: RunConfig, count: int) -> Any:

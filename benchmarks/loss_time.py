@@ -6,7 +6,6 @@ features, on a GPU where JAX has one.
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable, Iterator
 
 import jax
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.figures import Figure, report
+from benchmarks.turns import in_turns
 from clip_jax.config import LossConfig
 from clip_jax.models.clip import CLIPOutput
 from clip_jax.step import contrastive_loss
@@ -35,7 +35,7 @@ def main() -> None:
         calls = {REFERENCE: _open_clip(kind, image, text)}
         for form in ("reference", "chunked", "ring"):
             calls[form] = _ours(LossConfig(kind=kind, form=form), image, text)
-        figures += _summarize(kind, _time(calls, arguments.rounds))
+        figures += _summarize(kind, in_turns(calls, arguments.rounds))
     title = f"Loss and gradients, {arguments.batch:,} pairs of {arguments.width} channels, median (best)"
     report(f"{title}; {jax.devices()[0]}", figures)
 
@@ -46,17 +46,6 @@ def _summarize(kind: str, seconds: dict[str, list[float]]) -> Iterator[Figure]:
         faster = statistics.median(a / b for a, b in zip(seconds[REFERENCE], times, strict=True))
         middle = 1e3 * statistics.median(times)
         yield Figure(f"{kind}, {name}", middle, f"ms ({1e3 * min(times):.1f})", REFERENCE, theirs, faster)
-
-
-def _time(calls: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(rounds + 1):
-        for name, call in calls.items():
-            began = time.perf_counter()
-            call()
-            if turn:  # the first compiles
-                seconds[name].append(time.perf_counter() - began)
-    return seconds
 
 
 def _ours(config: LossConfig, image: np.ndarray, text: np.ndarray) -> Callable[[], None]:

@@ -9,6 +9,7 @@ flax, optax, ml_collections and numpy only.
 """
 
 import argparse
+import functools
 import statistics
 import sys
 import time
@@ -19,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.figures import Figure, report
+from benchmarks.turns import in_turns
 from clip_jax.chips import peak_of
 from clip_jax.command_line import load_config, one_line_errors, take_overrides
 from clip_jax.config import RunConfig
@@ -73,13 +75,13 @@ def measure(runs: dict[str, RunConfig], *, rounds: int, steps: int, side: int | 
     if any(other.target != first.target for other in others):
         raise UserError("--compare: the two runs' states differ in shape or layout; measure each by itself")
     state = first.new_state()
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(rounds + 1):
-        for name, each in steps_of.items():
-            began = time.perf_counter()
-            state = each.run(state, steps)
-            if turn:
-                seconds[name].append((time.perf_counter() - began) / steps)
+
+    def train(each: CompiledStep) -> None:
+        nonlocal state
+        state = each.run(state, steps)
+
+    turns = in_turns({name: functools.partial(train, each) for name, each in steps_of.items()}, rounds)
+    seconds = {name: [each / steps for each in found] for name, found in turns.items()}
     peak, figures = peak_of(device.device_kind), list(_summarize(seconds))
     for name, each in steps_of.items():
         print(f"{name}: {each.describe(statistics.median(seconds[name]), product, peak)}")
