@@ -36,6 +36,7 @@ import clip_jax
 from clip_jax.checksum import checksums, describe_leaves
 from clip_jax.config import CheckpointConfig, RunConfig, as_json, from_config_dict
 from clip_jax.data.images import Preprocess, preprocess_of
+from clip_jax.distributed import any_process, from_first
 from clip_jax.errors import UserError, one_line
 from clip_jax.models.clip import CLIP, Variables, init_variables
 from clip_jax.models.variants import ModelConfig
@@ -330,7 +331,7 @@ class Checkpoints:
             self._open_manager.wait_until_finished()
         except Exception as raised:  # of any kind: it went through threads and file systems
             error = raised
-        if _any_process(error is not None):
+        if any_process(error is not None):
             self._failed(step, error)
         else:
             self._failure = None
@@ -374,8 +375,7 @@ class Checkpoints:
     def _newest(self, before: int | None) -> int | None:
         """Returns the largest step below `before`, as process 0 sees the folder."""
         step = next((step for step in self.steps() if before is None or step < before), -1)
-        if jax.process_count() > 1:
-            step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
+        step = int(from_first(np.array(step, np.int32)))
         return None if step == -1 else step
 
     def _set_aside(self, step: int, prefix: str, *, why: str) -> None:
@@ -410,9 +410,9 @@ class Checkpoints:
         try:
             found = read()
         except DamagedError:
-            _any_process(True)
+            any_process(True)
             raise
-        if _any_process(False):
+        if any_process(False):
             raise DamagedError("could not be read by another process")
         return found
 
@@ -558,11 +558,6 @@ def _check_same_leaves(leaves: Mapping[str, Mapping[str, Any]], target: TrainSta
                 f"{where} holds another state than this run's: {path} is {saved.get(path)} there and "
                 f"{expected.get(path)} here; go on with what the run began with"
             )
-
-
-def _any_process(flag: bool) -> bool:
-    """Returns whether it is so in any process; collective."""
-    return flag if jax.process_count() == 1 else bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
 
 
 def _reason(error: BaseException) -> str:

@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from clip_jax.config import DistributedConfig
 from clip_jax.errors import RESTART, RestartError, UserError, one_line
@@ -92,6 +94,16 @@ def half_set(environment: Mapping[str, str]) -> list[str]:
     """Returns the variables that SLURM has not set although it has set others, as in a shell of `salloc`."""
     missing = [name for name in SLURM if name not in environment]
     return missing if len(missing) < len(SLURM) else []
+
+
+def any_process(flag: bool) -> bool:
+    """Returns whether it is so in any process; collective."""
+    return flag if jax.process_count() == 1 else bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+
+
+def from_first(values: np.ndarray) -> np.ndarray:
+    """Returns an array as the first process has it; collective, and of the same shape and dtype in all."""
+    return values if jax.process_count() == 1 else np.asarray(multihost_utils.broadcast_one_to_all(values))
 
 
 def free_port() -> int:

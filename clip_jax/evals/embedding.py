@@ -6,12 +6,12 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from clip_jax.data.images import Preprocess, normalize, preprocess_of
 from clip_jax.data.pipeline import EvalTransform, eval_batches
 from clip_jax.data.records import Source
+from clip_jax.distributed import any_process
 from clip_jax.models.clip import CLIP, Variables, image_features, probe_features, text_features
 from clip_jax.partition import place_rows, replicated
 
@@ -193,8 +193,5 @@ class InStep:
 
     def check(self) -> None:
         """Raises what went wrong, in every process."""
-        failed = self._error is not None
-        if jax.process_count() > 1:
-            failed = bool(multihost_utils.process_allgather(np.asarray(failed)).any())
-        if failed:
+        if any_process(self._error is not None):
             raise self._error or RuntimeError("another process could not read its images")

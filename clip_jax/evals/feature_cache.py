@@ -13,12 +13,12 @@ from typing import Any
 import jax
 import numpy as np
 import pyarrow
-from jax.experimental import multihost_utils
 
 from clip_jax.data.images import Preprocess
 from clip_jax.data.labelled import LabelledSource
 from clip_jax.data.reading import name_record
 from clip_jax.data.records import Record, Source
+from clip_jax.distributed import from_first
 from clip_jax.evals.embedding import ImageFeatures
 from clip_jax.search.store import FORMAT, VectorStore, embedding_column, vectors_of
 
@@ -60,7 +60,7 @@ class FeatureCache:
         there = (
             [found is not None for found in store.read_shards(range(len(ranges)))] if first else [False] * len(ranges)
         )
-        everywhere = _from_first(np.array(there, np.int32))
+        everywhere = from_first(np.array(there, np.int32))
         for shard, records in enumerate(ranges):
             if not everywhere[shard]:
                 made = embed(_Part(source, records))
@@ -77,10 +77,10 @@ class FeatureCache:
             tables = list(store.tables("images"))
             features = np.concatenate([vectors_of(table) for table in tables])
             labels = np.concatenate([table.column("label").to_numpy() for table in tables]).astype(np.int32)
-        rows, width = _from_first(np.array(features.shape)).tolist()
+        rows, width = from_first(np.array(features.shape)).tolist()
         if jax.process_index() != 0:
             features, labels = np.zeros((rows, width), np.float32), np.zeros(rows, np.int32)
-        return ImageFeatures(_from_first(features), _from_first(labels), np.arange(rows, dtype=np.int32))
+        return ImageFeatures(from_first(features), from_first(labels), np.arange(rows, dtype=np.int32))
 
 
 class _Part:
@@ -110,8 +110,3 @@ def _table(found: ImageFeatures, first: int) -> pyarrow.Table:
         "embedding": embedding_column(found.features.astype(np.float32)),
     }
     return pyarrow.table(columns)
-
-
-def _from_first(values: np.ndarray) -> np.ndarray:
-    """Returns an array as the first process has it."""
-    return values if jax.process_count() == 1 else np.asarray(multihost_utils.broadcast_one_to_all(values))
