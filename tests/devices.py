@@ -1,6 +1,9 @@
 """Simulated devices, for this process and for those that tests start."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 
 def xla_flags(*, devices: int) -> str:
@@ -13,3 +16,15 @@ def xla_flags(*, devices: int) -> str:
 def simulating(devices: int) -> dict[str, str]:
     """Returns the environment of a process that sees so many."""
     return os.environ | {"XLA_FLAGS": xla_flags(devices=devices)}
+
+
+def start_script(code: str, *arguments: object, devices: int) -> subprocess.Popen:
+    """Starts Python code in a process that sees so many, in the project's folder; its outputs can be read as text."""
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        cwd=Path(__file__).parent.parent,
+        env=simulating(devices),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
-from devices import simulating
+from devices import simulating, start_script
 
 from clip_jax.config import DistributedConfig
 from clip_jax.distributed import SLURM, detect, free_port, half_set
@@ -153,14 +153,7 @@ def test_captions_that_do_not_fit_in_one_process_hold_up_no_other(tmp_path):
     losses are those of one process."""
 
     def script(name, address, index, count):
-        return subprocess.Popen(
-            [sys.executable, "-c", LONG_IN_ONE_PROCESS, str(tmp_path / name), address, str(index), str(count)],
-            cwd=ROOT,
-            env=simulating(4 // count),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        return start_script(LONG_IN_ONE_PROCESS, tmp_path / name, address, index, count, devices=4 // count)
 
     address = f"127.0.0.1:{free_port()}"
     both = [script("two", address, index, 2) for index in range(2)]

@@ -1,13 +1,11 @@
 """Retrieval: the exact nearest over all devices beside a full sort, and recalls by their definition."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from devices import start_script
 from search_fixtures import write_pictures
 
 from clip_jax.config import MeshConfig
@@ -146,15 +144,8 @@ def test_two_processes_find_what_one_finds(model_dir, captioned, digits_dir, tmp
     jobs = json.dumps([digits, {"dataset": str(captioned), "task": "zeroshot_retrieval"}, probe])
 
     def start(name, address, index, count):
-        folders = [str(tmp_path / name), str(tmp_path / f"{name}_cache")]
-        return subprocess.Popen(
-            [sys.executable, "-c", TWO_PROCESSES, str(model_dir), jobs, *folders, address, str(index), str(count)],
-            cwd=ROOT,
-            env=os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // count}"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        folders = tmp_path / name, tmp_path / f"{name}_cache"
+        return start_script(TWO_PROCESSES, model_dir, jobs, *folders, address, index, count, devices=4 // count)
 
     address = f"127.0.0.1:{free_port()}"
     both = [start("two", address, index, 2) for index in range(2)]

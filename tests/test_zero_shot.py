@@ -47,7 +47,7 @@ def test_classify_against_a_loop():
 
 def test_means_and_mistakes():
     confusion = np.array([[8, 2, 0], [0, 0, 0], [1, 0, 1]])
-    result = ZeroShotResult("p", ("a", "b", "c"), confusion, math.nan, np.zeros(12, bool))
+    result = ZeroShotResult("p", ("a", "b", "c"), confusion, math.nan, np.zeros(12, bool), np.zeros(12, int))
     assert result.top1 == 9 / 12
     assert result.mean_per_class == pytest.approx((0.8 + 0.5) / 2)  # class b has no images
     assert result.confusions() == [("a", "b", 2), ("c", "a", 1)]

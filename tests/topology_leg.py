@@ -22,9 +22,9 @@ from clip_jax.distributed import processes
 from clip_jax.models.clip import CLIP
 from clip_jax.models.variants import ResNetConfig, TextConfig
 from clip_jax.optim import make_optimizer
-from clip_jax.partition import make_mesh, place_rows
+from clip_jax.partition import make_mesh
 from clip_jax.state import TrainState, abstract_state, create_state
-from clip_jax.step import make_train_step
+from clip_jax.step import make_train_step, place_batch
 
 _TEXT = TextConfig(width=32, heads=2, layers=1, context=16)
 _RESNET = ResNetConfig(image_size=32, width=16, heads=4, layers=(1, 1, 1, 1))
@@ -62,8 +62,7 @@ def leg(workdir: Path, model: str, mesh_config: MeshConfig, *, until: int):
         with closing(data.batches(position)) as batches:
             for step in range(first + 1, until + 1):
                 batch = next(batches)
-                rows = {name: batch[name] for name in ("image", "tokens", "weight", "bad")}
-                state, metrics = step_function(state, place_rows(rows, mesh))
+                state, metrics = step_function(state, place_batch(batch, mesh))
                 position += run.batch
                 losses[step] = float(metrics["loss"])
                 last = step == until
