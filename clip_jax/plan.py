@@ -21,7 +21,7 @@ from clip_jax.console import plain_table
 from clip_jax.errors import UserError, one_line
 from clip_jax.hlo import Collective, collectives
 from clip_jax.models.flops import image_flops, text_flops
-from clip_jax.models.variants import ResNetConfig, variant_name
+from clip_jax.models.variants import REMATS, ResNetConfig, variant_name
 from clip_jax.partition import row_sharding
 from clip_jax.program import make_program
 from clip_jax.state import TrainState, count_parameters
@@ -204,8 +204,7 @@ def levers(config: RunConfig, *, chips: int, state_first: bool = False) -> list[
       chips: that it is on.
       state_first: most of the memory is parameters and optimizer state.
     """
-    policies = ("none", "dots", "block", "full")
-    remat = policies.index(config.model.remat)
+    remat = REMATS.index(config.model.remat)
     batch = config.micro_batch or config.batch
     resnet = isinstance(config.model.vision, ResNetConfig)
     group = f" with model.bn_group={batch // 2 // chips}" if resnet and not config.model.bn_group else ""
@@ -213,7 +212,7 @@ def levers(config: RunConfig, *, chips: int, state_first: bool = False) -> list[
     found = [
         (state_first and config.mesh.fsdp < chips, shards),
         (config.loss.form == "reference", "loss.form=chunked (no device holds its rows of the logits)"),
-        (remat < 2, f"model.remat={policies[min(remat + 1, 3)]} (keep less for the backward pass)"),
+        (remat < 2, f"model.remat={REMATS[min(remat + 1, 3)]} (keep less for the backward pass)"),
         (
             batch // 2 % chips == 0 and batch // 2 >= chips,
             f"micro_batch={batch // 2}{group} (exact gradients in parts of the batch)",

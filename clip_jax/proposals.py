@@ -9,18 +9,17 @@ is, is known without compiling. Where the config's batch does not fit at all, it
 import dataclasses
 import time
 from collections.abc import Callable
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 from clip_jax.chips import Topology
 from clip_jax.config import MeshConfig, RunConfig, from_config_dict
 from clip_jax.console import plain_table
 from clip_jax.errors import ConfigError, UserError, one_line
 from clip_jax.models.flops import image_flops, recomputed_flops, text_flops
-from clip_jax.models.variants import Remat, variant_name
+from clip_jax.models.variants import REMATS, Remat, variant_name
 from clip_jax.plan import Plan
 
-POLICIES: tuple[Remat, ...] = get_args(Remat)
-_USUAL = POLICIES[:-1]  # `full` recomputes twice, and only where nothing else fits the config's batch
+_USUAL = REMATS[:-1]  # `full` recomputes twice, and only where nothing else fits the config's batch
 _DOUBLINGS = 3
 _GAIN = 0.02
 _HOPELESS = 1.5  # of the budget, by extrapolation: near its limit a compiler finds room that no line foresees
@@ -128,7 +127,7 @@ class Search:
         """Goes to the next larger batch where something fits, and to the next policy where it does not."""
         own, policy = self._config.batch, 0
         for batch in (size for size in self._batches() if size >= own):
-            policies = POLICIES if batch == own else _USUAL
+            policies = REMATS if batch == own else _USUAL
             while policy < len(policies) and not self._fits(mesh, batch, policies[policy]):
                 policy += 1
             if policy >= len(policies):

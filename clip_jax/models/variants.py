@@ -4,12 +4,14 @@ Imports no JAX, so that configs and `clip-jax --help` stay quick.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from clip_jax.errors import UserError, did_you_mean
 
 Activation = Literal["quick_gelu", "gelu"]
 Remat = Literal["none", "dots", "block", "full"]
+REMATS: tuple[Remat, ...] = get_args(Remat)
+"""From what keeps most for the backward pass to what keeps least."""
 
 
 @dataclass(frozen=True)
