@@ -129,7 +129,7 @@ class ClassTars:
 
     Attributes:
       classes: of `classnames.txt`; empty where there is none.
-      templates: of `zeroshot_classification_templates.txt`, with `{}` for the name; empty where there is none.
+      templates: of `zeroshot_classification_templates.txt`, as they stand there; empty where there is none.
       fingerprint: the shards, number of samples and a digest of where they lie, as JSON holds them.
     """
 
@@ -151,9 +151,7 @@ class ClassTars:
         if not self._places:
             raise UserError(f"{shards} has no images (members that end in {', '.join(sorted(IMAGES))})")
         self.classes = tuple(self._lines("classnames.txt"))
-        self.templates = tuple(
-            line.replace("{c}", "{}") for line in self._lines("zeroshot_classification_templates.txt")
-        )
+        self.templates = tuple(self._lines("zeroshot_classification_templates.txt"))
         digest = hashlib.sha256(repr([(*place[1:4], place.key) for place in self._places]).encode())
         self.fingerprint: dict[str, Any] = {
             "name": "tars",

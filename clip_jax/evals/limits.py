@@ -54,7 +54,7 @@ def typographic(evaluator: Evaluator, job: EvalJob) -> Found:
             found = classify(images.features, images.labels, weights, prompts="", classes=classes)
             point[kind] = found.top1
             attacks = np.array([written.attack(i, int(label)) for i, label in enumerate(images.labels)])
-            point[f"{kind}_taken"] = float(np.mean((images.features @ weights.T).argmax(axis=1) == attacks))
+            point[f"{kind}_taken"] = float(np.mean(found.found == attacks))
         curve.append(point)
     last = curve[-1]
     metrics = {
@@ -149,11 +149,11 @@ def phrasing(evaluator: Evaluator, job: EvalJob) -> Found:
     features = prompt_features(evaluator.texts, classes, templates)
     images = evaluator.images(source)
     together = classify(images.features, images.labels, mean_weights(features), prompts="", classes=classes)
-    alone, found = {}, []
-    for number, template in enumerate(templates):
-        weights = features[:, number]
-        alone[template] = classify(images.features, images.labels, weights, prompts="", classes=classes).top1
-        found.append((images.features @ weights.T).argmax(axis=1))
+    found = [
+        classify(images.features, images.labels, features[:, number], prompts=template, classes=classes)
+        for number, template in enumerate(templates)
+    ]
+    alone = {each.prompts: each.top1 for each in found}
     values = list(alone.values())
     metrics = {
         "acc1": together.top1,
@@ -161,7 +161,7 @@ def phrasing(evaluator: Evaluator, job: EvalJob) -> Found:
         "acc1_worst": min(values),
         "acc1_mean": float(np.mean(values)),
         "spread": max(values) - min(values),
-        "all_agree": float(np.mean(np.all(np.stack(found) == found[0], axis=0))),
+        "all_agree": float(np.mean(np.all([each.found == found[0].found for each in found], axis=0))),
     }
     intervals = {name: wilson_interval(metrics[name], together.images) for name in ("acc1", "all_agree")}
     by_accuracy = dict(sorted(alone.items(), key=lambda row: -row[1]))

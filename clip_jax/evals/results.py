@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from clip_jax.data.storage import appearing
 from clip_jax.errors import UserError, did_you_mean
 from clip_jax.evals.published import published
 
@@ -70,11 +71,10 @@ class Result:
           UserError: it cannot be written.
         """
         file = folder / self.file_name
-        temporary = file.with_name(file.name + ".tmp")
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
-            temporary.replace(file)
+            with appearing(file) as temporary:
+                temporary.write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
         except OSError as error:
             raise UserError(f"{file} cannot be written: {error.strerror}") from None
         return file

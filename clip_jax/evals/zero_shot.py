@@ -40,6 +40,7 @@ class ZeroShotResult:
       confusion: int64 [c, c], images by (true class, class found).
       top5: share of images whose class is among the five highest; NaN with fewer than five classes.
       correct: bool [n], whether the highest class is the image's own; in the images' order.
+      found: int64 [n], the highest class.
     """
 
     prompts: str
@@ -47,6 +48,7 @@ class ZeroShotResult:
     confusion: np.ndarray
     top5: float
     correct: np.ndarray
+    found: np.ndarray
 
     @property
     def images(self) -> int:
@@ -150,7 +152,7 @@ def classify(
     confusion = np.zeros((len(classes), len(classes)), np.int64)
     np.add.at(confusion, (labels, found), 1)
     top5 = float(np.mean(rank < 5)) if len(classes) >= 5 else math.nan
-    return ZeroShotResult(prompts, tuple(classes), confusion, top5, found == labels)
+    return ZeroShotResult(prompts, tuple(classes), confusion, top5, found == labels, found)
 
 
 def wilson_interval(share: float, count: int, *, z: float = 1.959964) -> tuple[float, float]:
