@@ -42,7 +42,7 @@ def main() -> None:
         parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("--config", required=True, help="config file, such as configs/vit_b32.py:batch=64")
         parser.add_argument("--rounds", type=int, default=7, help="turns; the median counts")
-        parser.add_argument("--steps", type=int, default=1, help="steps in a turn")
+        parser.add_argument("--steps", type=int, default=2, help="timed steps in a turn, after one that is not")
         parser.add_argument("--compile", action="store_true", help="torch.compile for open_clip")
         arguments = parser.parse_args(rest)
         plain = [*overrides, ("model.dead_tokens", "compute")]
@@ -59,13 +59,14 @@ def measure(runs: dict[str, RunConfig], *, rounds: int, steps: int, compiled: bo
     Args:
       runs: ours, by name, the plain one last.
       rounds: turns that count, after one that does not.
-      steps: in a turn.
+      steps: timed in a turn, after one that is not.
       compiled: use torch.compile.
     """
     run, device = runs[PLAIN], jax.devices()[0]
     contenders = {name: _ours(run) for name, run in runs.items()}
     contenders[THEIRS] = _open_clip(run, gpu=device.platform == "gpu", compiled=compiled)
-    seconds = in_turns({name: functools.partial(train, steps) for name, train in contenders.items()}, rounds)
+    calls = {name: functools.partial(train, steps) for name, train in contenders.items()}
+    seconds = in_turns(calls, rounds, settle=lambda name: contenders[name](1))
     report(
         f"Training step, {variant_name(run.model)}, {run.batch} pairs, {run.model.dtype}; {device.device_kind}, jax "
         f"{jax.__version__}; median of {rounds} turns",

@@ -45,7 +45,7 @@ def main() -> None:
         parser.add_argument("--config", required=True, help="config file, such as configs/vit_b32.py:batch=1024")
         parser.add_argument("--compare", metavar="KEY=VALUE", help="also measure with this key changed")
         parser.add_argument("--rounds", type=int, default=10, help="turns; the median counts")
-        parser.add_argument("--steps", type=int, default=1, help="steps in a turn")
+        parser.add_argument("--steps", type=int, default=1, help="timed steps in a turn, after one that is not")
         parser.add_argument("--matmul", type=int, help="side of the matrix product (default: 8192; 2048 on CPUs)")
         arguments = parser.parse_args(rest)
         runs = {"as configured": load_config(arguments.config, overrides, without_data=True)}
@@ -63,7 +63,7 @@ def measure(runs: dict[str, RunConfig], *, rounds: int, steps: int, side: int | 
     Args:
       runs: by their names; measured in turns.
       rounds: turns that count, after one that does not.
-      steps: in a turn.
+      steps: timed in a turn, after one that is not.
       side: of the matrix product.
     """
     device = jax.devices()[0]
@@ -76,11 +76,12 @@ def measure(runs: dict[str, RunConfig], *, rounds: int, steps: int, side: int | 
         raise UserError("--compare: the two runs' states differ in shape or layout; measure each by itself")
     state = first.new_state()
 
-    def train(each: CompiledStep) -> None:
+    def train(each: CompiledStep, count: int) -> None:
         nonlocal state
-        state = each.run(state, steps)
+        state = each.run(state, count)
 
-    turns = in_turns({name: functools.partial(train, each) for name, each in steps_of.items()}, rounds)
+    calls = {name: functools.partial(train, each, steps) for name, each in steps_of.items()}
+    turns = in_turns(calls, rounds, settle=lambda name: train(steps_of[name], 1))
     seconds = {name: [each / steps for each in found] for name, found in turns.items()}
     peak, figures = peak_of(device.device_kind), list(_summarize(seconds))
     for name, each in steps_of.items():
