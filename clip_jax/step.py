@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from clip_jax.config import LossConfig, RunConfig
 from clip_jax.data.records import REASONS
+from clip_jax.fences import compiler_options
 from clip_jax.gradient_cache import Gradients, Loss, cached_gradients
 from clip_jax.losses import LossOutput, mean_cosine, sigmoid_loss, softmax_loss
 from clip_jax.models.clip import CLIP, CLIPOutput
@@ -53,7 +54,7 @@ def make_train_step(
     mesh: Mesh,
     state: TrainState,
 ) -> TrainStep:
-    """Returns the jitted step; it donates its state.
+    """Returns the jitted step, which donates its state and is not to be called from another jitted function.
 
     Args:
       model: the towers.
@@ -111,6 +112,7 @@ def make_train_step(
         in_shardings=(shardings, row_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
+        compiler_options=compiler_options(mesh),
     )
 
 

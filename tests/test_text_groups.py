@@ -238,7 +238,7 @@ def test_the_step_computes_less_where_captions_fit(micro_batch):
     mesh, model, optimizer = make_mesh(run.mesh), CLIP(run.model), make_optimizer(run.optim, steps=run.steps)
     state = abstract_state(model, optimizer, mesh=mesh)
     step = make_train_step(model, optimizer, run, mesh=mesh, state=state)
-    found = list(conditionals(jax.make_jaxpr(step)(state, place_rows(batch_of(run), mesh)).jaxpr))
+    found = list(conditionals(step.trace(state, place_rows(batch_of(run), mesh)).jaxpr.jaxpr))
     assert len(found) == (2 if micro_batch else 1)
     for plain, in_groups in found:
         assert in_groups < 0.8 * plain

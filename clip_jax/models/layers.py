@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from clip_jax.array_types import Array, Float, Int, Num
+from clip_jax.fences import fence_gradient
 from clip_jax.models.variants import Activation, Remat
 from clip_jax.partition import constrain_rows
 from clip_jax.text_groups import Groups
@@ -258,7 +259,7 @@ def apply_blocks(
     names = [f"block_{i}" for i in numbers]
     if not scan or not names or parent.is_initializing() or parent.is_mutable_collection("intermediates"):
         for name in names:
-            x = _rematerialised(block, remat)(name=name)(x, *constants)
+            x = fence_gradient(_rematerialised(block, remat)(name=name)(x, *constants))
         return x
 
     alone = block(parent=None)
