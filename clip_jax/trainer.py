@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -62,12 +62,14 @@ class Found(NamedTuple):
     """What was measured after a step.
 
     Attributes:
-      zero_shot: what the zero-shot evaluation found; None without one.
+      zero_shot: what the zero-shot evaluation found; None without one, and where it failed.
       numbers: all of it, as it belongs into the metrics.
+      failed: whether an evaluation did.
     """
 
     zero_shot: Evaluated | None
     numbers: dict[str, float]
+    failed: bool
 
 
 def train(
@@ -238,36 +240,37 @@ def _memory_explained(run: Run) -> Iterator[None]:
         ) from error
 
 
-def _evaluate(run: Run, state: TrainState, watch: Watch) -> Found | None:
-    """Returns what the evaluations found, or None where there are none, or where one failed, which ends no training."""
-    if run.evaluation is None and run.held_out is None:
-        return None
-    variables, zero_shot, numbers = state.inference_variables, None, {}
-    with watch.monitor.pause():
-        step = int(state.step)
+def _evaluate(run: Run, state: TrainState, watch: Watch) -> Found:
+    """Returns what the evaluations found; one that fails is left out, and ends neither the other nor training."""
+    variables, step = state.inference_variables, int(state.step)
+    failed = []
+
+    def attempt(evaluation: Evaluation | HeldOut | None) -> Any:
         try:
-            if run.evaluation is not None:
-                zero_shot = run.evaluation.run(variables, progress=watch.watchdog.progress)
-                numbers = scalars(zero_shot)
-            if run.held_out is not None:
-                numbers |= run.held_out.run(variables, progress=watch.watchdog.progress)
+            return None if evaluation is None else evaluation.run(variables, progress=watch.watchdog.progress)
         except RestartError:
             raise
         except Exception as error:  # of any kind: nothing in it is needed for training
+            failed.append(error)
             watch.monitor.evaluation_failed(step, error)
             return None
-        watch.monitor.record(step, numbers)
-    return Found(zero_shot, numbers)
+
+    with watch.monitor.pause():
+        zero_shot, held_out = attempt(run.evaluation), attempt(run.held_out)
+        numbers = ({} if zero_shot is None else scalars(zero_shot)) | (held_out or {})
+        if numbers:
+            watch.monitor.record(step, numbers)
+    return Found(zero_shot, numbers, bool(failed))
 
 
-def _report(run: Run, state: TrainState, found: Found | None) -> None:
-    if found is not None and found.zero_shot is not None and run.evaluation is not None:
+def _report(run: Run, state: TrainState, found: Found) -> None:
+    if found.zero_shot is not None and run.evaluation is not None:
         sheet = run.evaluation.retrieve(state.inference_variables, found.zero_shot)  # by all processes
         if jax.process_index() == 0:
             report_zero_shot(run.workdir, found.zero_shot, sheet, templates=run.evaluation.templates)
     if jax.process_index() == 0:
         report_training(run.workdir, run.config)
-    if found is None and (run.evaluation is not None or run.held_out is not None):
+    if found.failed:
         raise UserError(
             f"the evaluation at the end failed, see above; the run is trained, and its weights are in {run.workdir}. "
             "The same command evaluates again"

@@ -181,12 +181,15 @@ class Failing(Evaluation):
 def test_an_evaluation_that_fails_ends_no_training(tmp_path, monkeypatch, caplog):
     failing = Failing()
     monkeypatch.setattr(Evaluation, "open", lambda *_, **__: failing)
-    run = dataclasses.replace(RUN, eval=dataclasses.replace(RUN.eval, every=4))
+    run = dataclasses.replace(
+        RUN, eval=dataclasses.replace(RUN.eval, every=4, held_out="source=synthetic", held_out_pairs=8, batch=8)
+    )
     with pytest.raises(UserError, match="the evaluation at the end failed, see above; the run is trained, and its wei"):
         train(run, tmp_path)
     assert failing.runs == 4
     assert list(rows_of(tmp_path, "loss")) == list(range(1, 15))
     assert rows_of(tmp_path, "evaluation_failed") == {4: 1, 8: 2, 12: 3, 14: 4}
+    assert list(rows_of(tmp_path, "held_out/loss")) == [4, 8, 12, 14]  # the other evaluation goes on
     assert (tmp_path / "checkpoints" / "14").is_dir()
     records = [record for record in caplog.records if "evaluation after step" in record.message]
     assert [record.exc_info is not None for record in records] == [True, False, False, False]

@@ -1,6 +1,7 @@
 """The first check: what can be learnt is, what cannot is said with its reason; repeats are named with their cost."""
 
 import dataclasses
+import json
 import math
 import re
 import subprocess
@@ -10,10 +11,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from devices import start_script
 from tiny import TINY
 
 from clip_jax.config import LossConfig, OptimConfig
 from clip_jax.data.loader import open_training_data
+from clip_jax.distributed import free_port
 from clip_jax.losses import chance_loss, least_loss, sigmoid_loss, softmax_loss
 from clip_jax.overfit import NEAR, Overfit, advice, check_config, overfit_one_batch
 
@@ -182,3 +185,55 @@ def test_the_demo_learns_a_batch_of_digits_by_heart(digits_dir):
     print(learnt.stdout)
     assert learnt.returncode == 0, learnt.stdout + learnt.stderr
     assert "learnt by heart: 16 pairs, loss 0." in learnt.stdout
+
+
+IN_PROCESSES = """
+import dataclasses, json, sys
+
+sys.path.insert(0, "tests")
+from test_overfit import RUN
+
+from clip_jax.config import DistributedConfig
+from clip_jax.distributed import processes
+
+address, index, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+explicit = DistributedConfig("explicit", address, count, index, address, 120)
+with processes(explicit if count > 1 else DistributedConfig("off")):
+    from clip_jax.data.loader import open_training_data
+    from clip_jax.overfit import overfit_one_batch
+
+    data = open_training_data(RUN)
+
+    def batches(position):
+        for batch in data.batches(position):
+            alike = batch["tokens"].copy()
+            alike[-1] = [5] * (alike.shape[1] - 1) + [127]  # so that each process has one of two captions alike
+            if count == 1:
+                alike[15] = alike[-1]
+            yield batch | {"tokens": alike}
+
+    found = overfit_one_batch(RUN, steps=200, say=lambda line: None, data=data._replace(batches=batches))
+    print(json.dumps([found.reached, found.pairs, found.repeats, [row["loss"] for row in found.metrics]]))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_learns():
+    """With a caption that occurs in both of them."""
+
+    def script(address, index, count):
+        return start_script(IN_PROCESSES, address, index, count, devices=4 // count)
+
+    def result(process):
+        out, errors = process.communicate(timeout=400)
+        assert process.returncode == 0, errors
+        return json.loads(out.splitlines()[-1])
+
+    alone = result(script("", 0, 1))
+    address = f"127.0.0.1:{free_port()}"
+    pair = [result(each) for each in [script(address, index, 2) for index in range(2)]]
+    assert pair[0] == pair[1]
+    reached, pairs, repeats, losses = pair[0]
+    assert [reached, pairs, repeats] == alone[:3] == [True, 32, [["caption", [[15, 31]]]]]
+    np.testing.assert_allclose(losses[:10], alone[3][:10], rtol=1e-5)
+    assert abs(len(losses) - len(alone[3])) <= 2
