@@ -235,9 +235,9 @@ def test_the_command_where_nothing_fits_and_where_no_budget_is_known():
 @pytest.mark.slow
 def test_the_command_proposes_flags_that_its_plan_says_fit():
     """What is printed to be pasted is a plan of the memory that the table says."""
-    found = plan("--budget=0.03", "--tries=6")
+    found = plan("--config.batch=240", "--budget=0.11", "--tries=6")
     assert found.returncode == 0, found.stderr
     print(found.stdout)
     *_, last = [line for line in found.stdout.splitlines() if line.startswith("fastest with")]
     flags = last.partition(": ")[2].split()
-    assert plan(*flags, "--memory=0.03").returncode == 0
+    assert plan(*flags, "--memory=0.11").returncode == 0
