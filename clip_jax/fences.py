@@ -16,7 +16,10 @@ from clip_jax.array_types import Array, Num
 
 @jax.custom_vjp
 def fence_gradient(x: Num[Array, "*any"]) -> Num[Array, "*any"]:
-    """Returns the argument; its gradient is computed once where the program is for CPUs, and only backward."""
+    """Returns the argument. In a program for CPUs its gradient is computed once for all that read it.
+
+    It has no forward-mode derivative.
+    """
     return x
 
 
