@@ -316,7 +316,7 @@ def test_the_benchmark_of_the_step_needs_few_packages():
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, env=simulating(1))
     assert found.returncode == 0, found.stderr
     print(found.stdout)
-    kind, ours, other, title, _, row = found.stdout.splitlines()
+    kind, ours, other, title, _, row, *rates = found.stdout.splitlines()
     assert kind.startswith("1 x cpu, jax ")
     assert ours.startswith("as configured: custom, 16 pairs on 1 device(s), float32; ")
     for figure in (" s a step", " pairs/s", " TFLOP/s a device", " of the matrix product (effective ", "GiB a device"):
@@ -324,3 +324,5 @@ def test_the_benchmark_of_the_step_needs_few_packages():
         assert figure in other
     assert title.startswith("Training step, custom, 16 pairs on 1 device(s), float32; 1 x cpu, jax ")
     assert re.fullmatch(r"  as configured +[\d.,]+ +ms +model.dead_tokens=compute +[\d.,]+ +[\d.]+x", row)
+    runs, figures = ("as configured", "model.dead_tokens=compute"), ("pairs", "share of the peak")
+    assert [line.strip().split("  ")[0] for line in rates] == [f"{run}: {what}" for run in runs for what in figures]
