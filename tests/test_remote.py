@@ -52,11 +52,12 @@ def test_requests_are_few(store, tmp_path):
     assert store.requests - before <= 1.3 * blocks + 3 * 3
 
 
-def end_of_reads_ahead():
-    """Waits for blocks whose stream was closed while they were fetched: counted here, they may not have arrived."""
+def end_of_threads(*names):
+    """Waits for threads that a stream has left: what they ask for is counted here before it arrives."""
     for thread in threading.enumerate():
-        if thread.name.startswith("blocks"):
-            thread.join()
+        if thread.name.startswith(names):
+            thread.join(60)
+            assert not thread.is_alive()
 
 
 def test_a_sample_costs_a_small_part_of_a_request(tmp_path):
@@ -67,7 +68,7 @@ def test_a_sample_costs_a_small_part_of_a_request(tmp_path):
         tars = source(f"{store.url}/{{00000..00001}}.tar", tmp_path / "remote")
         parts = [Part(tars, WindowShuffle(tars.counts, seed=0, streams=2, block=64, window=4))]
         batches(parts, 512 // 8, prefetch=1)
-        end_of_reads_ahead()
+        end_of_threads("grain-prefetch", "blocks")
         counted, found = requests_made() - before, store.requests
     print(f"{found / 512:.3f} requests a sample (goal 0.1)")
     assert found <= 0.1 * 512

@@ -4,6 +4,7 @@ import itertools
 import json
 import pickle
 import tarfile
+import threading
 
 import numpy as np
 import pyarrow
@@ -289,6 +290,35 @@ def test_every_block_is_read_once_an_epoch(shards, tmp_path, monkeypatch):
     blocks = int(np.searchsorted(np.cumsum([count for _, count in reads]), 32)) + 1
     assert sum(count for _, count in reads[:blocks]) == 32
     assert sorted(first + i for first, count in reads[:blocks] for i in range(count)) == list(range(32))
+
+
+def test_a_closed_stream_reads_no_more(shards, tmp_path, monkeypatch):
+    """Not even for the batch that a thread is in the midst of: nobody would close what it opens."""
+    midway, closed, reads = threading.Event(), threading.Event(), []
+    read_block = TarSource.read_block
+
+    class Transform(TrainTransform):
+        def __call__(self, record, rng):
+            if len(reads) > 2 and not midway.is_set():
+                midway.set()
+                closed.wait(60)
+            return super().__call__(record, rng)
+
+    def counted(self, first, count):
+        reads.append(closed.is_set())
+        return read_block(self, first, count)
+
+    monkeypatch.setattr(TarSource, "read_block", counted)
+    transform = Transform(TRANSFORM.preprocess, TRANSFORM.tokenizer, context=16)
+    stream = train_batches(windowed(source(shards, tmp_path)), transform=transform, batch=8, seed=0, prefetch=1)
+    next(stream)
+    assert midway.wait(60)
+    (making,) = [thread for thread in threading.enumerate() if thread.name.startswith("grain-prefetch")]
+    stream.close()
+    closed.set()
+    making.join(60)
+    assert not making.is_alive()
+    assert not any(reads)
 
 
 @pytest.mark.parametrize("start", [0, 8, 44])

@@ -286,8 +286,10 @@ class _TrainBatches:
         }
 
     def close(self) -> None:
-        """Ends what reads."""
-        reader = self.__dict__.pop("_reader", None)
+        """Ends what reads, for good: a thread that is in the midst of a batch opens nothing again."""
+        with _OPENING:
+            reader = self.__dict__.get("_reader")
+            self.__dict__["_reader"] = None
         if reader is not None:
             reader.close()
 
@@ -314,7 +316,10 @@ class _TrainBatches:
                 mixture = Mixture(tuple(part.weight for part in self.parts), streams=self.streams)
                 reader = MixedReader(self.parts, mixture, start=self.position, connections=self.connections)
                 self.__dict__["_reader"] = reader
-            return self.__dict__["_reader"]
+            reader = self.__dict__["_reader"]
+        if reader is None:
+            raise ValueError("the batches are closed")
+        return reader
 
 
 @dataclass(frozen=True)
