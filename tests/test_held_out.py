@@ -14,7 +14,7 @@ from tiny import TINY
 
 from clip_jax.config import EvalConfig, LossConfig, MeshConfig, from_config_dict
 from clip_jax.data import held_out as held_out_data
-from clip_jax.data.held_out import Chosen, open_held_out
+from clip_jax.data.held_out import choose, open_held_out
 from clip_jax.data.images import normalize, preprocess_of
 from clip_jax.data.loader import open_training_data
 from clip_jax.data.records import RecordError
@@ -78,11 +78,11 @@ def test_the_pairs_are_the_same_in_every_run_and_process(digits_dir, monkeypatch
         by_process.append(list(open_held_out(config).batches()))
     two = [{name: batch[name] for name in alone[0]} for batch in side_by_side(by_process)]
     assert_same(alone, two)
-    index = Chosen(SyntheticSource(1000, 8, 0), 50)._index
+    index = choose(1000, 50)
     assert index == sorted(set(index))
     assert len(index) == 50
     assert max(index) > 800
-    assert len(Chosen(SyntheticSource(20, 8, 0), 50)) == 20
+    assert choose(20, 50) == list(range(20))
 
 
 @pytest.mark.parametrize("decay", [0.0, pytest.param(0.9, marks=pytest.mark.slow)])
@@ -129,14 +129,15 @@ def test_pairs_that_cannot_be_used_are_left_out_and_counted(monkeypatch, caplog)
     with caplog.at_level(logging.WARNING):
         found = held_out.run(variables)
     assert "16 of this process's 48 held-out pairs cannot be used and are left out" in caplog.text
-    good, _ = on_damaged(monkeypatch, Chosen32())
+    good, _ = on_damaged(monkeypatch, Good32())
     assert found["held_out/loss"] == pytest.approx(good.run(variables)["held_out/loss"], rel=1e-6)
-    strict, _ = on_damaged(monkeypatch, Damaged(48, 16, 0), on_bad="fail")
-    with pytest.raises(RecordError, match="record 0 of 48 held-out pairs of 48 synthetic records: no image"):
+    strict, _ = on_damaged(monkeypatch, Damaged(480, 16, 0), on_bad="fail")
+    first = next(index for index in choose(480, 48) if index % 3 == 0)
+    with pytest.raises(RecordError, match=f"record {first} of 480 synthetic records: no image"):
         strict.run(variables)
 
 
-class Chosen32:
+class Good32:
     """The good records of `Damaged`."""
 
     _source = SyntheticSource(48, 16, 0)

@@ -10,7 +10,7 @@ from clip_jax.config import RunConfig, held_out_source
 from clip_jax.data.loader import fixed_transform_of, open_source
 from clip_jax.data.order import FullShuffle, rows_of_process
 from clip_jax.data.pipeline import eval_batches
-from clip_jax.data.records import Record, Source
+from clip_jax.data.reading import Subset
 from clip_jax.data.synthetic import synthetic_batches
 
 Batch = dict[str, np.ndarray]
@@ -36,27 +36,15 @@ class HeldOutPairs(NamedTuple):
     description: str
 
 
-class Chosen:
-    """Some records of a source, drawn once for all, in the source's order.
+def choose(records: int, pairs: int) -> list[int]:
+    """Returns the numbers of the held-out pairs among a source's records: drawn once for all, in the source's order.
 
     Args:
-      source: what they are drawn from.
-      pairs: their number, or all of a source that has fewer.
+      records: of the source.
+      pairs: how many, or all of a source that has fewer.
     """
-
-    def __init__(self, source: Source, pairs: int) -> None:
-        self._source = source
-        order = FullShuffle(len(source), seed=_CHOICE)
-        self._index = sorted(order.locate(position).index for position in range(min(pairs, len(source))))
-
-    def __len__(self) -> int:
-        return len(self._index)
-
-    def __getitem__(self, index: int) -> Record:
-        return self._source[self._index[index]]
-
-    def __str__(self) -> str:
-        return f"{len(self):,} held-out pairs of {self._source}"
+    order = FullShuffle(records, seed=_CHOICE)
+    return sorted(order.locate(position).index for position in range(min(pairs, records)))
 
 
 def open_held_out(config: RunConfig) -> HeldOutPairs:
@@ -72,13 +60,15 @@ def open_held_out(config: RunConfig) -> HeldOutPairs:
         return HeldOutPairs(
             lambda: _synthetic(config, pairs, **process), -(-pairs // batch), pairs, f"{pairs:,} synthetic pairs"
         )
-    chosen = Chosen(open_source(config, section), pairs)
+    source = open_source(config, section)
+    chosen = Subset(source, choose(len(source), pairs))
     transform = fixed_transform_of(config)
 
     def batches() -> Iterator[Batch]:
         return eval_batches(chosen, transform=transform, batch=batch, on_bad=config.data.on_bad, **process)
 
-    return HeldOutPairs(batches, -(-len(chosen) // batch), len(chosen), str(chosen))
+    description = f"{len(chosen):,} held-out pairs of {source}"
+    return HeldOutPairs(batches, -(-len(chosen) // batch), len(chosen), description)
 
 
 def _synthetic(config: RunConfig, pairs: int, *, process_index: int, process_count: int) -> Iterator[Batch]:

@@ -189,6 +189,31 @@ class MixedReader:
             reader.close()
 
 
+class Subset:
+    """Some records of a source, as a source; messages name them as the source does.
+
+    Args:
+      source: of the records.
+      records: their numbers in it, in the order in which they are read.
+    """
+
+    def __init__(self, source: Source, records: Sequence[int]) -> None:
+        self._source, self._records = source, records
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __str__(self) -> str:
+        return f"{len(self):,} records of {self._source}"
+
+    def __getitem__(self, index: int) -> Record:
+        return self._source[self._records[index]]
+
+    def where(self, index: int) -> str:
+        """Returns what to call a record in messages."""
+        return name_record(self._source, self._records[index])
+
+
 def where(parts: Sequence[Part], index: int) -> str:
     """Returns what to call a record of the sources, numbered through, in messages."""
     for part in parts:

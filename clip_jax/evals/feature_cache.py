@@ -16,8 +16,8 @@ import pyarrow
 
 from clip_jax.data.images import Preprocess
 from clip_jax.data.labelled import LabelledSource
-from clip_jax.data.reading import name_record
-from clip_jax.data.records import Record, Source
+from clip_jax.data.reading import Subset
+from clip_jax.data.records import Source
 from clip_jax.distributed import from_first
 from clip_jax.evals.embedding import ImageFeatures
 from clip_jax.search.store import FORMAT, VectorStore, embedding_column, vectors_of
@@ -63,7 +63,7 @@ class FeatureCache:
         everywhere = from_first(np.array(there, np.int32))
         for shard, records in enumerate(ranges):
             if not everywhere[shard]:
-                made = embed(_Part(source, records))
+                made = embed(Subset(source, records))
                 if first:
                     store.write_shard(shard, {"images": _table(made, records.start)}, {"records": len(records)})
         return self._read(store, job, len(ranges))
@@ -81,26 +81,6 @@ class FeatureCache:
         if jax.process_index() != 0:
             features, labels = np.zeros((rows, width), np.float32), np.zeros(rows, np.int32)
         return ImageFeatures(from_first(features), from_first(labels), np.arange(rows, dtype=np.int32))
-
-
-class _Part:
-    """Consecutive records of a source, as a source."""
-
-    def __init__(self, source: Source, records: range) -> None:
-        self._source, self._records = source, records
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __str__(self) -> str:
-        return f"records {self._records.start} to {self._records.stop - 1} of {self._source}"
-
-    def __getitem__(self, index: int) -> Record:
-        return self._source[self._records[index]]
-
-    def where(self, index: int) -> str:
-        """Returns what to call a record in messages."""
-        return name_record(self._source, self._records[index])
 
 
 def _table(found: ImageFeatures, first: int) -> pyarrow.Table:
