@@ -7,10 +7,10 @@ What a run does when something goes wrong is in docs/operations.md.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 
@@ -35,6 +35,8 @@ from clip_jax.startup import Startup
 from clip_jax.state import TrainState, count_parameters
 from clip_jax.step import place_batch
 from clip_jax.watchdog import Watchdog
+
+T = TypeVar("T")
 
 
 class Run(NamedTuple):
@@ -243,24 +245,25 @@ def _memory_explained(run: Run) -> Iterator[None]:
 def _evaluate(run: Run, state: TrainState, watch: Watch) -> Found:
     """Returns what the evaluations found; one that fails is left out, and ends neither the other nor training."""
     variables, step = state.inference_variables, int(state.step)
-    failed = []
 
-    def attempt(evaluation: Evaluation | HeldOut | None) -> Any:
+    def attempt(measure: Callable[..., T]) -> T | None:
         try:
-            return None if evaluation is None else evaluation.run(variables, progress=watch.watchdog.progress)
+            return measure(variables, progress=watch.watchdog.progress)
         except RestartError:
             raise
         except Exception as error:  # of any kind: nothing in it is needed for training
-            failed.append(error)
             watch.monitor.evaluation_failed(step, error)
             return None
 
     with watch.monitor.pause():
-        zero_shot, held_out = attempt(run.evaluation), attempt(run.held_out)
+        zero_shot = None if run.evaluation is None else attempt(run.evaluation.run)
+        held_out = None if run.held_out is None else attempt(run.held_out.run)
         numbers = ({} if zero_shot is None else scalars(zero_shot)) | (held_out or {})
         if numbers:
             watch.monitor.record(step, numbers)
-    return Found(zero_shot, numbers, bool(failed))
+    pairs = ((run.evaluation, zero_shot), (run.held_out, held_out))
+    failed = any(found is None for evaluation, found in pairs if evaluation is not None)
+    return Found(zero_shot, numbers, failed)
 
 
 def _report(run: Run, state: TrainState, found: Found) -> None:
