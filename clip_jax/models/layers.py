@@ -22,6 +22,7 @@ from jax.typing import DTypeLike
 
 from clip_jax.array_types import Array, Float, Int, Num
 from clip_jax.fences import fence_gradient
+from clip_jax.models.dense import Dense
 from clip_jax.models.variants import Activation, Remat
 from clip_jax.partition import constrain_rows
 from clip_jax.text_groups import Groups
@@ -140,12 +141,12 @@ class Attention(nn.Module):
     def __call__(self, x: Float[Array, "b l d"], rows: Int[Array, "b r"] | None = None) -> Float[Array, "b r d"]:
         """Returns all rows, or those that `rows` names, one of each sequence."""
         width = x.shape[-1]
-        qkv = nn.Dense(3 * width, kernel_init=self.init_from.qkv, dtype=self.dtype, name="qkv")(x)
+        qkv = Dense(3 * width, kernel_init=self.init_from.qkv, dtype=self.dtype, name="qkv")(x)
         query, key, value = jnp.split(qkv, 3, axis=-1)
         if rows is not None:
             query = pick(query, rows)
         mixed = self._mix(query, key, value, rows)
-        return nn.Dense(width, kernel_init=self.init_from.out, dtype=self.dtype, name="out")(mixed)
+        return Dense(width, kernel_init=self.init_from.out, dtype=self.dtype, name="out")(mixed)
 
     def _mix(self, query: jax.Array, key: jax.Array, value: jax.Array, rows: jax.Array | None) -> jax.Array:
         """Attends within each sequence of every group."""
@@ -175,10 +176,8 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
         width, init = x.shape[-1], self.init_from
-        hidden = nn.Dense(4 * width, kernel_init=init.mlp_in, bias_init=init.mlp_in_bias, dtype=self.dtype, name="in")(
-            x
-        )
-        return nn.Dense(width, kernel_init=init.mlp_out, bias_init=init.mlp_out_bias, dtype=self.dtype, name="out")(
+        hidden = Dense(4 * width, kernel_init=init.mlp_in, bias_init=init.mlp_in_bias, dtype=self.dtype, name="in")(x)
+        return Dense(width, kernel_init=init.mlp_out, bias_init=init.mlp_out_bias, dtype=self.dtype, name="out")(
             ACTIVATIONS[self.activation](hidden)
         )
 

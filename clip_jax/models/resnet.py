@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 
 from clip_jax.array_types import Array, Bool, Float, Int
 from clip_jax.errors import UserError
+from clip_jax.models.dense import Dense
 from clip_jax.models.layers import Initializer, apply_blocks, attend, record, symmetric_uniform
 from clip_jax.models.variants import Remat, ResNetConfig
 from clip_jax.partition import constrain_rows
@@ -145,9 +146,7 @@ class AttentionPool(nn.Module):
     def __call__(self, x: Float[Array, "b rows columns d"]) -> Float[Array, "b e"]:
         batch, rows, columns, width = x.shape
         normal = nn.initializers.normal(width**-0.5)
-        dense = functools.partial(
-            nn.Dense, kernel_init=normal, bias_init=symmetric_uniform(width**-0.5), dtype=self.dtype
-        )
+        dense = functools.partial(Dense, kernel_init=normal, bias_init=symmetric_uniform(width**-0.5), dtype=self.dtype)
         tokens = x.reshape(batch, rows * columns, width)
         tokens = jnp.concatenate([tokens.mean(axis=1, keepdims=True), tokens], axis=1)
         tokens = tokens + self.param("positions", normal, (tokens.shape[1], width)).astype(self.dtype)
@@ -241,7 +240,7 @@ def conv_3x3(features: int, *, stride: int, inputs: int, dtype: DTypeLike, name:
 
 def conv_1x1(features: int, *, inputs: int, dtype: DTypeLike, name: str) -> nn.Dense:
     """Returns a 1x1 convolution without bias, as a dense layer, with torch's default initialisation."""
-    return nn.Dense(features, use_bias=False, kernel_init=symmetric_uniform(inputs**-0.5), dtype=dtype, name=name)
+    return Dense(features, use_bias=False, kernel_init=symmetric_uniform(inputs**-0.5), dtype=dtype, name=name)
 
 
 def average_pool(

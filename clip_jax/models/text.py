@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from clip_jax.array_types import Array, Bool, Float, Int
+from clip_jax.models.dense import Dense
 from clip_jax.models.layers import BlockInit, Transformer, layer_norm, pick, record
 from clip_jax.models.variants import Activation, Remat, TextConfig
 from clip_jax.partition import constrain_rows, devices_of_rows
@@ -84,7 +85,7 @@ class TextTransformer(nn.Module):
 
         pooled = layer_norm(dtype, name="ln_final")(x)
         record(self, "pooled", pooled)
-        return nn.Dense(
+        return Dense(
             self.embed_dim,
             use_bias=False,
             kernel_init=nn.initializers.normal(width**-0.5),

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from clip_jax.array_types import Array, Float
+from clip_jax.models.dense import Dense
 from clip_jax.models.layers import BlockInit, Transformer, layer_norm, record, symmetric_uniform
 from clip_jax.models.variants import Activation, Remat, ViTConfig
 
@@ -40,7 +41,7 @@ class VisionTransformer(nn.Module):
         width = config.width
         normal = nn.initializers.normal(width**-0.5)
         patches = patchify(images.astype(dtype), patch=config.patch)
-        x = nn.Dense(
+        x = Dense(
             width,
             use_bias=False,
             kernel_init=symmetric_uniform(patches.shape[-1] ** -0.5),
@@ -75,7 +76,7 @@ class VisionTransformer(nn.Module):
         )(x, jnp.zeros((x.shape[0], 1), jnp.int32))
         pooled = layer_norm(dtype, name="ln_post")(x[:, 0])
         record(self, "pooled", pooled)
-        return nn.Dense(self.embed_dim, use_bias=False, kernel_init=normal, dtype=dtype, name="projection")(pooled)
+        return Dense(self.embed_dim, use_bias=False, kernel_init=normal, dtype=dtype, name="projection")(pooled)
 
 
 def drop_patches(patches: Float[Array, "b l d"], keys: jax.Array, *, share: float) -> Float[Array, "b kept d"]:
