@@ -4,6 +4,7 @@ A step whose loss or gradient is not finite changes nothing but the step counter
 functions of the data position.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
@@ -75,6 +76,12 @@ def make_train_step(
     def loss(features: CLIPOutput, weight: jax.Array) -> JudgedFeatures:
         return judge(config.loss, features, weight, mesh=mesh)
 
+    def advance(state: TrainState, grads: Any, batch_stats: Any) -> TrainState:
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = clamp_scale(cast(dict, optax.apply_updates(state.params, updates)), optim.max_scale)
+        ema = moving_average(state.ema, params, decay=optim.ema_decay) if state.ema else state.ema
+        return TrainState(state.step + 1, params, batch_stats, opt_state, ema)
+
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         if random_patches:
             batch = batch | {"key": _sample_keys(config.seed, state.step, config.batch, mesh)}
@@ -83,9 +90,6 @@ def make_train_step(
             output, grads, batch_stats, fitted = _gradients(towers, loss, batch)
         else:
             output, grads, batch_stats, fitted = cached_gradients(towers, loss, batch, parts=parts)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = clamp_scale(cast(dict, optax.apply_updates(state.params, updates)), optim.max_scale)
-        ema = moving_average(state.ema, params, decay=optim.ema_decay) if state.ema else state.ema
         norms = gradient_norms(grads)
         finite = jnp.isfinite(output.loss) & jnp.isfinite(norms["gradient_norm"])
         metrics = {
@@ -103,8 +107,7 @@ def make_train_step(
             metrics["text_groups"] = fitted
         if "bad" in batch:
             metrics |= {f"bad/{reason}": (batch["bad"] == code).sum() for code, reason in enumerate(REASONS, start=1)}
-        updated = TrainState(state.step + 1, params, batch_stats, opt_state, ema)
-        return keep_unless(finite, updated, state), metrics
+        return advance_if(finite, advance, state, grads, batch_stats), metrics
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     return jax.jit(
@@ -121,14 +124,38 @@ def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> Batch:
     return place_rows({name: batch[name] for name in ("image", "tokens", "weight", "bad")}, mesh)
 
 
-def keep_unless(finite: jax.Array, updated: TrainState, state: TrainState) -> TrainState:
-    """Returns the updated state, or where `finite` is false the old one with the updated counters of steps.
+Advance = Callable[..., TrainState]
 
-    A choice for each element, so that it is fused with the update and the state's memory is used again.
+
+def advance_if(finite: jax.Array, advance: Advance, state: TrainState, *operands: Any) -> TrainState:
+    """Returns `advance(state, *operands)`, or where `finite` is false the old state, its counters of steps advanced.
+
+    By a choice for each element, which is fused with the update and uses the state's memory again; but XLA's compiler
+    for CPUs would compute the update from copies of the old state (`benchmarks/LOG.md`), and gets a conditional.
     """
+    branch, choose = (functools.partial(way, advance) for way in (advance_by_branch, advance_by_choice))
+    return jax.lax.platform_dependent(finite, state, *operands, cpu=branch, default=choose)
+
+
+def advance_by_choice(advance: Advance, finite: jax.Array, state: TrainState, *operands: Any) -> TrainState:
+    """See `advance_if`."""
+    return _keep(advance(state, *operands), state, where=~finite)
+
+
+def advance_by_branch(advance: Advance, finite: jax.Array, state: TrainState, *operands: Any) -> TrainState:
+    """See `advance_if`."""
+
+    def keep(state: TrainState, *operands: Any) -> TrainState:
+        return _keep(advance(state, *operands), state, where=jnp.array(True))
+
+    return jax.lax.cond(finite, advance, keep, state, *operands)
+
+
+def _keep(updated: TrainState, state: TrainState, *, where: jax.Array) -> TrainState:
+    """Returns the updated state, with all but the counters of steps as they were where a scalar is true."""
 
     def choose(new: Any, old: Any) -> Any:
-        return new if is_schedule(new) else jnp.where(finite, new, old)
+        return new if is_schedule(new) else jnp.where(where, old, new)
 
     return jax.tree.map(choose, updated, state, is_leaf=is_schedule).replace(step=updated.step)
 

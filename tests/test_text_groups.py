@@ -160,7 +160,7 @@ def test_nothing_more_crosses_devices():
         model = dataclasses.replace(run.model, dtype="float32")
         run = dataclasses.replace(run, model=model, mesh=MeshConfig(2, 4), batch=256, samples=2_560)
         text = lower_step(run, jax.devices())[1].compile().as_text()
-        assert (" conditional(" in text) == (name == "groups")
+        assert text.count(" conditional(") == 1 + (name == "groups")  # one is that of steps that are skipped
         found[name] = {each.kind: each for each in collectives(text, devices=8)}
     print(found)
     assert found["groups"].keys() == found["plain"].keys() <= {"all-gather", "all-reduce", "reduce-scatter"}
@@ -215,11 +215,11 @@ def test_operations_are_those_of_the_arithmetic(name):
 
 
 def conditionals(jaxpr):
-    """Yields the operations of each branch of every conditional that has matrix products."""
+    """Yields the operations of each branch of every conditional whose branches differ in their matrix products."""
     for equation in jaxpr.eqns:
         if equation.primitive.name == "cond":
             counts = [products(branch.jaxpr) for branch in equation.params["branches"]]
-            if any(counts):
+            if len(set(counts)) > 1:
                 yield counts
                 continue
         for inner in jaxprs_in_params(equation.params):
