@@ -139,25 +139,18 @@ def advance_if(finite: jax.Array, advance: Advance, state: TrainState, *operands
 
 def advance_by_choice(advance: Advance, finite: jax.Array, state: TrainState, *operands: Any) -> TrainState:
     """See `advance_if`."""
-    return _keep(advance(state, *operands), state, where=~finite)
+    updated = advance(state, *operands)
+
+    def choose(new: Any, old: Any) -> Any:
+        return new if is_schedule(new) else jnp.where(finite, new, old)
+
+    return jax.tree.map(choose, updated, state, is_leaf=is_schedule).replace(step=updated.step)
 
 
 def advance_by_branch(advance: Advance, finite: jax.Array, state: TrainState, *operands: Any) -> TrainState:
     """See `advance_if`."""
-
-    def keep(state: TrainState, *operands: Any) -> TrainState:
-        return _keep(advance(state, *operands), state, where=jnp.array(True))
-
+    keep = functools.partial(advance_by_choice, advance, jnp.array(False))
     return jax.lax.cond(finite, advance, keep, state, *operands)
-
-
-def _keep(updated: TrainState, state: TrainState, *, where: jax.Array) -> TrainState:
-    """Returns the updated state, with all but the counters of steps as they were where a scalar is true."""
-
-    def choose(new: Any, old: Any) -> Any:
-        return new if is_schedule(new) else jnp.where(where, old, new)
-
-    return jax.tree.map(choose, updated, state, is_leaf=is_schedule).replace(step=updated.step)
 
 
 def judge(config: LossConfig, features: CLIPOutput, weight: jax.Array, *, mesh: Mesh | None) -> JudgedFeatures:

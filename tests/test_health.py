@@ -49,24 +49,30 @@ def learned(state):
 
 
 @pytest.fixture
-def advancing(monkeypatch):
-    """Lets steps that are compiled from now on advance in a way of one's own instead of `step.advance_if`."""
+def replace(monkeypatch):
+    """Replaces a function of `clip_jax.step` in what is compiled from now on."""
     cache_clear = setup.__globals__["compiled"].cache_clear
 
-    def change(way):
-        monkeypatch.setattr(step, "advance_if", lambda finite, advance, *operands: way(advance, finite, *operands))
+    def change(name, function):
+        monkeypatch.setattr(step, name, function)
         cache_clear()
 
+    cache_clear()
     yield change
     cache_clear()
+
+
+def advancing(way):
+    """What stands for `step.advance_if` so that all platforms advance in this way."""
+    return lambda finite, advance, *operands: way(advance, finite, *operands)
 
 
 WAYS = [step.advance_by_branch, step.advance_by_choice]
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_skipped_step_changes_nothing_but_the_counters_of_steps(advancing, way):
-    advancing(way)
+def test_a_skipped_step_changes_nothing_but_the_counters_of_steps(replace, way):
+    replace("advance_if", advancing(way))
     mesh, state, train_step = setup(EVERYTHING, 8)
     rows = synthetic(EVERYTHING, 3)
     state, _ = train_step(state, place_rows(rows[0], mesh))
@@ -94,11 +100,11 @@ def unguarded(advance, finite, *operands):
 
 
 @pytest.mark.parametrize("run", [EVERYTHING, pytest.param(TINY, marks=pytest.mark.slow)], ids=["everything", "plain"])
-def test_finite_steps_are_those_of_a_step_without_the_guard(advancing, run):
+def test_finite_steps_are_those_of_a_step_without_the_guard(replace, run):
     """Bit for bit, with no collective and no argument more; by a branch without a copy of the state."""
     found, temporaries = [], []
     for way in (*WAYS, unguarded):
-        advancing(way)
+        replace("advance_if", advancing(way))
         mesh, state, train_step = setup(run, 8)
         for batch in synthetic(run, 3):
             state, _ = train_step(state, place_rows(batch, mesh))
@@ -132,16 +138,14 @@ def test_mean_cosine_is_that_of_the_matrix(spread):
     assert float(mean_cosine(jnp.ones((1, 8)), jnp.ones(1))) == 0
 
 
-def test_mean_cosine_costs_one_small_all_reduce(monkeypatch):
+def test_mean_cosine_costs_one_small_all_reduce(replace):
     counts = []
     for is_on in (True, False):
         if not is_on:
-            monkeypatch.setattr(step, "mean_cosine", lambda features, weight: jnp.zeros(()))
-        setup.__globals__["compiled"].cache_clear()
+            replace("mean_cosine", lambda features, weight: jnp.zeros(()))
         mesh, state, train_step = setup(dataclasses.replace(TINY, mesh=MeshConfig(2, 4)), 8)
         text = train_step.lower(state, place_rows(synthetic(TINY, 1)[0], mesh)).compile().as_text()
         counts.append({each.kind: (each.count, each.bytes) for each in collectives(text, devices=8)})
-    setup.__globals__["compiled"].cache_clear()
     reduced, without = counts[0].pop("all-reduce"), counts[1].pop("all-reduce")
     assert counts[0] == counts[1]
     print(f"the cosines' all-reduces: {reduced[0] - without[0]}, {reduced[1] - without[1]} bytes")
@@ -149,17 +153,15 @@ def test_mean_cosine_costs_one_small_all_reduce(monkeypatch):
     assert 0 < reduced[1] - without[1] <= 4 * (2 * TINY.model.embed_dim + 8)
 
 
-def test_the_norms_of_the_towers_cost_no_collective(monkeypatch):
+def test_the_norms_of_the_towers_cost_no_collective(replace):
     """Only the sums of squares that the guard makes anyhow, in three numbers instead of one."""
     counts, of_all = [], step.gradient_norms
     for has_parts in (True, False):
         if not has_parts:
-            monkeypatch.setattr(step, "gradient_norms", lambda grads: {"gradient_norm": of_all(grads)["gradient_norm"]})
-        setup.__globals__["compiled"].cache_clear()
+            replace("gradient_norms", lambda grads: {"gradient_norm": of_all(grads)["gradient_norm"]})
         mesh, state, train_step = setup(dataclasses.replace(TINY, mesh=MeshConfig(2, 4)), 8)
         text = train_step.lower(state, place_rows(synthetic(TINY, 1)[0], mesh)).compile().as_text()
         counts.append({each.kind: (each.count, each.bytes) for each in collectives(text, devices=8)})
-    setup.__globals__["compiled"].cache_clear()
     print(f"collectives with and without the towers' norms: {counts}")
     assert counts[0].keys() == counts[1].keys()
     assert all(counts[0][kind][0] == counts[1][kind][0] for kind in counts[0])
