@@ -1,43 +1,93 @@
-"""The nine models of the paper planned for one topology: `python -m benchmarks.plans`.
+"""The nine models of the paper planned for TPU chips that need not be there: `python -m benchmarks.plans [configs]`.
 
-Prints the rows of the table in docs/plan.md. Needs libtpu, and half an hour on 2 cores.
+Each config is compiled ahead of time for 256 chips of v5p, or with `--chips` for 8, 64, 256 or two slices of 128, with
+as many pairs on every chip as its batch makes on 256. A program gives two rows: what its collectives cost, for the
+table in docs/scaling.md, and what a chip holds, for the table in docs/plan.md. Needs libtpu; a program takes 10 minutes
+and more to compile, mostly on one core.
+
+The step is operations at a share of the peak (`--mfu`), and in the table of collectives also their time at the makers'
+bandwidths, but for what is under way while the chip computes.
 """
 
 import argparse
+import dataclasses
+from typing import TYPE_CHECKING
 
 from clip_jax.chips import parse_topology
-from clip_jax.command_line import load_config, simulate_devices
+from clip_jax.command_line import load_config, one_line_errors, simulate_devices
+from clip_jax.models.variants import variant_name
+
+if TYPE_CHECKING:
+    from clip_jax.plan import Plan
 
 CONFIGS = ("rn50", "rn101", "rn50x4", "rn50x16", "rn50x64", "vit_b32", "vit_b16", "vit_l14", "vit_l14_336")
+TOPOLOGIES = {"8": ("v5p:2x2x2", 1), "64": ("v5p:4x4x4", 1), "256": ("v5p:4x8x8", 1), "2x128": ("v5p:4x4x8", 2)}
+FULL = 256
+"""Chips that a config's batch is for."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--topology", default="v5p:4x8x8")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--chips", nargs="*", choices=TOPOLOGIES, default=["256"])
     parser.add_argument("--mfu", type=float, default=0.4)
     parser.add_argument("configs", nargs="*", default=CONFIGS)
     arguments = parser.parse_args()
     simulate_devices(1)
-    from clip_jax.models.variants import variant_name
-    from clip_jax.plan import make_plan
+    with one_line_errors():
+        for name in arguments.configs:
+            for chips in arguments.chips:
+                plan = _plan(name, chips)
+                print(exchange_row(plan, mfu=arguments.mfu), memory_row(plan, mfu=arguments.mfu), sep="\n", flush=True)
 
-    topology = parse_topology(arguments.topology)
-    for name in arguments.configs:
-        plan = make_plan(load_config(f"configs/{name}.py", [], without_data=True), topology)
-        gib = {kind: size / 2**30 for kind, size in plan.memory.items()}
-        seconds = plan.step_seconds(arguments.mfu)
-        cells = (
-            variant_name(plan.config.model),
-            f"{plan.parameters / 1e6:.1f} M",
-            f"{(plan.step_flops / plan.config.batch) / 1e9:,.1f}",
-            f"{gib.get('parameters', 0) + gib.get('optimizer state', 0):.2f}",
-            f"{gib.get('temporaries', 0):.2f}",
-            f"{gib['total']:.2f}",
-            "yes" if plan.fits(topology.chip.memory) else "no",
-            f"{seconds:.3f} s",
-            f"{seconds * plan.config.steps / 86_400:.1f}",
-        )
-        print(f"| {' | '.join(cells)} |", flush=True)
+
+def _plan(name: str, chips: str) -> "Plan":
+    from clip_jax.plan import make_plan  # and JAX, for the devices that are simulated by now
+
+    shape, slices = TOPOLOGIES[chips]
+    topology = parse_topology(shape, slices=slices)
+    run = load_config(f"configs/{name}.py", [], without_data=True)
+    batch, mesh = run.batch * topology.chips // FULL, dataclasses.replace(run.mesh, dcn_data=slices)
+    return make_plan(dataclasses.replace(run, batch=batch, mesh=mesh), topology)
+
+
+def exchange_row(plan: "Plan", *, mfu: float) -> str:
+    """Returns what a plan's collectives cost, as a row of the table in docs/scaling.md."""
+    topology = plan.topology
+    seconds, exposed = plan.step_seconds(mfu), plan.exchange_seconds(hidden=False)
+    sent = {across: sum(each.sent for each in plan.collectives if each.across == across) for across in (False, True)}
+    hidden = sum(each.hidden for each in plan.collectives)
+    return _row(
+        variant_name(plan.config.model),
+        f"{topology.slices} x {topology.name}" if topology.slices > 1 else topology.name,
+        f"{sum(each.count for each in plan.collectives):,}",
+        f"{sent[False] / 2**20:,.0f} / {sent[True] / 2**20:,.1f}",
+        f"{hidden / max(1, sum(sent.values())):.0%}",
+        f"{1e3 * plan.exchange_seconds():.2f} ms",
+        f"{1e3 * (seconds + exposed):,.1f} ms",
+        f"{seconds / (seconds + exposed):.1%}",
+        f"{plan.memory['total'] / 2**30:.2f}",
+    )
+
+
+def memory_row(plan: "Plan", *, mfu: float) -> str:
+    """Returns what a chip holds by a plan, as a row of the table in docs/plan.md."""
+    gib = {kind: size / 2**30 for kind, size in plan.memory.items()}
+    seconds = plan.step_seconds(mfu)
+    return _row(
+        variant_name(plan.config.model),
+        f"{plan.parameters / 1e6:.1f} M",
+        f"{(plan.step_flops / plan.config.batch) / 1e9:,.1f}",
+        f"{gib.get('parameters', 0) + gib.get('optimizer state', 0):.2f}",
+        f"{gib.get('temporaries', 0):.2f}",
+        f"{gib['total']:.2f}",
+        "yes" if plan.fits(plan.topology.chip.memory) else "no",
+        f"{seconds:.3f} s",
+        f"{seconds * plan.config.steps / 86_400:.1f}",
+    )
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":
