@@ -1,9 +1,9 @@
 """The nine models of the paper planned for TPU chips that need not be there: `python -m benchmarks.plans [configs]`.
 
 Each config is compiled ahead of time for 256 chips of v5p, or with `--chips` for 8, 64, 256 or two slices of 128, with
-as many pairs on every chip as its batch makes on 256. A program gives two rows: what its collectives cost, for the
-table in docs/scaling.md, and what a chip holds, for the table in docs/plan.md. Needs libtpu; a program takes 10 minutes
-and more to compile, mostly on one core.
+128 pairs on every chip, as 32,768 make on 256. A program gives two rows: what its collectives cost, for the table in
+docs/scaling.md, and what a chip holds, for the table in docs/plan.md. Needs libtpu; a program takes 10 to 25 minutes to
+compile, mostly on one core.
 
 The step is operations at a share of the peak (`--mfu`), and in the table of collectives also their time at the makers'
 bandwidths, but for what is under way while the chip computes.
@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 
 CONFIGS = ("rn50", "rn101", "rn50x4", "rn50x16", "rn50x64", "vit_b32", "vit_b16", "vit_l14", "vit_l14_336")
 TOPOLOGIES = {"8": ("v5p:2x2x2", 1), "64": ("v5p:4x4x4", 1), "256": ("v5p:4x8x8", 1), "2x128": ("v5p:4x4x8", 2)}
-FULL = 256
-"""Chips that a config's batch is for."""
+PAIRS_A_CHIP = 128
 
 
 def main() -> None:
@@ -46,7 +45,7 @@ def _plan(name: str, chips: str) -> "Plan":
     shape, slices = TOPOLOGIES[chips]
     topology = parse_topology(shape, slices=slices)
     run = load_config(f"configs/{name}.py", [], without_data=True)
-    batch, mesh = run.batch * topology.chips // FULL, dataclasses.replace(run.mesh, dcn_data=slices)
+    batch, mesh = PAIRS_A_CHIP * topology.chips, dataclasses.replace(run.mesh, dcn_data=slices)
     return make_plan(dataclasses.replace(run, batch=batch, mesh=mesh), topology)
 
 
@@ -61,12 +60,25 @@ def exchange_row(plan: "Plan", *, mfu: float) -> str:
         f"{topology.slices} x {topology.name}" if topology.slices > 1 else topology.name,
         f"{sum(each.count for each in plan.collectives):,}",
         f"{sent[False] / 2**20:,.0f} / {sent[True] / 2**20:,.1f}",
+        f"{_sent_by_arithmetic(plan) / 2**20:,.0f}",
         f"{hidden / max(1, sum(sent.values())):.0%}",
         f"{1e3 * plan.exchange_seconds():.2f} ms",
         f"{1e3 * (seconds + exposed):,.1f} ms",
         f"{seconds / (seconds + exposed):.1%}",
         f"{plan.memory['total'] / 2**30:.2f}",
     )
+
+
+def _sent_by_arithmetic(plan: "Plan") -> float:
+    """Returns the bytes that a chip sends for gradients and features, both summed in a ring, on one slice.
+
+    A gradient of every parameter in the compute dtype, and of every text the features and their gradient in float32.
+    """
+    import jax.numpy as jnp
+
+    run, chips = plan.config, plan.topology.chips
+    gradients = jnp.dtype(run.model.dtype).itemsize * plan.parameters
+    return 2 * (chips - 1) / chips * (gradients + 2 * 4 * run.batch * run.model.embed_dim)
 
 
 def memory_row(plan: "Plan", *, mfu: float) -> str:

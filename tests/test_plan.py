@@ -331,6 +331,17 @@ def test_a_plan_for_tpu_slices_that_are_not_there():
 
 @needs_libtpu
 @pytest.mark.slow
+def test_what_chips_send_is_gradients_and_features():
+    command = [sys.executable, "-m", "benchmarks.plans", "demo", "--chips", "8"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    print(found)
+    cells = found.splitlines()[0].split("|")
+    sent, predicted = float(cells[4].split("/")[0]), float(cells[5])
+    assert sent == pytest.approx(predicted, rel=0.05)  # both in whole MiB
+
+
+@needs_libtpu
+@pytest.mark.slow
 def test_the_nine_models_fit_a_v5p_of_256_chips():
     command = [sys.executable, "-m", "benchmarks.plans"]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
