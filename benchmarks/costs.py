@@ -5,7 +5,7 @@ Prints the rows of the table in docs/pretraining.md, from the configs, operation
 
 from pathlib import Path
 
-from benchmarks.plans import CONFIGS
+from benchmarks.plans import CONFIGS, table_row
 from clip_jax.chips import CHIPS
 from clip_jax.command_line import load_config
 from clip_jax.models.variants import variant_name
@@ -25,7 +25,7 @@ def _row(name: str) -> str:
     config = load_config(str(ROOT / "configs" / f"{name}.py"), [], without_data=True)
     of_a_pair = StepFlops.of(config, devices=1).paper / config.batch
     hours = {chip: config.samples * of_a_pair / (MFU * CHIPS[chip].peak) / 3600 for chip in ("h100", "v5p")}
-    cells = (
+    return table_row(
         variant_name(config.model),
         f"`{name}.py`",
         f"{config.samples / 1e9:.1f} G",
@@ -37,7 +37,6 @@ def _row(name: str) -> str:
         f"{hours['v5p'] / 256 / 24:.1f}",
         f"{hours['h100'] * DOLLARS_AN_H100_HOUR:,.0f} $",
     )
-    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

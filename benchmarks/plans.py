@@ -55,7 +55,7 @@ def exchange_row(plan: "Plan", *, mfu: float) -> str:
     seconds, exposed = plan.step_seconds(mfu), plan.exchange_seconds(hidden=False)
     sent = {across: sum(each.sent for each in plan.collectives if each.across == across) for across in (False, True)}
     hidden = sum(each.hidden for each in plan.collectives)
-    return _row(
+    return table_row(
         variant_name(plan.config.model),
         f"{topology.slices} x {topology.name}" if topology.slices > 1 else topology.name,
         f"{sum(each.count for each in plan.collectives):,}",
@@ -85,7 +85,7 @@ def memory_row(plan: "Plan", *, mfu: float) -> str:
     """Returns what a chip holds by a plan, as a row of the table in docs/plan.md."""
     gib = {kind: size / 2**30 for kind, size in plan.memory.items()}
     seconds = plan.step_seconds(mfu)
-    return _row(
+    return table_row(
         variant_name(plan.config.model),
         f"{plan.parameters / 1e6:.1f} M",
         f"{(plan.step_flops / plan.config.batch) / 1e9:,.1f}",
@@ -98,7 +98,8 @@ def memory_row(plan: "Plan", *, mfu: float) -> str:
     )
 
 
-def _row(*cells: str) -> str:
+def table_row(*cells: str) -> str:
+    """Returns a row of a Markdown table."""
     return f"| {' | '.join(cells)} |"
 
 
