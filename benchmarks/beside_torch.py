@@ -4,7 +4,7 @@
 
 The same model, batch, precision and machine: both towers, contrastive loss, backward pass, AdamW, clamp of the scale.
 Ours is measured as configured, and with `model.dead_tokens=compute`, which computes what open_clip does. open_clip runs
-as its users run it at its best: bfloat16 by autocast over float32 weights, fused AdamW and TF32 products on a GPU, and
+as its users run it at its best: bfloat16 by autocast over float32 weights, fused AdamW, TF32 products on a GPU, and
 with `--compile` through `torch.compile`. Synthetic pairs with captions as long as web captions are. Needs torch and
 open_clip.
 """
@@ -104,7 +104,7 @@ def _open_clip(run: RunConfig, *, gpu: bool, compiled: bool) -> Callable[[int], 
     others = [leaf for key, leaf in model.named_parameters() if leaf.ndim < 2 or "bn" in key]
     groups = [{"params": decayed, "weight_decay": 0.2}, {"params": others, "weight_decay": 0.0}]
     optim = run.optim
-    optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.b1, optim.b2), eps=optim.eps, fused=gpu)
+    optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.b1, optim.b2), eps=optim.eps, fused=True)
     forward = torch.compile(model) if compiled else model
     rows = _batch(run)
     preprocess = preprocess_of(run.model)

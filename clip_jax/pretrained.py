@@ -19,7 +19,7 @@ from clip_jax.errors import UserError
 from clip_jax.interop.read import read_weights
 from clip_jax.interop.weights import Weights
 from clip_jax.models.clip import CLIP, unit
-from clip_jax.models.layers import layer_norm
+from clip_jax.models.norm import layer_norm
 from clip_jax.models.variants import ModelConfig, ResNetConfig, model_config
 from clip_jax.rules import leaf_paths
 

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from blocks import compiled_gradient
 from jax import export
 
 from clip_jax.models import layers
 from clip_jax.models.dense import Dense
-from clip_jax.models.layers import BlockInit, Transformer
 
 
 def gradients(layer, shape, dtype):
@@ -53,11 +53,7 @@ def test_programs_for_cpus_multiply_rows():
 
 def copied(depth):
     """The bytes of transposed copies in the compiled gradient of a transformer, by its weights and its argument."""
-    tower = Transformer(depth, 1, False, "quick_gelu", BlockInit.scaled(32, 1), jnp.float32, "none", False, False)
-    x, rows = jnp.ones((4, 8, 32)), jnp.zeros((4, 1), jnp.int32)
-    weights = tower.init(jax.random.key(0), x, rows)
-    gradient = jax.jit(jax.grad(lambda weights, x: tower.apply(weights, x, rows).sum(), argnums=(0, 1)))
-    text = gradient.lower(weights, x).compile().as_text()
+    text = compiled_gradient(depth, (4, 8, 32)).as_text()
     shapes = re.findall(r"= f32\[([\d,]+)\]\S* (?:copy|transpose)\(", text)
     return sum(4 * int(np.prod([int(side) for side in shape.split(",")])) for shape in shapes)
 

@@ -11,7 +11,7 @@ import pytest
 import clip_jax
 from clip_jax.errors import UserError
 from clip_jax.models.clip import CLIP, forward, forward_train, init_variables, unit
-from clip_jax.models.layers import ACTIVATIONS, attend, layer_norm
+from clip_jax.models.layers import attend
 from clip_jax.models.variants import (
     PARAMETERS,
     VARIANTS,
@@ -193,18 +193,6 @@ def test_patch_embedding_is_the_convolution():
     np.testing.assert_allclose(dense, convolved.reshape(2, 9, 8), atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("name", "gate"),
-    [
-        ("quick_gelu", lambda x: 1 / (1 + np.exp(-1.702 * x))),
-        ("gelu", lambda x: np.array([(1 + math.erf(value / math.sqrt(2))) / 2 for value in x])),
-    ],
-)
-def test_activations(name, gate):
-    x = np.linspace(-4, 4, 33)
-    np.testing.assert_allclose(ACTIVATIONS[name](jnp.asarray(x, jnp.float32)), x * gate(x), rtol=1e-5, atol=1e-7)
-
-
 def test_the_configs_activation_reaches_both_towers(small):
     model, params = small
     images = jax.random.normal(jax.random.key(1), (2, 12, 12, 3))
@@ -342,18 +330,6 @@ def test_patch_dropout_is_for_training():
     np.testing.assert_array_equal(forward_train(plain, variables, images, tokens, keys=keys)[0].image, whole)
     frozen, _ = forward_train(dropping, variables, images, tokens, keys=keys, train_image=False)
     np.testing.assert_array_equal(frozen.image, whole)
-
-
-def test_layer_norm_is_exact_where_the_mean_is_large():
-    """E[x²]-E[x]² in float32 errs by more than 1e-3 here."""
-    x = 100 + np.random.default_rng(0).standard_normal((4, 768))
-    norm = layer_norm(jnp.float32, name="norm")
-    result = norm.apply({"params": {"scale": jnp.ones(768), "bias": jnp.zeros(768)}}, jnp.asarray(x, jnp.float32))
-    exact = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
-    np.testing.assert_allclose(result, exact, atol=5e-5)
-    small = np.full((1, 768), 1e-3) * np.sign(np.arange(768) % 2 - 0.5)
-    result = norm.apply({"params": {"scale": jnp.ones(768), "bias": jnp.zeros(768)}}, jnp.asarray(small, jnp.float32))
-    np.testing.assert_allclose(np.abs(result), 1e-3 / math.sqrt(1e-6 + 1e-5), rtol=1e-4)  # epsilon 1e-5, not 1e-6
 
 
 def expected_stds(config: ModelConfig) -> dict[str, float]:

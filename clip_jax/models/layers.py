@@ -3,10 +3,6 @@
 A row of a transformer's input may hold several sequences, one after the other, in groups of equal length (`Groups`):
 dense layers and norms see tokens, only attention sees where a sequence begins. And the last block can be asked for some
 rows of its result: keys and values are of all tokens, but the rest of the block is applied to those rows alone.
-
-Unlike Linen's defaults, LayerNorm has epsilon 1e-5, takes its variance in two passes (E[x²]-E[x]² errs by 1e-3 on
-channels whose mean is 100, and ViT residual streams have such channels), keeps its statistics in float32, and
-returns the compute dtype.
 """
 
 import functools
@@ -21,31 +17,14 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from clip_jax.array_types import Array, Float, Int, Num
-from clip_jax.fences import fence_gradient
+from clip_jax.models.activations import ACTIVATIONS
 from clip_jax.models.dense import Dense
+from clip_jax.models.norm import layer_norm
 from clip_jax.models.variants import Activation, Remat
 from clip_jax.partition import constrain_rows
 from clip_jax.text_groups import Groups
 
 Initializer = Callable[..., jax.Array]
-
-
-def quick_gelu(x: Float[Array, "*any"]) -> Float[Array, "*any"]:
-    """Returns x·sigmoid(1.702x), CLIP's activation (openai/CLIP `clip/model.py`, QuickGELU)."""
-    return x * jax.nn.sigmoid(1.702 * x)
-
-
-def gelu(x: Float[Array, "*any"]) -> Float[Array, "*any"]:
-    """Returns x·Φ(x), the exact GELU, as the models have that open_clip trained (Hendrycks & Gimpel, 2016)."""
-    return jax.nn.gelu(x, approximate=False)
-
-
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
-
-
-def layer_norm(dtype: DTypeLike, *, name: str) -> nn.LayerNorm:
-    """Returns a LayerNorm with float32 statistics whose result has `dtype`."""
-    return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, dtype=dtype, name=name)
 
 
 def symmetric_uniform(bound: float) -> Initializer:
@@ -258,7 +237,7 @@ def apply_blocks(
     names = [f"block_{i}" for i in numbers]
     if not scan or not names or parent.is_initializing() or parent.is_mutable_collection("intermediates"):
         for name in names:
-            x = fence_gradient(_rematerialised(block, remat)(name=name)(x, *constants))
+            x = _rematerialised(block, remat)(name=name)(x, *constants)
         return x
 
     alone = block(parent=None)

@@ -15,7 +15,8 @@ from jax.typing import DTypeLike
 
 from clip_jax.array_types import Array, Bool, Float, Int
 from clip_jax.models.dense import Dense
-from clip_jax.models.layers import BlockInit, Transformer, layer_norm, pick, record
+from clip_jax.models.layers import BlockInit, Transformer, pick, record
+from clip_jax.models.norm import layer_norm
 from clip_jax.models.variants import Activation, Remat, TextConfig
 from clip_jax.partition import constrain_rows, devices_of_rows
 from clip_jax.text_groups import Groups

@@ -13,7 +13,8 @@ from jax.typing import DTypeLike
 
 from clip_jax.array_types import Array, Float
 from clip_jax.models.dense import Dense
-from clip_jax.models.layers import BlockInit, Transformer, layer_norm, record, symmetric_uniform
+from clip_jax.models.layers import BlockInit, Transformer, record, symmetric_uniform
+from clip_jax.models.norm import layer_norm
 from clip_jax.models.variants import Activation, Remat, ViTConfig
 
 

@@ -1,0 +1,88 @@
+"""LayerNorm whose backward pass keeps its argument and two numbers a row.
+
+Unlike Linen's defaults, epsilon is 1e-5, the variance is taken in two passes (E[x²]-E[x]² errs by 1e-3 on channels
+whose mean is 100, and ViT residual streams have such channels), statistics are float32 or wider, and the result has the
+compute dtype.
+
+Where JAX differentiates the layer, a program for CPUs keeps the deviations too, and the gains once for every row, to
+multiply before it adds; and every block adds up again what all blocks above it gave to the stream's gradient, which is
+quadratic in the depth (`benchmarks/LOG.md`). Here sums with the gains are products of a matrix and a vector in such a
+program. On a TPU a product would be of bfloat16 numbers: other platforms add up.
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from clip_jax.array_types import Array, Float
+
+EPSILON = 1e-5
+
+
+class LayerNorm(nn.Module):
+    """The layer, with Flax's names of its parameters: `scale` and `bias`."""
+
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows d"]:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        return normalize(x, scale, self.param("bias", nn.initializers.zeros, (x.shape[-1],)), self.dtype)
+
+
+def layer_norm(dtype: DTypeLike, *, name: str) -> LayerNorm:
+    """Returns a LayerNorm with float32 statistics whose result has `dtype`."""
+    return LayerNorm(dtype, name=name)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def normalize(
+    x: Float[Array, "*rows d"], scale: Float[Array, " d"], bias: Float[Array, " d"], dtype: DTypeLike
+) -> Float[Array, "*rows d"]:
+    """Returns each row less its mean, over its standard deviation, times `scale`, plus `bias` (Ba et al., 2016).
+
+    It has no forward-mode derivative.
+
+    Args:
+      x: rows.
+      scale: gains, float32 or wider.
+      bias: as wide as the gains.
+      dtype: of the result.
+    """
+    return _forward(x, scale, bias, dtype)[0]
+
+
+def _forward(x: jax.Array, scale: jax.Array, bias: jax.Array, dtype: DTypeLike) -> tuple[jax.Array, tuple]:
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    mean = wide.mean(axis=-1, keepdims=True)
+    deviations = wide - mean
+    inverse = jax.lax.rsqrt(jnp.square(deviations).mean(axis=-1, keepdims=True) + EPSILON)
+    return (deviations * (inverse * scale) + bias).astype(dtype), (x, mean, inverse, scale)
+
+
+def _backward(dtype: DTypeLike, kept: tuple, gradient: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    x, mean, inverse, scale = kept
+    gradient = gradient.astype(mean.dtype)
+    unit = (x - mean) * inverse
+    of_gains = gradient * unit
+    offset, slope = (
+        jax.lax.platform_dependent(rows, scale, cpu=_by_product, default=_by_sum) / x.shape[-1]
+        for rows in (gradient, of_gains)
+    )
+    of_x = inverse * (gradient * scale - offset - unit * slope)
+    rows = tuple(range(x.ndim - 1))
+    return of_x.astype(x.dtype), of_gains.sum(rows), gradient.sum(rows)
+
+
+def _by_product(rows: jax.Array, scale: jax.Array) -> jax.Array:
+    return (rows @ scale)[..., None]
+
+
+def _by_sum(rows: jax.Array, scale: jax.Array) -> jax.Array:
+    return (rows * scale).sum(axis=-1, keepdims=True)
+
+
+normalize.defvjp(_forward, _backward)

@@ -1,0 +1,30 @@
+"""The gradient of a small transformer, for tests of what its program computes, copies and keeps."""
+
+import jax
+import jax.numpy as jnp
+
+from clip_jax.config import MeshConfig
+from clip_jax.fences import compiler_options
+from clip_jax.models.layers import BlockInit, Transformer
+from clip_jax.partition import make_mesh
+
+
+def gradient(depth, shape):
+    """Returns the gradient of a transformer's sum by its weights and its argument of that shape [b, l, d], and both."""
+    tower = Transformer(depth, 1, False, "quick_gelu", BlockInit.scaled(8, depth), jnp.float32, "none", False, False)
+    x, rows = jnp.ones(shape), jnp.zeros((shape[0], 1), jnp.int32)
+    weights = tower.init(jax.random.key(0), x, rows)
+    return jax.grad(lambda weights, x: tower.apply(weights, x, rows).sum(), argnums=(0, 1)), weights, x
+
+
+def compiled_gradient(depth, shape):
+    """Returns that gradient as the compiler for CPUs makes it of a training step."""
+    function, *arguments = gradient(depth, shape)
+    options = compiler_options(make_mesh(MeshConfig(), devices=jax.devices()[:1]))
+    return jax.jit(function, compiler_options=options).lower(*arguments).compile()
+
+
+def kept_by_a_block(shape):
+    """Returns the bytes that the compiled gradient holds at once more for each block more."""
+    two, four = (compiled_gradient(depth, shape).memory_analysis().temp_size_in_bytes for depth in (2, 4))
+    return (four - two) / 2
