@@ -19,7 +19,7 @@ from clip_jax.errors import UserError
 from clip_jax.interop.read import read_weights
 from clip_jax.interop.weights import Weights
 from clip_jax.models.clip import CLIP, unit
-from clip_jax.models.norm import layer_norm
+from clip_jax.models.norm import LayerNorm
 from clip_jax.models.variants import ModelConfig, ResNetConfig, model_config
 from clip_jax.rules import leaf_paths
 
@@ -121,7 +121,7 @@ class Pretrained:
         states = _states(self.model, self.variables, jnp.asarray(tokens), tower="text", block=number)
         if not norm:
             return states
-        module = layer_norm(states.dtype, name="ln_final")
+        module = LayerNorm(states.dtype, name="ln_final")
         return cast(jax.Array, module.apply({"params": self.params["text"]["ln_final"]}, states))
 
     def image_states(self, images: ArrayLike, *, layer: int = -2) -> Float[Array, "b n w"]:

@@ -9,19 +9,17 @@ from clip_jax.models.layers import BlockInit, Transformer
 from clip_jax.partition import make_mesh
 
 
-def gradient(depth, shape):
-    """Returns the gradient of a transformer's sum by its weights and its argument of that shape [b, l, d], and both."""
+def compiled_gradient(depth, shape):
+    """Returns the compiled gradient of a transformer's sum by its weights and its argument, of that shape [b, l, d].
+
+    As in a training step on CPUs.
+    """
     tower = Transformer(depth, 1, False, "quick_gelu", BlockInit.scaled(8, depth), jnp.float32, "none", False, False)
     x, rows = jnp.ones(shape), jnp.zeros((shape[0], 1), jnp.int32)
     weights = tower.init(jax.random.key(0), x, rows)
-    return jax.grad(lambda weights, x: tower.apply(weights, x, rows).sum(), argnums=(0, 1)), weights, x
-
-
-def compiled_gradient(depth, shape):
-    """Returns that gradient as the compiler for CPUs makes it of a training step."""
-    function, *arguments = gradient(depth, shape)
+    gradient = jax.grad(lambda weights, x: tower.apply(weights, x, rows).sum(), argnums=(0, 1))
     options = compiler_options(make_mesh(MeshConfig(), devices=jax.devices()[:1]))
-    return jax.jit(function, compiler_options=options).lower(*arguments).compile()
+    return jax.jit(gradient, compiler_options=options).lower(weights, x).compile()
 
 
 def kept_by_a_block(shape):

@@ -9,7 +9,8 @@ import numpy as np
 import optax
 import pytest
 from batches import synthetic
-from test_step import setup
+from gradients import largest_difference
+from test_step import setup, setup_in_f64
 from tiny import TINY
 
 from clip_jax import metrics, step
@@ -21,6 +22,7 @@ from clip_jax.health import Alarms
 from clip_jax.hlo import collectives
 from clip_jax.losses import mean_cosine
 from clip_jax.partition import place_rows
+from clip_jax.rules import leaf_paths
 from clip_jax.trainer import train
 
 EVERYTHING = dataclasses.replace(
@@ -95,29 +97,40 @@ def test_a_skipped_step_changes_nothing_but_the_counters_of_steps(replace, way):
     assert int(adam.count) == 2
 
 
+def leaves(state):
+    return dict(zip(leaf_paths(state), jax.tree.leaves(state), strict=True))
+
+
 def unguarded(advance, finite, *operands):
     return advance(*operands)
 
 
 @pytest.mark.parametrize("run", [EVERYTHING, pytest.param(TINY, marks=pytest.mark.slow)], ids=["everything", "plain"])
 def test_finite_steps_are_those_of_a_step_without_the_guard(replace, run):
-    """Bit for bit, with no collective and no argument more; by a branch without a copy of the state."""
-    found, temporaries = [], []
-    for way in (*WAYS, unguarded):
-        replace("advance_if", advancing(way))
-        mesh, state, train_step = setup(run, 8)
-        for batch in synthetic(run, 3):
-            state, _ = train_step(state, place_rows(batch, mesh))
-        compiled = train_step.lower(state, place_rows(synthetic(run, 1)[0], mesh)).compile()
-        memory, exchanged = compiled.memory_analysis(), collectives(compiled.as_text(), devices=8)
-        print(
-            f"{way.__name__}: temporaries {memory.temp_size_in_bytes:,}, donated {memory.alias_size_in_bytes:,} bytes;"
-            f" {exchanged}"
-        )
-        temporaries.append(memory.temp_size_in_bytes)
-        found.append((bits(state), memory.alias_size_in_bytes, {(each.kind, each.bytes) for each in exchanged}))
-    assert found[0] == found[2]
-    assert found[1] == found[2]
+    """In float64, with no collective and no argument more; by a branch without a copy of the state.
+
+    The last bits of float32 may differ: what is computed in one fusion is the compiler's choice in every program.
+    """
+    found = []
+    with jax.enable_x64(True):
+        for way in (*WAYS, unguarded):
+            replace("advance_if", advancing(way))
+            mesh, state, train_step = setup_in_f64(run, 8)
+            for batch in synthetic(run, 3):
+                state, _ = train_step(state, place_rows(batch, mesh))
+            compiled = train_step.lower(state, place_rows(synthetic(run, 1)[0], mesh)).compile()
+            memory, exchanged = compiled.memory_analysis(), collectives(compiled.as_text(), devices=8)
+            kinds = {(each.kind, each.bytes) for each in exchanged}
+            found.append((jax.device_get(state), memory.temp_size_in_bytes, memory.alias_size_in_bytes, kinds))
+    states, temporaries, donated, exchanged = zip(*found, strict=True)
+    unguarded_leaves = leaves(states[2])
+    for state in states[:2]:
+        error, where = largest_difference(leaves(state), unguarded_leaves)
+        print(f"largest difference of a guarded step's leaf over its largest value: {error:.1e}, {where}")
+        assert error <= 3e-7  # the last bit of the learning rate, which is float32
+    print(f"temporaries, by a branch, by a choice, unguarded: {temporaries} bytes; donated: {donated[0]:,}")
+    assert len(set(donated)) == 1
+    assert exchanged[0] == exchanged[1] == exchanged[2]
     assert temporaries[0] < 1.02 * temporaries[2] < temporaries[1]
 
 

@@ -12,7 +12,7 @@ from blocks import compiled_gradient, kept_by_a_block
 from jax import export
 
 from clip_jax.models import layers
-from clip_jax.models.norm import EPSILON, layer_norm
+from clip_jax.models.norm import EPSILON, LayerNorm
 
 
 def flax_norm(dtype, *, name):
@@ -24,7 +24,8 @@ def result_and_gradients(make, shape, dtype):
     keys = jax.random.split(jax.random.key(0), 3)
     wide = jnp.promote_types(dtype, jnp.float32)
     parameters = {
-        name: jax.random.normal(key, shape[-1:], wide) for name, key in zip(("scale", "bias"), keys, strict=False)
+        "scale": jax.random.normal(keys[0], shape[-1:], wide),
+        "bias": jax.random.normal(keys[1], shape[-1:], wide),
     }
     module, x = make(dtype, name="norm"), (3 * jax.random.normal(keys[2], shape) + 2).astype(dtype)
 
@@ -39,7 +40,7 @@ def result_and_gradients(make, shape, dtype):
 def test_values_and_gradients_are_those_of_flax(shape):
     with jax.enable_x64(True):
         (ours, *arguments), (theirs, *_) = (
-            result_and_gradients(make, shape, jnp.float64) for make in (layer_norm, flax_norm)
+            result_and_gradients(make, shape, jnp.float64) for make in (LayerNorm, flax_norm)
         )
         (gradients, result), (expected, their_result) = ours(*arguments), theirs(*arguments)
     assert {leaf.dtype for leaf in jax.tree.leaves((gradients, result))} == {jnp.dtype("float64")}
@@ -49,7 +50,7 @@ def test_values_and_gradients_are_those_of_flax(shape):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_narrow_numbers_keep_their_types_and_flax_values(dtype):
-    (ours, *arguments), (theirs, *_) = (result_and_gradients(make, (4, 64), dtype) for make in (layer_norm, flax_norm))
+    (ours, *arguments), (theirs, *_) = (result_and_gradients(make, (4, 64), dtype) for make in (LayerNorm, flax_norm))
     (gradients, result), (expected, their_result) = ours(*arguments), theirs(*arguments)
     np.testing.assert_array_equal(result, their_result)
     jax.tree.map(lambda a, b: np.testing.assert_equal(a.dtype, b.dtype), gradients, expected)
@@ -64,7 +65,7 @@ def test_narrow_numbers_keep_their_types_and_flax_values(dtype):
 def test_it_is_exact_where_the_mean_is_large():
     """E[x²]-E[x]² in float32 errs by more than 1e-3 here."""
     x = 100 + np.random.default_rng(0).standard_normal((4, 768))
-    norm = layer_norm(jnp.float32, name="norm")
+    norm = LayerNorm(jnp.float32, name="norm")
     result = norm.apply({"params": {"scale": jnp.ones(768), "bias": jnp.zeros(768)}}, jnp.asarray(x, jnp.float32))
     exact = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
     np.testing.assert_allclose(result, exact, atol=5e-5)
@@ -75,7 +76,7 @@ def test_it_is_exact_where_the_mean_is_large():
 
 @pytest.mark.parametrize(("platform", "products"), [("cpu", 2), ("cuda", 0), ("tpu", 0)])
 def test_only_programs_for_cpus_sum_by_products(platform, products):
-    function, *arguments = result_and_gradients(layer_norm, (2, 3, 8), jnp.bfloat16)
+    function, *arguments = result_and_gradients(LayerNorm, (2, 3, 8), jnp.bfloat16)
     text = export.export(function, platforms=[platform])(*arguments).mlir_module()
     assert text.count("stablehlo.dot_general") == products
 
@@ -90,7 +91,7 @@ def test_additions_of_the_gradient_are_linear_in_the_depth(monkeypatch):
         return (seven - five) / (five - three)
 
     ours = growth()
-    monkeypatch.setattr(layers, "layer_norm", flax_norm)
+    monkeypatch.setattr(layers, "LayerNorm", flax_norm)
     theirs = growth()
     print(f"additions of blocks 6 and 7 to those of blocks 4 and 5: {ours:.2f}, {theirs:.2f} with Flax's norms")
     assert ours == pytest.approx(1, abs=0.05)
@@ -100,7 +101,7 @@ def test_additions_of_the_gradient_are_linear_in_the_depth(monkeypatch):
 def test_a_block_keeps_less_than_with_flax_norms(monkeypatch):
     shape = (4, 50, 64)
     ours = kept_by_a_block(shape)
-    monkeypatch.setattr(layers, "layer_norm", flax_norm)
+    monkeypatch.setattr(layers, "LayerNorm", flax_norm)
     theirs = kept_by_a_block(shape)
     print(f"kept of a block of {shape} floats: {ours:,.0f} bytes, {theirs:,.0f} with Flax's norms")
     assert theirs - ours >= 2 * 2 * np.prod(shape) * 4  # deviations and repeated gains of two norms

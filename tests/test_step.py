@@ -86,13 +86,17 @@ EVERY_MESH = [
 ]
 
 
+def setup_in_f64(run, devices):
+    """As `setup`, where parameters, moments and statistics are float64 too; for use with x64."""
+    mesh, state, step = setup(dataclasses.replace(run, model=dataclasses.replace(run.model, dtype="float64")), devices)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float64) if x.dtype == jnp.float32 else x, state)
+    return mesh, jax.device_put(wide, jax.tree.map(lambda x: x.sharding, state)), step
+
+
 def losses_in_f64(run, devices):
-    """Losses of five steps where parameters, moments and statistics are float64 too."""
+    """Losses of five steps."""
     with jax.enable_x64(True):
-        run = dataclasses.replace(run, model=dataclasses.replace(run.model, dtype="float64"))
-        mesh, state, step = setup(run, devices)
-        wide = jax.tree.map(lambda x: x.astype(jnp.float64) if x.dtype == jnp.float32 else x, state)
-        state = jax.device_put(wide, jax.tree.map(lambda x: x.sharding, state))
+        mesh, state, step = setup_in_f64(run, devices)
         found = []
         for batch in synthetic(run, 5):
             state, metrics = step(state, place_rows(batch, mesh))

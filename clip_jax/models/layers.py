@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from clip_jax.array_types import Array, Float, Int, Num
 from clip_jax.models.activations import ACTIVATIONS
 from clip_jax.models.dense import Dense
-from clip_jax.models.norm import layer_norm
+from clip_jax.models.norm import LayerNorm
 from clip_jax.models.variants import Activation, Remat
 from clip_jax.partition import constrain_rows
 from clip_jax.text_groups import Groups
@@ -174,9 +174,9 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b l d"], rows: Int[Array, "b r"] | None = None) -> Float[Array, "b r d"]:
         attention = Attention(self.heads, self.causal, self.init_from, self.dtype, self.groups, name="attention")
-        mixed = attention(layer_norm(self.dtype, name="ln_1")(x), rows)
+        mixed = attention(LayerNorm(self.dtype, name="ln_1")(x), rows)
         x = (x if rows is None else pick(x, rows)) + mixed
-        x = x + MLP(self.activation, self.init_from, self.dtype, name="mlp")(layer_norm(self.dtype, name="ln_2")(x))
+        x = x + MLP(self.activation, self.init_from, self.dtype, name="mlp")(LayerNorm(self.dtype, name="ln_2")(x))
         x = constrain_rows(x)
         record(self, "output", x)
         return x

@@ -23,19 +23,15 @@ EPSILON = 1e-5
 
 
 class LayerNorm(nn.Module):
-    """The layer, with Flax's names of its parameters: `scale` and `bias`."""
+    """The layer, with Flax's names of its parameters: `scale` and `bias`; its result has `dtype`."""
 
     dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows d"]:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        return normalize(x, scale, self.param("bias", nn.initializers.zeros, (x.shape[-1],)), self.dtype)
-
-
-def layer_norm(dtype: DTypeLike, *, name: str) -> LayerNorm:
-    """Returns a LayerNorm with float32 statistics whose result has `dtype`."""
-    return LayerNorm(dtype, name=name)
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
+        return normalize(x, jnp.asarray(scale), jnp.asarray(bias), self.dtype)  # they may be NumPy's
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -69,20 +65,20 @@ def _backward(dtype: DTypeLike, kept: tuple, gradient: jax.Array) -> tuple[jax.A
     unit = (x - mean) * inverse
     of_gains = gradient * unit
     offset, slope = (
-        jax.lax.platform_dependent(rows, scale, cpu=_by_product, default=_by_sum) / x.shape[-1]
-        for rows in (gradient, of_gains)
+        jax.lax.platform_dependent(numbers, scale, cpu=_by_product, default=_by_sum) / x.shape[-1]
+        for numbers in (gradient, of_gains)
     )
     of_x = inverse * (gradient * scale - offset - unit * slope)
     rows = tuple(range(x.ndim - 1))
     return of_x.astype(x.dtype), of_gains.sum(rows), gradient.sum(rows)
 
 
-def _by_product(rows: jax.Array, scale: jax.Array) -> jax.Array:
-    return (rows @ scale)[..., None]
+def _by_product(numbers: jax.Array, scale: jax.Array) -> jax.Array:
+    return (numbers @ scale)[..., None]
 
 
-def _by_sum(rows: jax.Array, scale: jax.Array) -> jax.Array:
-    return (rows * scale).sum(axis=-1, keepdims=True)
+def _by_sum(numbers: jax.Array, scale: jax.Array) -> jax.Array:
+    return (numbers * scale).sum(axis=-1, keepdims=True)
 
 
 normalize.defvjp(_forward, _backward)

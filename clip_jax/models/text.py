@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from clip_jax.array_types import Array, Bool, Float, Int
 from clip_jax.models.dense import Dense
 from clip_jax.models.layers import BlockInit, Transformer, pick, record
-from clip_jax.models.norm import layer_norm
+from clip_jax.models.norm import LayerNorm
 from clip_jax.models.variants import Activation, Remat, TextConfig
 from clip_jax.partition import constrain_rows, devices_of_rows
 from clip_jax.text_groups import Groups
@@ -84,7 +84,7 @@ class TextTransformer(nn.Module):
         )(x, rows)
         x = x[:, 0] if order is None else pick(x, jnp.argsort(order, axis=1)).reshape(-1, width)
 
-        pooled = layer_norm(dtype, name="ln_final")(x)
+        pooled = LayerNorm(dtype, name="ln_final")(x)
         record(self, "pooled", pooled)
         return Dense(
             self.embed_dim,

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from clip_jax.array_types import Array, Float
 from clip_jax.models.dense import Dense
 from clip_jax.models.layers import BlockInit, Transformer, record, symmetric_uniform
-from clip_jax.models.norm import layer_norm
+from clip_jax.models.norm import LayerNorm
 from clip_jax.models.variants import Activation, Remat, ViTConfig
 
 
@@ -57,7 +57,7 @@ class VisionTransformer(nn.Module):
         x = jnp.concatenate([first, x], axis=1) + positions.astype(dtype)
         if self.patch_dropout and keys is not None:
             x = jnp.concatenate([x[:, :1], drop_patches(x[:, 1:], keys, share=self.patch_dropout)], axis=1)
-        x = layer_norm(dtype, name="ln_pre")(x)
+        x = LayerNorm(dtype, name="ln_pre")(x)
 
         blocks = (
             BlockInit.scaled(width, config.layers) if self.init_scheme == "scaled" else BlockInit.torch_default(width)
@@ -75,7 +75,7 @@ class VisionTransformer(nn.Module):
             self.whole,
             name="transformer",
         )(x, jnp.zeros((x.shape[0], 1), jnp.int32))
-        pooled = layer_norm(dtype, name="ln_post")(x[:, 0])
+        pooled = LayerNorm(dtype, name="ln_post")(x[:, 0])
         record(self, "pooled", pooled)
         return Dense(self.embed_dim, use_bias=False, kernel_init=normal, dtype=dtype, name="projection")(pooled)
 
