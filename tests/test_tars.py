@@ -294,12 +294,13 @@ def test_every_block_is_read_once_an_epoch(shards, tmp_path, monkeypatch):
 
 def test_a_closed_stream_reads_no_more(shards, tmp_path, monkeypatch):
     """Not even for the batch that a thread is in the midst of: nobody would close what it opens."""
-    midway, closed, reads = threading.Event(), threading.Event(), []
+    midway, closed, records, reads = threading.Event(), threading.Event(), [], []
     read_block = TarSource.read_block
 
     class Transform(TrainTransform):
         def __call__(self, record, rng):
-            if len(reads) > 2 and not midway.is_set():
+            records.append(record)
+            if len(records) == 12:  # in the second batch; the first one would not come
                 midway.set()
                 closed.wait(60)
             return super().__call__(record, rng)
