@@ -215,7 +215,7 @@ def compare_in_f32(name, theirs, variables, images, tokens):
     config = model_config(name)
     with jax.default_matmul_precision("highest"):
         output = jit(functools.partial(forward, CLIP(config)))(variables, images, tokens)
-    image, text, _ = map(np.asarray, output)
+    image, text = np.asarray(output.image), np.asarray(output.text)
     features = max(np.abs(image - theirs[0]).max(), np.abs(text - theirs[1]).max())
     difference = np.abs(logits(image, text, 100) - logits(*theirs, 100)).max()
     print(f"{name}, f32: unit features {features:.1e}, logits at scale 100 {difference:.1e}")
