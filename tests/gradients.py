@@ -34,9 +34,19 @@ def gradients(run, devices, batch):
     moved = jax.tree.map(lambda a, b: a - np.asarray(b), before, after.params)
     return (
         {name: float(value) for name, value in metrics.items()},
-        dict(zip(leaf_paths(moved), jax.tree.leaves(moved), strict=True)),
+        by_path(moved),
         jax.device_get(after.batch_stats),
     )
+
+
+def by_path(tree):
+    """Returns the leaves by their paths, as `largest_difference` takes them."""
+    return dict(zip(leaf_paths(tree), jax.tree.leaves(tree), strict=True))
+
+
+def widened(state):
+    """Returns the state with float64 for float32; for use with x64."""
+    return jax.tree.map(lambda x: x.astype(jnp.float64) if x.dtype == jnp.float32 else x, state)
 
 
 def largest_difference(found, expected):
@@ -56,7 +66,7 @@ def _compiled(run, devices):
     model, optimizer = CLIP(run.model), optax.sgd(1.0)
     state = create_state(model, optimizer, mesh=mesh, seed=0)
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    wide = jax.tree.map(lambda x: x.astype(jnp.float64) if x.dtype == jnp.float32 else x, state)
+    wide = widened(state)
     rng = np.random.default_rng(0)
     before = jax.tree.map(lambda x: np.asarray(x) + 0.1 * rng.standard_normal(x.shape), wide.params)
     host = jax.device_get(wide.replace(params=before))

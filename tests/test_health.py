@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from batches import synthetic
-from gradients import largest_difference
+from gradients import by_path, largest_difference
 from test_step import setup, setup_in_f64
 from tiny import TINY
 
@@ -22,7 +22,6 @@ from clip_jax.health import Alarms
 from clip_jax.hlo import collectives
 from clip_jax.losses import mean_cosine
 from clip_jax.partition import place_rows
-from clip_jax.rules import leaf_paths
 from clip_jax.trainer import train
 
 EVERYTHING = dataclasses.replace(
@@ -97,10 +96,6 @@ def test_a_skipped_step_changes_nothing_but_the_counters_of_steps(replace, way):
     assert int(adam.count) == 2
 
 
-def leaves(state):
-    return dict(zip(leaf_paths(state), jax.tree.leaves(state), strict=True))
-
-
 def unguarded(advance, finite, *operands):
     return advance(*operands)
 
@@ -123,9 +118,9 @@ def test_finite_steps_are_those_of_a_step_without_the_guard(replace, run):
             kinds = {(each.kind, each.bytes) for each in exchanged}
             found.append((jax.device_get(state), memory.temp_size_in_bytes, memory.alias_size_in_bytes, kinds))
     states, temporaries, donated, exchanged = zip(*found, strict=True)
-    unguarded_leaves = leaves(states[2])
+    expected = by_path(states[2])
     for state in states[:2]:
-        error, where = largest_difference(leaves(state), unguarded_leaves)
+        error, where = largest_difference(by_path(state), expected)
         print(f"largest difference of a guarded step's leaf over its largest value: {error:.1e}, {where}")
         assert error <= 3e-7  # the last bit of the learning rate, which is float32
     print(f"temporaries, by a branch, by a choice, unguarded: {temporaries} bytes; donated: {donated[0]:,}")

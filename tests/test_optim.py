@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from gradients import by_path
 
 from clip_jax.config import OptimConfig
 from clip_jax.errors import ConfigError
@@ -174,7 +175,7 @@ def test_regexes_that_match_nothing_are_refused(changes, message):
 def test_the_first_moment_can_be_bf16():
     """It halves its bytes, and the update of a first step differs by its rounding."""
     (narrow, state), (wide, _) = updates_of(base(mu_dtype="bfloat16")), updates_of(base())
-    named = dict(zip(leaf_paths(state), jax.tree.leaves(state), strict=True))
+    named = by_path(state)
     dtypes = {part: {leaf.dtype.name for path, leaf in named.items() if f"/{part}/" in path} for part in ("mu", "nu")}
     assert dtypes == {"mu": {"bfloat16"}, "nu": {"float32"}}
     for a, b in zip(*map(jax.tree.leaves, (narrow, wide)), strict=True):

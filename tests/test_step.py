@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from batches import synthetic
 from devices import simulating
+from gradients import widened
 from tiny import TINY
 
 from clip_jax.config import LossConfig, MeshConfig, OptimConfig
@@ -89,8 +90,7 @@ EVERY_MESH = [
 def setup_in_f64(run, devices):
     """As `setup`, where parameters, moments and statistics are float64 too; for use with x64."""
     mesh, state, step = setup(dataclasses.replace(run, model=dataclasses.replace(run.model, dtype="float64")), devices)
-    wide = jax.tree.map(lambda x: x.astype(jnp.float64) if x.dtype == jnp.float32 else x, state)
-    return mesh, jax.device_put(wide, jax.tree.map(lambda x: x.sharding, state)), step
+    return mesh, jax.device_put(widened(state), jax.tree.map(lambda x: x.sharding, state)), step
 
 
 def losses_in_f64(run, devices):
