@@ -25,6 +25,7 @@ _BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')  # a TPU's
 _STARTED = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = .* (?:[\w-]+-start|send)\(")
 _DONE = re.compile(r" [\w-]+-done\(.*?%([\w.-]+)[,)]")
 _COMPUTES = re.compile(r" (?:fusion|convolution|dot|custom-call|while|conditional|call)\(")
+_CONTINUES = re.compile(r'"async_collective_fusion_config":\{"flag_start":"\d')  # with other fusions; the first has -1
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
@@ -58,9 +59,7 @@ def collectives(text: str, *, devices: int, slices: int = 1) -> list[Collective]
       slices: into which these are divided, the first ones first.
     """
     found: dict[tuple[str, bool], np.ndarray] = {}
-    bodies = _computations(text)
-    beside = {name for lines in bodies.values() for name in _beside_work(lines)}
-    for line, times in _executed(bodies, _entry(text), 1):
+    for line, times, beside in _executed(_computations(text), _entry(text), 1):
         if (collective := _collective(line)) is None:
             continue
         kind, size = collective
@@ -68,17 +67,15 @@ def collectives(text: str, *, devices: int, slices: int = 1) -> list[Collective]
         between = bool(_BETWEEN_SLICES.search(line))
         across = between or (slices > 1 and _crosses(groups, devices, slices))
         sent = _sent(kind, size, members=slices if between else max(map(len, groups)))
-        started = _STARTED.match(line)
-        hidden = sent if started and started[1] in beside else 0
         sums = found.setdefault((kind, across), np.zeros(4, np.int64))
-        sums += times * np.array([1, size, sent, hidden])
+        sums += times * np.array([1, size, sent, sent if beside else 0])
     return [Collective(kind, across, *map(int, found[kind, across])) for kind, across in sorted(found)]
 
 
 def _collective(line: str) -> tuple[str, int] | None:
-    """Returns kind and bytes of an instruction, if it is a collective."""
+    """Returns kind and bytes of an instruction, if it is a collective, or the first part of one that was cut."""
     match = _INSTRUCTION.match(line)
-    if match is None:
+    if match is None or _CONTINUES.search(line):
         return None
     shape, operation = match.groups()
     if between := _BETWEEN_SLICES.search(line) if operation == "send" else None:
@@ -123,24 +120,33 @@ def _entry(text: str) -> str:
     return match[1] if match else ""
 
 
-def _executed(bodies: dict[str, list[str]], name: str, times: int) -> Iterator[tuple[str, int]]:
-    """Yields (line, how often it runs), through loops, calls and asynchronous wrappers."""
-    for line in bodies.get(name, ()):
-        yield line, times
+def _executed(
+    bodies: dict[str, list[str]], name: str, times: int, beside: bool = False
+) -> Iterator[tuple[str, int, bool]]:
+    """Yields (line, how often it runs, is it under way while something is computed).
+
+    Through loops, calls and what is started asynchronously, such as a TPU's calls of its SparseCores.
+    """
+    lines = bodies.get(name, ())
+    hidden = set(_beside_work(lines))
+    for line in lines:
+        started = _STARTED.match(line)
+        under_way = beside or (started is not None and started[1] in hidden)
+        yield line, times, under_way
         trips = _TRIPS.search(line)
         inner = times * int(trips[1]) if trips else times
         names = ",".join(several or one for several, one in _CALLED.findall(line)).replace("%", "").split(",")
         called = [name.strip() for name in names]
         if _BRANCHES.search(line):
-            yield from max((list(_executed(bodies, branch, inner)) for branch in called), key=_moved)
+            yield from max((list(_executed(bodies, branch, inner, under_way)) for branch in called), key=_moved)
         else:
             for each in called:
-                yield from _executed(bodies, each, inner)
+                yield from _executed(bodies, each, inner, under_way)
 
 
-def _moved(lines: list[tuple[str, int]]) -> int:
+def _moved(lines: list[tuple[str, int, bool]]) -> int:
     """Returns the bytes of the collectives among these."""
-    return sum(times * collective[1] for line, times in lines if (collective := _collective(line)))
+    return sum(times * collective[1] for line, times, _ in lines if (collective := _collective(line)))
 
 
 def _bytes(shape: str, operation: str) -> int:

@@ -239,6 +239,45 @@ def test_what_is_under_way_while_the_device_computes_is_hidden():
     ]
 
 
+SPARSE_CORES = """
+%add (a: f32[], b: f32[]) -> f32[] {
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%called (p: f32[8]) -> f32[8] {
+  ROOT %inner = f32[8] all-reduce(%p), replica_groups={{0,1},{2,3},{4,5},{6,7}}, to_apply=%add
+}
+
+%branch (p: f32[8]) -> f32[8] {
+  %start = ((f32[8]), f32[8]) call-start(%p), async_execution_thread="sparsecore", to_apply=%called
+  %work = f32[8] fusion(%p), kind=kLoop, calls=%add
+  ROOT %done = f32[8] call-done(%start)
+}
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %one = f32[8] conditional(%p), branch_computations={%add, %branch}
+  %start = ((f32[8]), f32[8]) call-start(%p), async_execution_thread="sparsecore", to_apply=%called
+  %same = f32[8] bitcast(%p)
+  ROOT %done = f32[8] call-done(%start)
+}
+"""
+
+
+def test_what_sparse_cores_carry_beside_work_is_hidden():
+    """The same call twice, in a conditional's branch with work beside it, and without work."""
+    assert collectives(SPARSE_CORES, devices=8) == [Collective("all-reduce", False, 2, 64, sent=64, hidden=32)]
+
+
+def test_a_collective_that_is_cut_into_parts_counts_once():
+    parts = "".join(
+        f"""  %part.{number} = f32[8] all-reduce(%p), channel_id=2, to_apply=%add, backend_config={{"""
+        f""""async_collective_fusion_config":{{"flag_start":"{start}","flag_end":"21"}}}}\n"""
+        for number, start in enumerate((-1, 2, 2))
+    )
+    text = "ENTRY %main (p: f32[8]) -> f32[8] {\n" + parts + "}\n"
+    assert [each.count for each in collectives(text, devices=8)] == [1]
+
+
 def plan_of(**changes) -> Plan:
     run = dataclasses.replace(TINY, samples=TINY.batch * 1000)
     figures = {
