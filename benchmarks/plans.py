@@ -29,23 +29,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chips", nargs="*", choices=TOPOLOGIES, default=["256"])
     parser.add_argument("--mfu", type=float, default=0.4)
+    parser.add_argument("--overlap", action="store_true", help="with config.mesh.overlap")
     parser.add_argument("configs", nargs="*", default=CONFIGS)
     arguments = parser.parse_args()
     simulate_devices(1)
     with one_line_errors():
         for name in arguments.configs:
             for chips in arguments.chips:
-                plan = _plan(name, chips)
+                plan = _plan(name, chips, overlap=arguments.overlap)
                 print(exchange_row(plan, mfu=arguments.mfu), memory_row(plan, mfu=arguments.mfu), sep="\n", flush=True)
 
 
-def _plan(name: str, chips: str) -> "Plan":
+def _plan(name: str, chips: str, *, overlap: bool) -> "Plan":
     from clip_jax.plan import make_plan  # and JAX, for the devices that are simulated by now
 
     shape, slices = TOPOLOGIES[chips]
     topology = parse_topology(shape, slices=slices)
     run = load_config(f"configs/{name}.py", [], without_data=True)
-    batch, mesh = PAIRS_A_CHIP * topology.chips, dataclasses.replace(run.mesh, dcn_data=slices)
+    batch, mesh = PAIRS_A_CHIP * topology.chips, dataclasses.replace(run.mesh, dcn_data=slices, overlap=overlap)
     return make_plan(dataclasses.replace(run, batch=batch, mesh=mesh), topology)
 
 
@@ -70,14 +71,16 @@ def exchange_row(plan: "Plan", *, mfu: float) -> str:
 
 
 def _sent_by_arithmetic(plan: "Plan") -> float:
-    """Returns the bytes that a chip sends for gradients and features, both summed in a ring, on one slice.
+    """Returns the bytes that a chip sends within its slice for gradients and features, all summed in a ring.
 
     A gradient of every parameter in the compute dtype, and of every text the features and their gradient in float32.
+    Between slices goes a chip's part of the gradients, which is then gathered by a second sum.
     """
     import jax.numpy as jnp
 
-    run, chips = plan.config, plan.topology.chips
-    gradients = jnp.dtype(run.model.dtype).itemsize * plan.parameters
+    run, topology = plan.config, plan.topology
+    chips, sums = topology.chips // topology.slices, 1 if topology.slices == 1 else 2
+    gradients = sums * jnp.dtype(run.model.dtype).itemsize * plan.parameters
     return 2 * (chips - 1) / chips * (gradients + 2 * 4 * run.batch * run.model.embed_dim)
 
 

@@ -22,6 +22,7 @@ class Chip:
       per_host: chips of a host.
       near: bytes a second that a chip sends to chips of its slice (ICI) or host (NVLink); 0 means unknown.
       far: bytes a second that a chip sends to other slices or hosts, its share of the host's network; 0 means unknown.
+      sparse_cores: of a TPU, which can carry collectives while its other cores compute.
     """
 
     platform: Literal["tpu", "gpu", "cpu"]
@@ -30,14 +31,15 @@ class Chip:
     per_host: int
     near: float = 0.0
     far: float = 0.0
+    sparse_cores: int = 0
 
 
 GIB = 2**30
 CHIPS = {
-    "v4": Chip("tpu", 32 * GIB, 275e12, 4, 300e9),
+    "v4": Chip("tpu", 32 * GIB, 275e12, 4, 300e9, sparse_cores=4),
     "v5e": Chip("tpu", 16 * GIB, 197e12, 8, 200e9, 3.125e9),
-    "v5p": Chip("tpu", 95 * GIB, 459e12, 4, 600e9, 6.25e9),
-    "v6e": Chip("tpu", 32 * GIB, 918e12, 8, 448e9),
+    "v5p": Chip("tpu", 95 * GIB, 459e12, 4, 600e9, 6.25e9, sparse_cores=4),
+    "v6e": Chip("tpu", 32 * GIB, 918e12, 8, 448e9, sparse_cores=2),
     "a100": Chip("gpu", 80 * 10**9, 312e12, 8, 300e9, 25e9),
     "h100": Chip("gpu", 80 * 10**9, 989e12, 8, 450e9, 50e9),
     "h200": Chip("gpu", 141 * 10**9, 989e12, 8, 450e9, 50e9),
@@ -103,15 +105,21 @@ class Topology:
         return chip.near
 
 
-def peak_of(device_kind: str) -> float:
-    """Returns the bfloat16 operations a second of a device as JAX names it, or 0 where that is not known.
+def chip_of(device_kind: str) -> Chip | None:
+    """Returns the chip of a device as JAX names it, or None where that is not known.
 
     GPUs that come slower than with the SXM socket (PCIe, NVL) are not known.
     """
     if any(slower in device_kind for slower in ("PCIe", "PCIE", "NVL")):
-        return 0.0
+        return None
     fitting = [name for name in _DEVICE_KINDS if re.match(rf"{name}( |-|$)", device_kind)]
-    return CHIPS[_DEVICE_KINDS[max(fitting, key=len)]].peak if fitting else 0.0
+    return CHIPS[_DEVICE_KINDS[max(fitting, key=len)]] if fitting else None
+
+
+def peak_of(device_kind: str) -> float:
+    """Returns the bfloat16 operations a second of a device as JAX names it, or 0 where that is not known."""
+    chip = chip_of(device_kind)
+    return chip.peak if chip else 0.0
 
 
 def parse_topology(text: str, *, slices: int = 1) -> Topology:

@@ -69,6 +69,7 @@ def _devices(config: RunConfig | None) -> Iterator[Finding]:
     import jax
 
     from clip_jax.gradient_cache import check_micro_batch
+    from clip_jax.overlap import check_overlap
     from clip_jax.partition import check_batch, make_mesh
 
     try:
@@ -87,6 +88,7 @@ def _devices(config: RunConfig | None) -> Iterator[Finding]:
         mesh = make_mesh(config.mesh, devices=devices)
         check_batch("batch", config.batch, mesh)
         check_micro_batch(config, mesh)
+        check_overlap(config.mesh, mesh)
         yield Finding("ok", "mesh here", " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items()))
     except UserError as error:
         yield Finding("wrong", "mesh here", str(error))

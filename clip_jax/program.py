@@ -39,7 +39,7 @@ def make_program(config: RunConfig, *, devices: Sequence[Any] | None = None) -> 
     """Returns a run's program for all devices, or those given.
 
     Raises:
-      ConfigError: mesh or batch do not fit the devices.
+      ConfigError: mesh or batch do not fit the devices, or `mesh.overlap` asks of them what they cannot.
     """
     mesh = make_mesh(config.mesh, devices=devices)
     check_batch("batch", config.batch, mesh)

@@ -21,6 +21,7 @@ from clip_jax.gradient_cache import Gradients, Loss, cached_gradients
 from clip_jax.losses import LossOutput, mean_cosine, sigmoid_loss, softmax_loss
 from clip_jax.models.clip import CLIP, CLIPOutput
 from clip_jax.optim import clamp_scale, gradient_norms, is_schedule, learning_rate, moving_average
+from clip_jax.overlap import overlap_options
 from clip_jax.partition import place_rows, replicated, row_sharding
 from clip_jax.state import TrainState
 from clip_jax.text_groups import Groups
@@ -69,6 +70,9 @@ def make_train_step(
       (int32 [b, l]), `weight` (float32 [b]) and perhaps `bad` (int32 [b], see `train_batches`), to the next state and
       scalar metrics. A pair of weight 0 is as if it were not in the batch; any other counts whole in BatchNorm's
       statistics.
+
+    Raises:
+      ConfigError: `config.mesh.overlap`, and the devices cannot.
     """
     optim, parts = config.optim, config.batch // (config.micro_batch or config.batch)
     random_patches = config.model.patch_dropout > 0
@@ -115,7 +119,7 @@ def make_train_step(
         in_shardings=(shardings, row_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
-        compiler_options=compiler_options(mesh),
+        compiler_options=compiler_options(mesh) | overlap_options(config.mesh, mesh),
     )
 
 

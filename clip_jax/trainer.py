@@ -145,7 +145,7 @@ def _train_from(run: Run, start: Restored, notes: list[str], startup: Startup) -
         Watchdog(health.hang_minutes, run.workdir / f"hang-{jax.process_index()}.txt") as watchdog,
         Preemption(health.grace_s) as preemption,
         Profiler(run.workdir / "profile", log.profile, on_signal=log.profile_steps, say=monitor.print) as profiler,
-        _memory_explained(run),
+        _device_errors_explained(run),
     ):
         for line in [_describe(run), *notes]:
             monitor.print(line)
@@ -225,20 +225,25 @@ def _go_back(run: Run, skips: Skips, rewind: Rewind, watch: Watch) -> Restored:
 
 
 @contextmanager
-def _memory_explained(run: Run) -> Iterator[None]:
-    """Says what to change where the devices' memory is too small."""
+def _device_errors_explained(run: Run) -> Iterator[None]:
+    """Says what to change where the devices' memory is too small, or their compiler knows an option no longer."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
+        mesh, why = run.program.mesh, one_line(error)[:200]
+        kind = mesh.devices.flat[0].device_kind
+        if run.config.mesh.overlap and "No such compile option" in why:
+            raise UserError(
+                f"config.mesh.overlap is true, which the compiler for {kind} does not know: {why}"
+            ) from error
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         from clip_jax.plan import levers  # a run that fits does without plans
 
-        mesh = run.program.mesh
         changes = "; ".join(levers(run.config, chips=mesh.size))
         raise UserError(
-            f"out of memory on {mesh.size} x {mesh.devices.flat[0].device_kind} ({one_line(error)[:200]}). "
-            f"Change one after the other: {changes}. `clip-jax plan` says what fits"
+            f"out of memory on {mesh.size} x {kind} ({why}). Change one after the other: {changes}. `clip-jax plan` "
+            "says what fits"
         ) from error
 
 

@@ -1,5 +1,6 @@
 """The launch files as far as they can be checked without a cluster, and the doctor."""
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 import yaml
 from tiny import TINY
 
-from clip_jax.config import override, to_config_dict
+from clip_jax.config import MeshConfig, override, to_config_dict
 from clip_jax.doctor import examine
 
 LAUNCH = Path(__file__).parent.parent / "launch"
@@ -95,6 +96,13 @@ def test_the_doctor_finds_nothing_wrong_with_a_run_that_works():
     assert found["devices here"] == ("ok", "8 x cpu")
     assert found["data"] == ("ok", "synthetic pairs")
     assert int(found["free port"][1]) > 0
+
+
+def test_the_doctor_names_devices_that_cannot_overlap():
+    asks = dataclasses.replace(TINY, mesh=MeshConfig(overlap=True))
+    verdict, text = verdicts(examine(asks, {}))["mesh here"]
+    assert verdict == "wrong"
+    assert text.startswith("config.mesh.overlap is true, and the devices are cpu, without SparseCores")
 
 
 def test_the_doctor_names_half_set_schedulers():

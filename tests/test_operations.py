@@ -226,6 +226,20 @@ def test_too_little_memory_names_what_to_change(tmp_path, monkeypatch):
         train(RUN, tmp_path / "other")
 
 
+def test_a_compiler_that_does_not_know_the_options_of_overlap(tmp_path, monkeypatch):
+    """As libtpu says it; and without `mesh.overlap` that is somebody else's option."""
+
+    def step(*_):
+        raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: No such compile option: 'xla_tpu_x'")
+
+    monkeypatch.setattr("clip_jax.program.make_train_step", lambda *_, **__: step)
+    overlapping = dataclasses.replace(RUN, mesh=dataclasses.replace(RUN.mesh, overlap=True))
+    with pytest.raises(UserError, match=r"config.mesh.overlap is true, and .* cpu does not know: INVALID.*xla_tpu_x"):
+        train(overlapping, tmp_path)
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        train(RUN, tmp_path / "other")
+
+
 def little_memory() -> None:
     """For a child process."""
     resource.setrlimit(resource.RLIMIT_AS, (12 << 30, resource.RLIM_INFINITY))
