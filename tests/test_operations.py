@@ -234,7 +234,7 @@ def test_a_compiler_that_does_not_know_the_options_of_overlap(tmp_path, monkeypa
 
     monkeypatch.setattr("clip_jax.program.make_train_step", lambda *_, **__: step)
     overlapping = dataclasses.replace(RUN, mesh=dataclasses.replace(RUN.mesh, overlap=True))
-    with pytest.raises(UserError, match=r"config.mesh.overlap is true, and .* cpu does not know: INVALID.*xla_tpu_x"):
+    with pytest.raises(UserError, match=r"config.mesh.overlap is true, which .* cpu does not know: INVALID.*xla_tpu_x"):
         train(overlapping, tmp_path)
     with pytest.raises(jax.errors.JaxRuntimeError):
         train(RUN, tmp_path / "other")
