@@ -151,9 +151,10 @@ def devices_of(topology: Topology) -> Sequence[Any]:
         )
     from jax.experimental import topologies
 
+    one_device = {"chip_config_name": "megacore"} if topology.kind == "v4" else {}  # a chip is, as JAX's meshes need it
     try:
         return topologies.get_topology_desc(
-            platform="tpu", topology_name=topology.name, num_slices=topology.slices
+            platform="tpu", topology_name=topology.name, num_slices=topology.slices, **one_device
         ).devices
     except jax.errors.JaxRuntimeError as error:
         raise UserError(f"--topology={topology.name}: there is no such slice: {one_line(error)}") from None

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -367,6 +368,25 @@ def test_a_plan_for_tpu_slices_that_are_not_there():
     missing = plan_command("--topology=v5p:3x3x3")
     assert missing.returncode == 2
     assert "error: --topology=v5p:3x3x3: there is no such slice: " in missing.stderr
+
+
+EVERY_TPU = """
+from clip_jax.chips import parse_topology
+from clip_jax.config import MeshConfig
+from clip_jax.partition import make_mesh
+from clip_jax.plan import devices_of
+
+for name in ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"):
+    print(name, make_mesh(MeshConfig(), devices=devices_of(parse_topology(name))).size)
+"""
+
+
+@needs_libtpu
+def test_a_chip_is_one_device_of_a_mesh():
+    environment = os.environ | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    command = [sys.executable, "-c", EVERY_TPU]
+    found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert found.stdout.splitlines() == ["v4:2x2x1 4", "v5e:2x2 4", "v5p:2x2x1 4", "v6e:2x2 4"], found.stderr
 
 
 @needs_libtpu
