@@ -22,7 +22,7 @@ class Chip:
       per_host: chips of a host.
       near: bytes a second that a chip sends to chips of its slice (ICI) or host (NVLink); 0 means unknown.
       far: bytes a second that a chip sends to other slices or hosts, its share of the host's network; 0 means unknown.
-      sparse_cores: of a TPU, which can carry collectives while its other cores compute.
+      overlaps: libtpu lets the SparseCores of a TPU carry collectives while its other cores compute.
     """
 
     platform: Literal["tpu", "gpu", "cpu"]
@@ -31,15 +31,15 @@ class Chip:
     per_host: int
     near: float = 0.0
     far: float = 0.0
-    sparse_cores: int = 0
+    overlaps: bool = False
 
 
 GIB = 2**30
 CHIPS = {
-    "v4": Chip("tpu", 32 * GIB, 275e12, 4, 300e9, sparse_cores=4),
+    "v4": Chip("tpu", 32 * GIB, 275e12, 4, 300e9),
     "v5e": Chip("tpu", 16 * GIB, 197e12, 8, 200e9, 3.125e9),
-    "v5p": Chip("tpu", 95 * GIB, 459e12, 4, 600e9, 6.25e9, sparse_cores=4),
-    "v6e": Chip("tpu", 32 * GIB, 918e12, 8, 448e9, sparse_cores=2),
+    "v5p": Chip("tpu", 95 * GIB, 459e12, 4, 600e9, 6.25e9, overlaps=True),
+    "v6e": Chip("tpu", 32 * GIB, 918e12, 8, 448e9, overlaps=True),
     "a100": Chip("gpu", 80 * 10**9, 312e12, 8, 300e9, 25e9),
     "h100": Chip("gpu", 80 * 10**9, 989e12, 8, 450e9, 50e9),
     "h200": Chip("gpu", 141 * 10**9, 989e12, 8, 450e9, 50e9),

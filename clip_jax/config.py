@@ -262,8 +262,8 @@ class MeshConfig:
         split over them first, and only gradients and the loss cross.
       zero1: split the optimizer state over `data` too, although parameters are replicated there (ZeRO stage 1,
         Rajbhandari et al., 2020).
-      overlap: sum gradients while the backward pass goes on, and send features once instead of summing them; for TPUs
-        with SparseCores (v4, v5p, v6e), whose compiler does neither unasked.
+      overlap: sum gradients while the backward pass goes on, and send features once instead of summing them; for TPU
+        v5p and v6e, whose compiler does neither unasked.
     """
 
     data: int = -1

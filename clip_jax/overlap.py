@@ -36,11 +36,12 @@ def check_overlap(config: MeshConfig, mesh: Mesh) -> None:
     """Refuses to overlap on devices that cannot.
 
     Raises:
-      ConfigError: the mesh's devices have no SparseCores.
+      ConfigError: the mesh's devices have no SparseCores that libtpu lets carry collectives.
     """
     kind = mesh.devices.flat[0].device_kind
     chip = chip_of(kind)
-    if config.overlap and (chip is None or not chip.sparse_cores):
+    if config.overlap and (chip is None or not chip.overlaps):
         raise ConfigError(
-            f"config.mesh.overlap is true, and the devices are {kind}, without SparseCores; it is for TPU v4, v5p, v6e"
+            f"config.mesh.overlap is true, and the devices are {kind}; it is for TPU v5p and v6e, whose SparseCores "
+            "carry collectives"
         )

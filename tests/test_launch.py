@@ -102,7 +102,7 @@ def test_the_doctor_names_devices_that_cannot_overlap():
     asks = dataclasses.replace(TINY, mesh=MeshConfig(overlap=True))
     verdict, text = verdicts(examine(asks, {}))["mesh here"]
     assert verdict == "wrong"
-    assert text.startswith("config.mesh.overlap is true, and the devices are cpu, without SparseCores")
+    assert text.startswith("config.mesh.overlap is true, and the devices are cpu; it is for TPU v5p and v6e")
 
 
 def test_the_doctor_names_half_set_schedulers():

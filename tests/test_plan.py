@@ -391,25 +391,28 @@ def test_a_chip_is_one_device_of_a_mesh():
 
 @needs_libtpu
 @pytest.mark.slow
-def test_chips_with_sparse_cores_compute_while_gradients_are_summed():
+@pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:2x2"])
+def test_chips_with_sparse_cores_compute_while_gradients_are_summed(topology):
     """The share of the sums that is under way beside other work: nothing unasked, nearly all if asked."""
     keys = "--config.mesh.overlap=false", "--config.mesh.overlap=true"
-    reports = [plan_command("--topology=v5p:2x2x1", key).stdout for key in keys]
+    reports = [plan_command(f"--topology={topology}", key).stdout for key in keys]
     pattern = r"all-reduce, a step .* MiB a chip(?:, (\d+)% of it beside other work)?\n"
     shares = [re.search(pattern, text) for text in reports]
     print(*reports)
     assert [share and int(share[1] or 0) for share in shares] == [0, pytest.approx(100, abs=5)]
 
 
-@pytest.mark.parametrize(("topology", "devices"), [("cpu:2", "cpu"), ("v5e:2x2", "TPU v5 lite")])
-def test_chips_without_sparse_cores_refuse_to_overlap(topology, devices):
-    if topology.startswith("v5e") and importlib.util.find_spec("libtpu") is None:
+@pytest.mark.parametrize(
+    ("topology", "devices"), [("cpu:2", "cpu"), ("v5e:2x2", "TPU v5 lite"), ("v4:2x2x1", "TPU v4")]
+)
+def test_chips_that_cannot_overlap_refuse_to(topology, devices):
+    if topology.startswith("v") and importlib.util.find_spec("libtpu") is None:
         pytest.skip("needs libtpu")
     refused = plan_command(f"--topology={topology}", "--config.mesh.overlap=true")
     assert (refused.returncode, refused.stdout) == (2, "")
     assert refused.stderr.endswith(
-        f"error: config.mesh.overlap is true, and the devices are {devices}, without SparseCores; it is for TPU v4, "
-        "v5p, v6e\n"
+        f"error: config.mesh.overlap is true, and the devices are {devices}; it is for TPU v5p and v6e, whose "
+        "SparseCores carry collectives\n"
     )
 
 
