@@ -7,7 +7,7 @@ beside its other cores. What is sent, hidden and held with these options stands 
 
 from jax.sharding import Mesh
 
-from clip_jax.chips import chip_of
+from clip_jax.chips import CHIPS, chip_of
 from clip_jax.config import MeshConfig
 from clip_jax.errors import ConfigError
 
@@ -41,7 +41,8 @@ def check_overlap(config: MeshConfig, mesh: Mesh) -> None:
     kind = mesh.devices.flat[0].device_kind
     chip = chip_of(kind)
     if config.overlap and (chip is None or not chip.overlaps):
+        fitting = " and ".join(name for name, each in CHIPS.items() if each.overlaps)
         raise ConfigError(
-            f"config.mesh.overlap is true, and the devices are {kind}; it is for TPU v5p and v6e, whose SparseCores "
+            f"config.mesh.overlap is true, and the devices are {kind}; it is for TPU {fitting}, whose SparseCores "
             "carry collectives"
         )
