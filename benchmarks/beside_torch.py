@@ -3,10 +3,10 @@
   python -m benchmarks.beside_torch --config=configs/vit_b32.py:batch=64 --config.model.dtype=float32
 
 The same model, batch, precision and machine: both towers, contrastive loss, backward pass, AdamW, clamp of the scale.
-Ours is measured as configured, and with `model.dead_tokens=compute`, which computes what open_clip does. open_clip runs
-as its users run it at its best: bfloat16 by autocast over float32 weights, fused AdamW, TF32 products on a GPU, and
-with `--compile` through `torch.compile`. Synthetic pairs with captions as long as web captions are. Needs torch and
-open_clip.
+Ours is measured as configured, and, if that differs, with `model.dead_tokens=compute`, which computes what open_clip
+does. open_clip runs as its users run it at its best: bfloat16 by autocast over float32 weights, fused AdamW, TF32
+products on a GPU, and with `--compile` through `torch.compile`. Synthetic pairs with captions as long as web captions
+are. Needs torch and open_clip.
 """
 
 import argparse
@@ -24,8 +24,9 @@ import jax
 import numpy as np
 
 from benchmarks.figures import Figure, report
-from benchmarks.step import CompiledStep
+from benchmarks.step import CompiledStep, matmul_speed
 from benchmarks.turns import in_turns
+from clip_jax.chips import peak_of
 from clip_jax.command_line import load_config, one_line_errors, take_overrides
 from clip_jax.config import RunConfig
 from clip_jax.data.images import preprocess_of
@@ -50,6 +51,8 @@ def main() -> None:
             name: load_config(arguments.config, keys, without_data=True)
             for name, keys in ((OURS, overrides), (PLAIN, plain))
         }
+        if runs[OURS] == runs[PLAIN]:
+            del runs[OURS]
         measure(runs, rounds=arguments.rounds, steps=arguments.steps, compiled=arguments.compile)
 
 
@@ -57,20 +60,29 @@ def measure(runs: dict[str, RunConfig], *, rounds: int, steps: int, compiled: bo
     """Reports the time of a step of each contender.
 
     Args:
-      runs: ours, by name, the plain one last.
+      runs: ours, by name, the plain one last, or alone.
       rounds: turns that count, after one that does not.
       steps: timed in a turn, after one that is not.
       compiled: use torch.compile.
     """
     run, device = runs[PLAIN], jax.devices()[0]
-    contenders = {name: _ours(run) for name, run in runs.items()}
+    steps_of = {name: CompiledStep(each) for name, each in runs.items()}
+    contenders = {name: _ours(step) for name, step in steps_of.items()}
     contenders[THEIRS] = _open_clip(run, gpu=device.platform == "gpu", compiled=compiled)
     calls = {name: functools.partial(train, steps) for name, train in contenders.items()}
     seconds = in_turns(calls, rounds, settle=lambda name: contenders[name](1))
+    peak = peak_of(device.device_kind) or matmul_speed(device, None)
     report(
         f"Training step, {variant_name(run.model)}, {run.batch} pairs, {run.model.dtype}; {device.device_kind}, jax "
-        f"{jax.__version__}; median of {rounds} turns",
-        [_beside(name, seconds[name], seconds[THEIRS], steps) for name in runs],
+        f"{jax.__version__}; {'torch.compile; ' if compiled else ''}median of {rounds} turns",
+        [
+            *(_beside(name, seconds[name], seconds[THEIRS], steps) for name in runs),
+            *(
+                figure
+                for name, step in steps_of.items()
+                for figure in step.figures(name, statistics.median(seconds[name]) / steps, peak)
+            ),
+        ],
     )
 
 
@@ -80,8 +92,7 @@ def _beside(name: str, ours: list[float], theirs: list[float], steps: int) -> Fi
     return Figure(name, mine, "ms", THEIRS, other, ratio)
 
 
-def _ours(run: RunConfig) -> Callable[[int], None]:
-    step = CompiledStep(run)
+def _ours(step: CompiledStep) -> Callable[[int], None]:
     state = step.new_state()
 
     def train(steps: int) -> None:

@@ -30,6 +30,7 @@ NOT_SIZES = (
     "scan_layers",
     "patch_dropout",
     "dead_tokens",
+    "attention",
 )
 """Keys of the model that change neither its parameters nor what they mean; they may change when a run is resumed."""
 

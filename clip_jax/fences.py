@@ -1,20 +1,23 @@
-"""Walls in a program, for XLA's compiler for CPUs.
+"""Walls in a program, for XLA's compilers for CPUs or GPUs.
 
-That compiler merges what is computed twice, and so keeps from the forward pass what the backward pass would rather
-compute again. A wall is XLA's optimization barrier, which the CPU's compiler also takes away before it fuses, so a
-program with walls is compiled with `compiler_options`. No value changes. Other platforms have no walls: their compilers
-weigh what they keep.
+These compilers merge what is computed twice, and so keep in memory what had rather be computed again: on CPUs from the
+forward pass for the backward pass, on GPUs within a backward pass. A wall is XLA's optimization barrier. The CPU's
+compiler takes it away before it fuses, so a program with walls is compiled with `compiler_options`. No value changes.
 """
+
+from typing import Literal, TypeVar
 
 import jax
 from jax.sharding import Mesh
 
-from clip_jax.array_types import Array, Num
+T = TypeVar("T")
 
 
-def fence(x: Num[Array, "*any"]) -> Num[Array, "*any"]:
-    """Returns the argument. In a program for CPUs what reads it is not merged with what reads the argument itself."""
-    return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda same: same)
+def fence(values: T, platform: Literal["cpu", "cuda"] = "cpu") -> T:
+    """Returns arrays as they are. In a program for that platform what reads them is not merged with what reads the
+    arguments themselves."""
+    barrier = {platform: jax.lax.optimization_barrier}
+    return jax.lax.platform_dependent(values, **barrier, default=lambda same: same)
 
 
 def compiler_options(mesh: Mesh) -> dict[str, str]:

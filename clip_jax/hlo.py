@@ -4,6 +4,7 @@ the device computes meanwhile.
 Of a conditional's branches the one counts that moves the most bytes.
 """
 
+import functools
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -72,6 +73,15 @@ def collectives(text: str, *, devices: int, slices: int = 1) -> list[Collective]
     return [Collective(kind, across, *map(int, found[kind, across])) for kind, across in sorted(found)]
 
 
+def instructions(text: str) -> Iterator[tuple[str, int]]:
+    """Yields (instruction, how often it runs) of what a step of a program executes; text is as for `collectives`.
+
+    A fusion is one instruction.
+    """
+    for line, times, _ in _executed(_computations(text), _entry(text), 1, fusions=False):
+        yield line, times
+
+
 def _collective(line: str) -> tuple[str, int] | None:
     """Returns kind and bytes of an instruction, if it is a collective, or the first part of one that was cut."""
     match = _INSTRUCTION.match(line)
@@ -79,9 +89,9 @@ def _collective(line: str) -> tuple[str, int] | None:
         return None
     shape, operation = match.groups()
     if between := _BETWEEN_SLICES.search(line) if operation == "send" else None:
-        return between[1].lower().replace("_", "-"), _bytes(shape, operation)
+        return between[1].lower().replace("_", "-"), result_bytes(shape, operation)
     kind = operation.removesuffix("-start")
-    return (kind, _bytes(shape, operation)) if kind in KINDS else None
+    return (kind, result_bytes(shape, operation)) if kind in KINDS else None
 
 
 def _sent(kind: str, size: int, *, members: int) -> int:
@@ -121,27 +131,31 @@ def _entry(text: str) -> str:
 
 
 def _executed(
-    bodies: dict[str, list[str]], name: str, times: int, beside: bool = False
+    bodies: dict[str, list[str]], name: str, times: int, beside: bool = False, *, fusions: bool = True
 ) -> Iterator[tuple[str, int, bool]]:
     """Yields (line, how often it runs, is it under way while something is computed).
 
-    Through loops, calls and what is started asynchronously, such as a TPU's calls of its SparseCores.
+    Through loops, calls and what is started asynchronously, such as a TPU's calls of its SparseCores; and if asked for,
+    what was fused.
     """
+    enter = functools.partial(_executed, bodies, fusions=fusions)
     lines = bodies.get(name, ())
     hidden = set(_beside_work(lines))
     for line in lines:
         started = _STARTED.match(line)
         under_way = beside or (started is not None and started[1] in hidden)
         yield line, times, under_way
+        if not fusions and " fusion(" in line:
+            continue
         trips = _TRIPS.search(line)
         inner = times * int(trips[1]) if trips else times
         names = ",".join(several or one for several, one in _CALLED.findall(line)).replace("%", "").split(",")
         called = [name.strip() for name in names]
         if _BRANCHES.search(line):
-            yield from max((list(_executed(bodies, branch, inner, under_way)) for branch in called), key=_moved)
+            yield from max((list(enter(branch, inner, under_way)) for branch in called), key=_moved)
         else:
             for each in called:
-                yield from _executed(bodies, each, inner, under_way)
+                yield from enter(each, inner, under_way)
 
 
 def _moved(lines: list[tuple[str, int, bool]]) -> int:
@@ -149,7 +163,7 @@ def _moved(lines: list[tuple[str, int, bool]]) -> int:
     return sum(times * collective[1] for line, times, _ in lines if (collective := _collective(line)))
 
 
-def _bytes(shape: str, operation: str) -> int:
+def result_bytes(shape: str, operation: str) -> int:
     """Returns the bytes of a result; a tuple that holds operands too has these first, and counters last."""
     holds_operands = operation in ("all-gather-start", "collective-permute-start")
     arrays = [(dtype, [int(n) for n in dims.split(",") if n]) for dtype, dims in _ARRAY.findall(shape)]

@@ -11,7 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental.layout import Layout, with_layout_constraint
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from clip_jax.config import MeshConfig
 from clip_jax.errors import ConfigError
@@ -154,10 +155,32 @@ def split_over_data(tree: Any, shardings: Any) -> Any:
 def constrain_rows(x: jax.Array) -> jax.Array:
     """Keeps the first axis of an activation on the mesh's devices, row by row, where a step is traced for a mesh.
 
-    Without it the compiler may prefer to split an activation like the parameters that it is multiplied by.
+    Without it the compiler may prefer to split an activation like the parameters that it is multiplied by. The one for
+    GPUs may also lay out a whole residual stream, forward and backward, with the samples innermost, as suits the one
+    product behind its last row, and transpose it for all others. There activations are row-major: `benchmarks/LOG.md`.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    return x if mesh.empty or mesh.size == 1 else jax.lax.with_sharding_constraint(x, ROWS)
+    if mesh.empty:
+        return x
+    if mesh.size > 1:
+        x = jax.lax.with_sharding_constraint(x, ROWS)
+    return _row_major(x, mesh) if traced_for() == "gpu" else x
+
+
+def _row_major(x: jax.Array, mesh: AbstractMesh) -> jax.Array:
+    def constrain(x: jax.Array) -> jax.Array:
+        return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+    if mesh.size == 1:
+        return constrain(x)
+    # On each device: the partitioner would gather what it does not know.
+    return jax.shard_map(constrain, mesh=mesh, in_specs=ROWS, out_specs=ROWS, check_vma=False)(x)
+
+
+def traced_for() -> str:
+    """Returns the platform of the mesh for which a step is traced, such as `gpu`; elsewhere nothing."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else ""
 
 
 def devices_of_rows() -> int:

@@ -1,12 +1,16 @@
-"""The table of benchmarks: what they report, as it is shown and as it is written; a benchmark that fails is named."""
+"""The table of benchmarks: what they report, as it is shown and as it is written; a benchmark that fails is named. And
+what is read from programs for GPUs, and asked of a machine that has one."""
 
+import importlib.util
 import json
 import sys
 
 import pytest
+from jax.experimental import topologies
 
-from benchmarks import figures, run
+from benchmarks import figures, gpu, gpu_program, run
 from benchmarks.figures import Figure, report
+from clip_jax.errors import UserError
 
 FAST = Figure("ours", 1234.5, "pairs/s", "theirs", 0.5, 2469.0)
 ALONE = Figure("alone", 0.0123456, "s")
@@ -75,3 +79,54 @@ def test_the_tiny_form_compiles_quickly_and_leaves_out_what_a_test_runs(one_good
         run.main()
     assert "1 ['--tiny']" in capfd.readouterr().out
     assert [each["name"] for each in written(one_good)[1]["results"]] == ["good", "mute"]
+
+
+PROGRAM = """
+%fused (p: f32[4,8]) -> f32[8,4] {
+  %p = f32[4,8]{1,0} parameter(0)
+  ROOT %inner = f32[8,4]{1,0} copy(%p)
+}
+
+%body (q: f32[4,8]) -> f32[4,8] {
+  %q = f32[4,8]{1,0} parameter(0)
+  ROOT %dot = f32[4,8]{1,0} custom-call(%q, %q), custom_call_target="__cublas$lt$matmul"
+}
+
+ENTRY %main (a: f32[4,8]) -> f32[8,4] {
+  %a = f32[4,8]{1,0} parameter(0)
+  %attention = (f32[4,8]{1,0}, u8[16]{0}) custom-call(%a), custom_call_target="__cudnn$fmhaSoftmax"
+  %kept = f32[4,8]{1,0} get-tuple-element(%attention), index=0
+  %loop = f32[4,8]{1,0} while(%kept), body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %add = f32[4,8]{1,0} fusion(%a, %loop), kind=kLoop, calls=%fused
+  ROOT %input_transpose_fusion.1 = f32[8,4]{1,0} fusion(%add), kind=kInput, calls=%fused
+}
+"""
+
+
+def test_bytes_of_a_gpus_program_are_those_of_its_kernels():
+    moved, transposes = gpu_program.moved_by(PROGRAM)
+    array = 4 * 8 * 4
+    assert moved == {"products": 3 * 3 * array, "cuDNN": 2 * array + 16, "other kernels": (3 + 2) * array}
+    assert transposes == 1
+
+
+def test_without_the_compiler_it_is_named(monkeypatch):
+    def missing(*arguments, **options):
+        raise NotImplementedError("topology not implemented for cuda")  # as JAX says it
+
+    monkeypatch.setattr(topologies, "get_topology_desc", missing)
+    with pytest.raises(UserError, match="^the compiler for GPUs is not installed: pip install --no-deps jax-cuda12-"):
+        gpu_program.gpus_to_compile_for(1)
+
+
+@pytest.mark.parametrize(("installed", "module"), [(True, "beside_torch"), (False, "step")])
+def test_a_gpu_is_asked_for_the_same_work_as_open_clip(monkeypatch, installed, module):
+    chosen = []
+    monkeypatch.setattr(gpu, "run_all", lambda given, out: chosen.extend(given))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: installed or None)
+    monkeypatch.setattr(sys, "argv", ["gpu", "--models", "rn50", "--batch=8", "--compile"])
+    gpu.main()
+    assert [name for name, _ in chosen] == ["attention", module]
+    options = chosen[1][1]
+    assert {"--config=configs/rn50.py:batch=8", "--config.model.dead_tokens=compute"} < set(options)
+    assert ("--compile" in options) == installed

@@ -81,6 +81,13 @@ def test_only_programs_for_cpus_sum_by_products(platform, products):
     assert text.count("stablehlo.dot_general") == products
 
 
+@pytest.mark.parametrize(("platform", "walls"), [("cpu", 0), ("cuda", 1), ("tpu", 0)])
+def test_only_programs_for_gpus_compute_rows_again_for_the_sums_over_them(platform, walls):
+    function, *arguments = result_and_gradients(LayerNorm, (2, 3, 8), jnp.bfloat16)
+    text = export.export(function, platforms=[platform])(*arguments).mlir_module()
+    assert text.count("stablehlo.optimization_barrier") == walls
+
+
 def test_additions_of_the_gradient_are_linear_in_the_depth(monkeypatch):
     """How many there are in the compiled program, with what its fusions compute again."""
 

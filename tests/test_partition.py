@@ -1,17 +1,29 @@
 """The mesh, the axes of parameters, and batches on it; on 8 simulated devices."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from clip_jax import partition
 from clip_jax.config import MeshConfig, OptimConfig
 from clip_jax.errors import ConfigError
 from clip_jax.models.clip import create_model, init_variables
 from clip_jax.optim import make_optimizer
-from clip_jax.partition import PARAMETER_AXES, check_batch, hybrid_grid, make_mesh, place_rows, state_shardings
+from clip_jax.partition import (
+    PARAMETER_AXES,
+    check_batch,
+    constrain_rows,
+    hybrid_grid,
+    make_mesh,
+    place_rows,
+    row_sharding,
+    state_shardings,
+    traced_for,
+)
 from clip_jax.rules import apply_rules, leaf_paths
 from clip_jax.state import abstract_state, new_state
 
@@ -137,3 +149,33 @@ def test_rows_keep_their_order():
     placed = place_rows({"x": rows}, make_mesh(MeshConfig(fsdp=2)))["x"]
     np.testing.assert_array_equal(placed, rows)
     assert placed.sharding.shard_shape(placed.shape) == (2, 2)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_activations_are_row_major_on_gpus_and_move_nowhere(monkeypatch, devices):
+    mesh = make_mesh(MeshConfig(), devices=jax.devices()[:devices])
+    x = jax.ShapeDtypeStruct((16, 4, 3), jnp.float32, sharding=row_sharding(mesh))
+
+    @jax.jit
+    def gradient(x):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return jax.grad(lambda x: (constrain_rows(2 * x) ** 3).sum())(x)
+
+    plain = gradient.lower(x).as_text()
+    assert "LayoutConstraint" not in plain
+    monkeypatch.setattr(partition, "traced_for", lambda: "gpu")
+    jax.clear_caches()
+    lowered = gradient.lower(x)
+    constraints = [line for line in lowered.as_text().splitlines() if "custom_call @LayoutConstraint" in line]
+    assert len(constraints) == 2  # of the value, and of its gradient
+    assert all("result_layouts = [dense<[2, 1, 0]>" in line for line in constraints)  # from the innermost axis
+    compiled = lowered.compile()
+    assert not re.search("all-gather|all-reduce|all-to-all|collective-permute", compiled.as_text())
+    given = np.random.default_rng(0).standard_normal(x.shape).astype(np.float32)
+    np.testing.assert_allclose(compiled(jax.device_put(given, x.sharding)), 24 * given**2, rtol=1e-6)
+
+
+def test_a_step_is_traced_for_its_meshs_platform():
+    assert traced_for() == ""
+    with jax.sharding.use_abstract_mesh(make_mesh(MeshConfig()).abstract_mesh):
+        assert traced_for() == "cpu"

@@ -56,9 +56,17 @@ class CLIP(nn.Module):
                 config.scan_layers,
                 config.patch_dropout,
                 whole,
+                config.attention,
             )
         self.text = TextTransformer(
-            config.text, config.embed_dim, dtype, config.activation, config.remat, config.scan_layers, whole
+            config.text,
+            config.embed_dim,
+            dtype,
+            config.activation,
+            config.remat,
+            config.scan_layers,
+            whole,
+            config.attention,
         )
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(-math.log(config.temperature)), ())
         self.logit_bias = (

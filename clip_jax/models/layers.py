@@ -18,9 +18,10 @@ from jax.typing import DTypeLike
 
 from clip_jax.array_types import Array, Float, Int, Num
 from clip_jax.models.activations import ACTIVATIONS
+from clip_jax.models.attention import attend
 from clip_jax.models.dense import Dense
 from clip_jax.models.norm import LayerNorm
-from clip_jax.models.variants import Activation, Remat
+from clip_jax.models.variants import Activation, AttentionKind, Remat
 from clip_jax.partition import constrain_rows
 from clip_jax.text_groups import Groups
 
@@ -74,34 +75,6 @@ class BlockInit:
         )
 
 
-def attend(
-    query: Float[Array, "b q h c"],
-    key: Float[Array, "b k h c"],
-    value: Float[Array, "b k h c"],
-    *,
-    causal: bool,
-    at: Int[Array, "b q"] | None = None,
-) -> Float[Array, "b q h c"]:
-    """Mixes values by softmax(query·key / √c), with logits and softmax in float32 or wider.
-
-    Not `jax.nn.dot_product_attention`, whose softmax is float32 even where its arguments are float64.
-
-    Args:
-      query: of the positions whose result is wanted.
-      key: of all positions.
-      value: of all positions.
-      causal: a query sees no later position than its own.
-      at: the queries' positions; None means all, in their order.
-    """
-    wide = jnp.promote_types(query.dtype, jnp.float32)
-    logits = jnp.einsum("bqhc,bkhc->bhqk", query, key, preferred_element_type=wide) * query.shape[-1] ** -0.5
-    if causal:
-        keys = jnp.arange(key.shape[1])
-        seen = jnp.tri(len(keys), dtype=bool) if at is None else (keys <= at[:, :, None])[:, None]
-        logits = jnp.where(seen, logits, -jnp.inf)
-    return jnp.einsum("bhqk,bkhc->bqhc", jax.nn.softmax(logits).astype(value.dtype), value)
-
-
 def pick(x: Num[Array, "b l d"], rows: Int[Array, "b r"]) -> Num[Array, "b r d"]:
     """Returns some rows of each element of a batch."""
     return jnp.take_along_axis(x, rows[:, :, None], axis=1, mode="clip")
@@ -114,6 +87,7 @@ class Attention(nn.Module):
     causal: bool
     init_from: BlockInit
     dtype: DTypeLike
+    kind: AttentionKind = "xla"
     groups: Groups = ()
 
     @nn.compact
@@ -140,7 +114,7 @@ class Attention(nn.Module):
                 starts = token + length * jnp.arange(count)
                 at = (rows[:, wanted] - starts).reshape(batch * count, 1)
             parts = (x[:, some].reshape(shape) for x, some in ((query, wanted), (key, inside), (value, inside)))
-            mixed.append(attend(*parts, causal=self.causal, at=at).reshape(batch, -1, width))
+            mixed.append(attend(*parts, causal=self.causal, at=at, kind=self.kind).reshape(batch, -1, width))
             sequence, token = sequence + count, inside.stop
         return jnp.concatenate(mixed, axis=1)
 
@@ -169,11 +143,13 @@ class Block(nn.Module):
     activation: Activation
     init_from: BlockInit
     dtype: DTypeLike
+    kind: AttentionKind = "xla"
     groups: Groups = ()
 
     @nn.compact
     def __call__(self, x: Float[Array, "b l d"], rows: Int[Array, "b r"] | None = None) -> Float[Array, "b r d"]:
-        attention = Attention(self.heads, self.causal, self.init_from, self.dtype, self.groups, name="attention")
+        options = self.heads, self.causal, self.init_from, self.dtype, self.kind, self.groups
+        attention = Attention(*options, name="attention")
         mixed = attention(LayerNorm(self.dtype, name="ln_1")(x), rows)
         x = (x if rows is None else pick(x, rows)) + mixed
         x = x + MLP(self.activation, self.init_from, self.dtype, name="mlp")(LayerNorm(self.dtype, name="ln_2")(x))
@@ -199,12 +175,20 @@ class Transformer(nn.Module):
     remat: Remat
     scan: bool
     whole: bool
+    attention: AttentionKind = "xla"
     groups: Groups = ()
 
     @nn.compact
     def __call__(self, x: Float[Array, "b l d"], rows: Int[Array, "b r"]) -> Float[Array, "b r d"]:
         block = functools.partial(
-            Block, self.heads, self.causal, self.activation, self.init_from, self.dtype, self.groups
+            Block,
+            self.heads,
+            self.causal,
+            self.activation,
+            self.init_from,
+            self.dtype,
+            self.attention,
+            self.groups,
         )
         last = self.layers - 1
         x = apply_blocks(self, block, range(last), x, remat=self.remat, scan=self.scan)

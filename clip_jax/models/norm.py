@@ -8,6 +8,9 @@ Where JAX differentiates the layer, a program for CPUs keeps the deviations too,
 multiply before it adds; and every block adds up again what all blocks above it gave to the stream's gradient, which is
 quadratic in the depth (`benchmarks/LOG.md`). Here sums with the gains are products of a matrix and a vector in such a
 program. On a TPU a product would be of bfloat16 numbers: other platforms add up.
+
+XLA's compiler for GPUs would write the argument's normalised rows times the gradient out in float32, for three sums to
+read. In a program for GPUs a wall (`clip_jax.fences`) makes the sums over rows compute them again, from what is there.
 """
 
 import functools
@@ -18,6 +21,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from clip_jax.array_types import Array, Float
+from clip_jax.fences import fence
 
 EPSILON = 1e-5
 
@@ -61,6 +65,7 @@ def _forward(x: jax.Array, scale: jax.Array, bias: jax.Array, dtype: DTypeLike) 
 
 def _backward(dtype: DTypeLike, kept: tuple, gradient: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     x, mean, inverse, scale = kept
+    again = fence((x, gradient), "cuda")
     gradient = gradient.astype(mean.dtype)
     unit = (x - mean) * inverse
     of_gains = gradient * unit
@@ -70,7 +75,10 @@ def _backward(dtype: DTypeLike, kept: tuple, gradient: jax.Array) -> tuple[jax.A
     )
     of_x = inverse * (gradient * scale - offset - unit * slope)
     rows = tuple(range(x.ndim - 1))
-    return of_x.astype(x.dtype), of_gains.sum(rows), gradient.sum(rows)
+    of_x = of_x.astype(x.dtype)
+    x, gradient = again
+    gradient = gradient.astype(mean.dtype)
+    return of_x, (gradient * ((x - mean) * inverse)).sum(rows), gradient.sum(rows)
 
 
 def _by_product(numbers: jax.Array, scale: jax.Array) -> jax.Array:

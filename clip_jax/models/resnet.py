@@ -18,8 +18,9 @@ from jax.typing import DTypeLike
 
 from clip_jax.array_types import Array, Bool, Float, Int
 from clip_jax.errors import UserError
+from clip_jax.models.attention import attend
 from clip_jax.models.dense import Dense
-from clip_jax.models.layers import Initializer, apply_blocks, attend, record, symmetric_uniform
+from clip_jax.models.layers import Initializer, apply_blocks, record, symmetric_uniform
 from clip_jax.models.variants import Remat, ResNetConfig
 from clip_jax.partition import constrain_rows
 

@@ -15,9 +15,10 @@ from jax.typing import DTypeLike
 
 from clip_jax.array_types import Array, Bool, Float, Int
 from clip_jax.models.dense import Dense
+from clip_jax.models.embedding import Embed
 from clip_jax.models.layers import BlockInit, Transformer, pick, record
 from clip_jax.models.norm import LayerNorm
-from clip_jax.models.variants import Activation, Remat, TextConfig
+from clip_jax.models.variants import Activation, AttentionKind, Remat, TextConfig
 from clip_jax.partition import constrain_rows, devices_of_rows
 from clip_jax.text_groups import Groups
 
@@ -37,6 +38,7 @@ class TextTransformer(nn.Module):
     remat: Remat = "none"
     scan: bool = False
     whole: bool = False
+    attention: AttentionKind = "xla"
 
     @nn.compact
     def __call__(self, tokens: Int[Array, "b l"], *, groups: Groups = ()) -> Float[Array, "b e"]:
@@ -49,7 +51,7 @@ class TextTransformer(nn.Module):
         """
         config, dtype = self.config, self.dtype
         width = config.width
-        embedding = nn.Embed(
+        embedding = Embed(
             config.vocab_size,
             width,
             embedding_init=nn.initializers.normal(0.02),
@@ -79,6 +81,7 @@ class TextTransformer(nn.Module):
             self.remat,
             self.scan,
             self.whole,
+            self.attention,
             groups,
             name="transformer",
         )(x, rows)

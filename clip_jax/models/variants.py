@@ -9,6 +9,7 @@ from typing import Literal, get_args
 from clip_jax.errors import UserError, did_you_mean
 
 Activation = Literal["quick_gelu", "gelu"]
+AttentionKind = Literal["auto", "xla", "cudnn"]
 Remat = Literal["none", "dots", "block", "full"]
 REMATS: tuple[Remat, ...] = get_args(Remat)
 """From what keeps most for the backward pass to what keeps least."""
@@ -107,6 +108,9 @@ class ModelConfig:
       patch_dropout: share of patches that a ViT leaves out of each image in training (Li et al., 2023, FLIP).
       dead_tokens: what nothing reads, the rows of a last block but one, and in training the tokens behind EOT
         (`text_groups`): `skip` or `compute`. The same results, to rounding.
+      attention: what computes the transformers' attention in a training step. `xla`: as it is defined. `cudnn`: the
+        fused kernels of NVIDIA's library, for bfloat16 on GPUs since A100; the same results, to rounding, and their
+        gradients' last bits can change from run to run. `auto`: `cudnn` where it can be used, else `xla`.
     """
 
     embed_dim: int
@@ -123,6 +127,7 @@ class ModelConfig:
     scan_layers: bool = False
     patch_dropout: float = 0.0
     dead_tokens: Literal["skip", "compute"] = "skip"
+    attention: AttentionKind = "auto"
 
 
 # fmt: off

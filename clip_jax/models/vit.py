@@ -15,7 +15,7 @@ from clip_jax.array_types import Array, Float
 from clip_jax.models.dense import Dense
 from clip_jax.models.layers import BlockInit, Transformer, record, symmetric_uniform
 from clip_jax.models.norm import LayerNorm
-from clip_jax.models.variants import Activation, Remat, ViTConfig
+from clip_jax.models.variants import Activation, AttentionKind, Remat, ViTConfig
 
 
 class VisionTransformer(nn.Module):
@@ -34,6 +34,7 @@ class VisionTransformer(nn.Module):
     scan: bool = False
     patch_dropout: float = 0.0
     whole: bool = False
+    attention: AttentionKind = "xla"
 
     @nn.compact
     def __call__(self, images: Float[Array, "b s s 3"], *, keys: jax.Array | None = None) -> Float[Array, "b e"]:
@@ -73,6 +74,7 @@ class VisionTransformer(nn.Module):
             self.remat,
             self.scan,
             self.whole,
+            self.attention,
             name="transformer",
         )(x, jnp.zeros((x.shape[0], 1), jnp.int32))
         pooled = LayerNorm(dtype, name="ln_post")(x[:, 0])
