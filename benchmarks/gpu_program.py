@@ -5,48 +5,31 @@
 
 Bytes that kernels read and write: matrix products, cuDNN's attention and convolutions, all else; and how many kernels
 only transpose. A kernel inside a loop counts as often as it runs, and of a conditional's branches one. Nothing is tuned
-by trial, as on a GPU, so a product may be another kernel there. Needs the compiler, which tests do not:
-`pip install --no-deps jax-cuda12-plugin jax-cuda12-pjrt`, in the version of the JAX that is installed.
+by trial, as on a GPU, so a product may be another kernel there. Needs the compiler, as docs/plan.md says.
 """
 
 import argparse
 import os
 import re
 import sys
-import types
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
-from unittest import mock
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # there is no GPU to start
 
 import jax
-from jax.experimental import topologies
 
 from benchmarks.figures import Figure, report
+from clip_jax import gpu_compiler
+from clip_jax.chips import parse_topology
 from clip_jax.command_line import load_config, one_line_errors, take_overrides
 from clip_jax.config import RunConfig
 from clip_jax.errors import UserError
 from clip_jax.hlo import collectives, instructions, result_bytes
-from clip_jax.models import attention
 from clip_jax.models.variants import variant_name
 from clip_jax.plan import lower_step
 
-H200 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-  shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 4814000000000 l2_cache_size: 62914560 clock_rate_ghz: 1.98 device_memory_size: 150000000000
-  cuda_compute_capability { major: 9 minor: 0 }
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 patch: 2 }
-device_description_str: "NVIDIA H200"
-"""
-CUDNN = 91_002  # the version above, as JAX asks for it
 KERNELS = ("fusion", "custom-call", "copy", "transpose", "copy-start")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\(([^)]*)\)")
 
@@ -84,8 +67,10 @@ def main() -> None:
         parser.add_argument("--compare", metavar="KEY=VALUE", help="also with this key changed")
         parser.add_argument("--devices", type=int, default=1)
         arguments = parser.parse_args(rest)
+        if not gpu_compiler.is_installed():
+            raise UserError(f"the compiler for GPUs is not installed: {gpu_compiler.INSTALL}")
         run = load_config(arguments.config, overrides, without_data=True)
-        gpus = gpus_to_compile_for(arguments.devices)
+        gpus = gpu_compiler.gpus(parse_topology(f"h200:{arguments.devices}"))
         programs = [compile_for(run, gpus)]
         if arguments.compare:
             key, _, value = arguments.compare.partition("=")
@@ -98,29 +83,9 @@ def main() -> None:
         )
 
 
-def gpus_to_compile_for(count: int) -> Sequence[Any]:
-    """Returns GPUs that are not there.
-
-    Raises:
-      UserError: the compiler is not installed.
-    """
-    try:
-        return topologies.get_topology_desc("", "cuda", target_config=H200, topology=f"1x{count}x1").devices
-    except NotImplementedError:
-        version = jax.__version__
-        wanted = f"jax-cuda12-plugin=={version} jax-cuda12-pjrt=={version}"
-        raise UserError(f"the compiler for GPUs is not installed: pip install --no-deps {wanted}") from None
-
-
 def compile_for(run: RunConfig, gpus: Sequence[Any]) -> Program:
     """Returns what a run's step moves and holds on each GPU."""
-    versions = types.SimpleNamespace(cudnn_get_version=lambda: CUDNN)
-    with (
-        mock.patch("jax._src.cudnn.fused_attention_stablehlo.cuda_versions", versions),
-        mock.patch.object(attention, "_capability", return_value=9.0),
-    ):
-        _, lowered = lower_step(run, gpus)
-    compiled = lowered.compile(compiler_options={"xla_gpu_enable_triton_gemm": False})
+    compiled = lower_step(run, gpus)[1].compile(compiler_options=gpu_compiler.COMPILER_OPTIONS)
     text = str(compiled.as_text())
     memory: Any = compiled.memory_analysis()
     moved, transposes = moved_by(text)

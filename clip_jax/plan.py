@@ -1,9 +1,9 @@
 """What a run will need, before it is paid for: the real training step compiled ahead of time for chips that need not be
 there, its memory on one of them, its collectives, and what follows by arithmetic.
 
-For TPUs the compiler comes with the `libtpu` package and needs no TPU. For GPUs the program is compiled for as many
-simulated CPU devices: what lies in memory between steps is exact, the temporaries are the CPU's account. No array is
-made.
+For TPUs the compiler comes with the `libtpu` package and needs no TPU, for GPUs with JAX's CUDA plugin and no GPU.
+Without that plugin a program for GPUs is compiled for as many simulated CPU devices: what lies in memory between steps
+is exact, the temporaries are the CPU's account. No array is made.
 """
 
 import importlib.util
@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from clip_jax import gpu_compiler
 from clip_jax.chips import Topology
 from clip_jax.config import RunConfig
 from clip_jax.console import plain_table
@@ -86,8 +87,9 @@ def make_plan(config: RunConfig, topology: Topology) -> Plan:
     """
     model = config.model
     flops = image_flops(model, train=True), text_flops(model)
-    state, lowered = lower_step(config, devices_of(topology))
-    compiled = _compile(lowered)
+    devices = devices_of(topology)
+    state, lowered = lower_step(config, devices)
+    compiled = _compile(lowered, gpu_compiler.COMPILER_OPTIONS if devices[0].platform == "gpu" else {})
     if isinstance(compiled, int):
         memory, found = {"total": compiled}, []
     else:
@@ -128,15 +130,19 @@ def lower_step(config: RunConfig, devices: Sequence[Any]) -> tuple[TrainState, j
         "weight": jax.ShapeDtypeStruct((config.batch,), jnp.float32, sharding=rows),
     }
     step: Any = program.train_step
-    return program.target, step.lower(program.target, batch)
+    with gpu_compiler.assumed_cudnn(devices):
+        return program.target, step.lower(program.target, batch)
 
 
 def devices_of(topology: Topology) -> Sequence[Any]:
-    """Returns devices to compile for: a TPU's need not be there, others are simulated by CPU devices.
+    """Returns devices to compile for: TPUs, and GPUs if their compiler is installed, need not be there; others are
+    simulated by CPU devices.
 
     Raises:
       UserError: the compiler is not installed, the topology does not exist, or JAX has too few CPU devices.
     """
+    if topology.chip.platform == "gpu" and gpu_compiler.is_installed():
+        return gpu_compiler.gpus(topology)
     if topology.chip.platform != "tpu":
         devices = jax.devices("cpu")
         if len(devices) < topology.chips:
@@ -182,6 +188,9 @@ def report(plan: Plan, *, mfu: float, memory: int, images_per_core: float) -> st
     if memory:
         verdict = "fits" if plan.fits(memory) else f"does not fit; {lever(plan)}"
         rows.append(("memory of a chip: there is", f"{memory / 2**30:,.2f} GiB: {verdict}"))
+    if topology.chip.platform == "gpu" and not gpu_compiler.is_installed():
+        account = f"the CPU's account, which is too much; with the GPU's compiler: {gpu_compiler.INSTALL}"
+        rows.append(("temporaries are", account))
     for each in plan.collectives:
         fabric = "between slices" if each.across else "within a slice" if topology.slices > 1 else "a step"
         behind = f", {each.hidden / each.sent:.0%} of it beside other work" if each.hidden else ""
@@ -246,10 +255,10 @@ def _time_rows(plan: Plan, *, mfu: float, images_per_core: float) -> list[tuple[
     ]
 
 
-def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled | int:
+def _compile(lowered: jax.stages.Lowered, options: dict[str, bool | str]) -> jax.stages.Compiled | int:
     """Returns the step, or the bytes that it wants where these are more than the compiler can place."""
     try:
-        return lowered.compile()
+        return lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         wanted = re.search(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm", str(error))
         if wanted is None:

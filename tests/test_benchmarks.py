@@ -6,11 +6,10 @@ import json
 import sys
 
 import pytest
-from jax.experimental import topologies
 
 from benchmarks import figures, gpu, gpu_program, run
 from benchmarks.figures import Figure, report
-from clip_jax.errors import UserError
+from clip_jax import gpu_compiler
 
 FAST = Figure("ours", 1234.5, "pairs/s", "theirs", 0.5, 2469.0)
 ALONE = Figure("alone", 0.0123456, "s")
@@ -110,13 +109,12 @@ def test_bytes_of_a_gpus_program_are_those_of_its_kernels():
     assert transposes == 1
 
 
-def test_without_the_compiler_it_is_named(monkeypatch):
-    def missing(*arguments, **options):
-        raise NotImplementedError("topology not implemented for cuda")  # as JAX says it
-
-    monkeypatch.setattr(topologies, "get_topology_desc", missing)
-    with pytest.raises(UserError, match="^the compiler for GPUs is not installed: pip install --no-deps jax-cuda12-"):
-        gpu_program.gpus_to_compile_for(1)
+def test_without_the_compiler_for_gpus_it_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(gpu_compiler, "is_installed", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu_program", "--config=configs/demo.py"])
+    with pytest.raises(SystemExit):
+        gpu_program.main()
+    assert "error: the compiler for GPUs is not installed: pip install --no-deps jax-cuda12-" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("installed", "module"), [(True, "beside_torch"), (False, "step")])

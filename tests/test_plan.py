@@ -1,19 +1,24 @@
 """Plans: operations, collectives and bytes are those of the real step; what cannot be is one line."""
 
 import dataclasses
+import importlib
 import importlib.util
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
+from jax.experimental import topologies
 from jax.sharding import PartitionSpec
 from tiny import TINY
 
+from clip_jax import gpu_compiler
 from clip_jax.chips import parse_topology, peak_of
 from clip_jax.config import LossConfig, MeshConfig
 from clip_jax.data.synthetic import synthetic_batches
@@ -367,6 +372,78 @@ def test_a_plan_for_tpu_slices_that_are_not_there():
     missing = plan_command("--topology=v5p:3x3x3")
     assert missing.returncode == 2
     assert "error: --topology=v5p:3x3x3: there is no such slice: " in missing.stderr
+
+
+needs_gpu_compiler = pytest.mark.skipif(not gpu_compiler.is_installed(), reason="JAX's CUDA plugin is not installed")
+
+
+@needs_gpu_compiler
+def test_a_plan_for_gpus_that_are_not_there():
+    """Attention is cuDNN's, and nothing but gradients and features is exchanged, on several hosts too."""
+    keys = "--config.model.dtype=bfloat16", "--config.batch=16384", "--config.samples=3276800"
+    found, defined = (
+        plan_command("--topology=h100:16", *keys, f"--config.model.attention={kind}") for kind in ("cudnn", "xla")
+    )
+    assert found.returncode == 0, found.stderr
+    assert "CPU" not in found.stdout
+    assert "74.51 GiB: fits" in found.stdout
+    gathers = [re.search(r"all-gather, a step +(\d+) x, ", each.stdout) for each in (found, defined)]
+    assert [int(match[1]) for match in gathers if match] == [2, 2]
+    held = [re.search(r"temporaries +([\d.]+) GiB", each.stdout) for each in (found, defined)]
+    fused, whole = (float(match[1]) for match in held if match)
+    print(f"temporaries with cuDNN's attention: {fused} GiB; by the definition: {whole} GiB")
+    assert fused < whole
+
+
+def test_without_the_gpus_compiler_temporaries_are_called_the_cpus(monkeypatch):
+    gpus = dataclasses.replace(plan_of(), topology=parse_topology("h100:4"))
+    monkeypatch.setattr(gpu_compiler, "is_installed", lambda: False)
+    text = report(gpus, mfu=0.4, memory=2**34, images_per_core=4.0)
+    assert "the CPU's account, which is too much; with the GPU's compiler: pip install --no-deps jax-cuda12" in text
+    monkeypatch.setattr(gpu_compiler, "is_installed", lambda: True)
+    assert "account" not in report(gpus, mfu=0.4, memory=2**34, images_per_core=4.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "slices", "shape"),
+    [("h100:64", 1, "1x8x8"), ("a100:4", 1, "1x1x4"), ("h200:16", 2, "2x2x8"), ("h100:12", 1, "1x3x4")],
+)
+def test_gpus_to_compile_for_are_hosts_of_up_to_eight(monkeypatch, name, slices, shape):
+    asked = []
+
+    def describe(topology_name, platform, **options):
+        asked.append((platform, options["topology"], options["target_config"]))
+        return types.SimpleNamespace(devices=["a device"])
+
+    monkeypatch.setattr(topologies, "get_topology_desc", describe)
+    assert gpu_compiler.gpus(parse_topology(name, slices=slices)) == ["a device"]
+    ((platform, found, target),) = asked
+    assert (platform, found) == ("cuda", shape)
+    assert f'device_description_str: "NVIDIA {name[:4].upper()}"' in target
+    assert f"major: {8 if name.startswith('a100') else 9} minor: 0 }}" in target
+
+
+def test_the_gpus_compiler_is_found_by_its_plugin(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    for module in [name for name in sys.modules if name.startswith("jax_plugins")]:
+        monkeypatch.delitem(sys.modules, module)
+    assert not gpu_compiler.is_installed()
+    (tmp_path / "jax_plugins" / "other").mkdir(parents=True)
+    importlib.invalidate_caches()
+    assert not gpu_compiler.is_installed()
+    (tmp_path / "jax_plugins" / "xla_cuda13").mkdir()
+    (tmp_path / "jax_plugins" / "xla_cuda13" / "__init__.py").touch()
+    importlib.invalidate_caches()
+    assert gpu_compiler.is_installed()
+
+
+@pytest.mark.parametrize(("platform", "version"), [("gpu", 91_002), ("cpu", None)])
+def test_jax_is_told_cudnns_version_for_gpus_alone(monkeypatch, platform, version):
+    monkeypatch.setattr(fused_attention_stablehlo, "cuda_versions", None)
+    with gpu_compiler.assumed_cudnn([types.SimpleNamespace(platform=platform)]):
+        told = fused_attention_stablehlo.cuda_versions
+        assert (told.cudnn_get_version() if told else None) == version
+    assert fused_attention_stablehlo.cuda_versions is None
 
 
 EVERY_TPU = """

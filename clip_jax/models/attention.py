@@ -91,9 +91,12 @@ def _lacking(query: jax.Array) -> str:
 
 
 def _capability() -> float:
-    """Returns the CUDA compute capability of this process's GPUs; 0 for other makers', or if there is none."""
+    """Returns the CUDA compute capability of this process's GPUs; 0 for other makers'.
+
+    Where it has none, a step is compiled for GPUs that are elsewhere, and is taken for one of the first that will do.
+    """
     try:
         found = getattr(jax.local_devices(backend="gpu")[0], "compute_capability", "")
     except RuntimeError:
-        return 0.0
+        return FIRST_CAPABILITY
     return float(found) if re.fullmatch(r"\d+\.\d+", str(found)) else 0.0
