@@ -1,9 +1,10 @@
-"""The nine models of the paper planned for TPU chips that need not be there: `python -m benchmarks.plans [configs]`.
+"""The nine models of the paper planned for chips that need not be there: `python -m benchmarks.plans [configs]`.
 
-Each config is compiled ahead of time for 256 chips of v5p, or with `--chips` for 8, 64, 256 or two slices of 128, with
-128 pairs on every chip, as 32,768 make on 256. A program gives two rows: what its collectives cost, for the table in
-docs/scaling.md, and what a chip holds, for the table in docs/plan.md. Needs libtpu; a program takes 10 to 25 minutes to
-compile, mostly on one core.
+Each config is compiled ahead of time for 256 chips of v5p, or with `--chips` for 8, 64, 256 or two slices of 128, and
+with `--kind=h100` for as many GPUs, with 128 pairs on every chip, as 32,768 make on 256. A program gives two rows: what
+its collectives cost, for the tables in docs/scaling.md, and what a chip holds, for the table in docs/plan.md. Needs the
+compilers that docs/plan.md names. A program for TPUs takes 10 to 25 minutes to compile, mostly on one core, one for
+GPUs 1 to 3.
 
 The step is operations at a share of the peak (`--mfu`), and in the table of collectives also their time at the makers'
 bandwidths, but for what is under way while the chip computes.
@@ -21,13 +22,18 @@ if TYPE_CHECKING:
     from clip_jax.plan import Plan
 
 CONFIGS = ("rn50", "rn101", "rn50x4", "rn50x16", "rn50x64", "vit_b32", "vit_b16", "vit_l14", "vit_l14_336")
-TOPOLOGIES = {"8": ("v5p:2x2x2", 1), "64": ("v5p:4x4x4", 1), "256": ("v5p:4x8x8", 1), "2x128": ("v5p:4x4x8", 2)}
+SLICES = {"8": 1, "64": 1, "256": 1, "2x128": 2}
+SHAPES = {
+    "v5p": {"8": "2x2x2", "64": "4x4x4", "256": "4x8x8", "2x128": "4x4x8"},
+    "h100": {"8": "8", "64": "64", "256": "256", "2x128": "128"},
+}
 PAIRS_A_CHIP = 128
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--chips", nargs="*", choices=TOPOLOGIES, default=["256"])
+    parser.add_argument("--chips", nargs="*", choices=SLICES, default=["256"])
+    parser.add_argument("--kind", choices=SHAPES, default="v5p")
     parser.add_argument("--mfu", type=float, default=0.4)
     parser.add_argument("--overlap", action="store_true", help="with config.mesh.overlap")
     parser.add_argument("configs", nargs="*", default=CONFIGS)
@@ -36,15 +42,15 @@ def main() -> None:
     with one_line_errors():
         for name in arguments.configs:
             for chips in arguments.chips:
-                plan = _plan(name, chips, overlap=arguments.overlap)
+                plan = _plan(name, arguments.kind, chips, overlap=arguments.overlap)
                 print(exchange_row(plan, mfu=arguments.mfu), memory_row(plan, mfu=arguments.mfu), sep="\n", flush=True)
 
 
-def _plan(name: str, chips: str, *, overlap: bool) -> "Plan":
+def _plan(name: str, kind: str, chips: str, *, overlap: bool) -> "Plan":
     from clip_jax.plan import make_plan  # and JAX, for the devices that are simulated by now
 
-    shape, slices = TOPOLOGIES[chips]
-    topology = parse_topology(shape, slices=slices)
+    slices = SLICES[chips]
+    topology = parse_topology(f"{kind}:{SHAPES[kind][chips]}", slices=slices)
     run = load_config(f"configs/{name}.py", [], without_data=True)
     batch, mesh = PAIRS_A_CHIP * topology.chips, dataclasses.replace(run.mesh, dcn_data=slices, overlap=overlap)
     return make_plan(dataclasses.replace(run, batch=batch, mesh=mesh), topology)
@@ -71,17 +77,21 @@ def exchange_row(plan: "Plan", *, mfu: float) -> str:
 
 
 def _sent_by_arithmetic(plan: "Plan") -> float:
-    """Returns the bytes that a chip sends within its slice for gradients and features, all summed in a ring.
+    """Returns the bytes that a chip sends within its slice for gradients and features, in rings.
 
-    A gradient of every parameter in the compute dtype, and of every text the features and their gradient in float32.
-    Between slices goes a chip's part of the gradients, which is then gathered by a second sum.
+    A gradient of every parameter in the compute dtype, summed, and of every text the features and their gradient in
+    float32, gathered and scattered, of which the compiler for TPUs makes sums. Between slices goes a chip's part of the
+    gradients, which is then gathered by a second sum. On GPUs the token table's gradient is float32.
     """
     import jax.numpy as jnp
 
     run, topology = plan.config, plan.topology
     chips, sums = topology.chips // topology.slices, 1 if topology.slices == 1 else 2
+    tpu, text = topology.chip.platform == "tpu", run.model.text
     gradients = sums * jnp.dtype(run.model.dtype).itemsize * plan.parameters
-    return 2 * (chips - 1) / chips * (gradients + 2 * 4 * run.batch * run.model.embed_dim)
+    gradients += 0 if tpu else 2 * text.vocab_size * text.width
+    features = (2 if tpu else 1) * 4 * run.batch * run.model.embed_dim
+    return 2 * (chips - 1) / chips * (gradients + features)
 
 
 def memory_row(plan: "Plan", *, mfu: float) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from clip_jax.chips import Topology
+from clip_jax.errors import UserError, one_line
 
 PLUGINS = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
 INSTALL = "pip install --no-deps jax-cuda12-plugin jax-cuda12-pjrt, in JAX's version"
@@ -52,7 +53,12 @@ def is_installed() -> bool:
 
 
 def gpus(topology: Topology) -> Sequence[Any]:
-    """Returns devices to compile for; a slice is so many hosts of up to eight GPUs."""
+    """Returns devices to compile for; a slice is so many hosts of up to eight GPUs.
+
+    Raises:
+      UserError: the plugin is not one that this JAX can compile with.
+    """
+    from jax.errors import JaxRuntimeError
     from jax.experimental import topologies
 
     chips = topology.chips // topology.slices
@@ -64,7 +70,13 @@ def gpus(topology: Topology) -> Sequence[Any]:
         dnn_version_info {{ major: {major} minor: {minor} patch: {patch} }}
     """
     shape = f"{topology.slices}x{hosts}x{chips // hosts}"
-    return topologies.get_topology_desc("", "cuda", target_config=target, topology=shape).devices
+    try:
+        return topologies.get_topology_desc("", "cuda", target_config=target, topology=shape).devices
+    except (JaxRuntimeError, NotImplementedError) as error:
+        raise UserError(
+            f"--topology={topology.name}: JAX's CUDA plugin does not compile for it ({one_line(error)[:100]}); install "
+            f"the one that belongs to this JAX: {INSTALL}"
+        ) from None
 
 
 @contextlib.contextmanager

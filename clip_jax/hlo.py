@@ -165,7 +165,7 @@ def _moved(lines: list[tuple[str, int, bool]]) -> int:
 
 def result_bytes(shape: str, operation: str) -> int:
     """Returns the bytes of a result; a tuple that holds operands too has these first, and counters last."""
-    holds_operands = operation in ("all-gather-start", "collective-permute-start")
+    holds_operands = operation in ("all-gather-start", "collective-permute-start", "reduce-scatter-start")
     arrays = [(dtype, [int(n) for n in dims.split(",") if n]) for dtype, dims in _ARRAY.findall(shape)]
     sizes = [
         _itemsize(dtype) * math.prod(dims)

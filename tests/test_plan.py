@@ -232,6 +232,8 @@ ENTRY %main (p: f32[8]) -> f32[64] {
   %same = f32[8] bitcast(%p)
   %three = f32[8] all-reduce-done(%two)
   %work = f32[8] fusion(%p), kind=kLoop, calls=%add
+  %part = ((f32[8]), f32[1]) reduce-scatter-start(%work), replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
+  %done = f32[1] reduce-scatter-done(%part)
   ROOT %four = f32[64] all-gather-done(%one)
 }
 """
@@ -242,6 +244,7 @@ def test_what_is_under_way_while_the_device_computes_is_hidden():
     assert collectives(ASYNCHRONOUS, devices=8) == [
         Collective("all-gather", False, 1, 256, sent=256 * 7 // 8, hidden=256 * 7 // 8),
         Collective("all-reduce", False, 1, 32, sent=32, hidden=0),
+        Collective("reduce-scatter", False, 1, 4, sent=4 * 7, hidden=0),
     ]
 
 
@@ -421,6 +424,15 @@ def test_gpus_to_compile_for_are_hosts_of_up_to_eight(monkeypatch, name, slices,
     assert (platform, found) == ("cuda", shape)
     assert f'device_description_str: "NVIDIA {name[:4].upper()}"' in target
     assert f"major: {8 if name.startswith('a100') else 9} minor: 0 }}" in target
+
+
+def test_a_plugin_that_cannot_compile_is_one_line(monkeypatch):
+    def refuse(*arguments, **options):
+        raise NotImplementedError("topology not implemented for cuda")  # as JAX says it
+
+    monkeypatch.setattr(topologies, "get_topology_desc", refuse)
+    with pytest.raises(UserError, match=r"h100:8: JAX's CUDA plugin .* \(topology not implemented for cuda\); install"):
+        gpu_compiler.gpus(parse_topology("h100:8"))
 
 
 def test_the_gpus_compiler_is_found_by_its_plugin(tmp_path, monkeypatch):
