@@ -1,4 +1,5 @@
-"""Attention by cuDNN's kernels beside its definition, forward and backward: time and error, at the towers' lengths.
+"""Attention by cuDNN's kernels, and by JAX's own for GPUs, beside its definition, forward and backward: time and error,
+at the towers' lengths.
 
   python -m benchmarks.attention [--rows=256] [--rounds=5]
 
@@ -14,13 +15,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.gpu.attention import BlockSizes, mha
 
 from benchmarks.figures import Figure, report
 from benchmarks.turns import in_turns
 from clip_jax.command_line import one_line_errors
 from clip_jax.config import MeshConfig
 from clip_jax.models.attention import attend
-from clip_jax.models.variants import AttentionKind
 from clip_jax.partition import make_mesh
 
 
@@ -59,28 +60,64 @@ def measure(shape: Shape, rows: int, rounds: int) -> list[Figure]:
     """Returns time and error of a shape."""
     keys = jax.random.split(jax.random.key(0), 4)
     given = [jax.random.normal(key, (rows, shape.tokens, shape.heads, HEAD), jnp.bfloat16) for key in keys]
-    by: dict[AttentionKind, Callable[..., list[jax.Array]]] = {
-        kind: jax.jit(functools.partial(_both_ways, kind, shape.causal)) for kind in ("cudnn", "xla")
-    }
+    by = {name: jax.jit(functools.partial(_both_ways, kernel, shape.causal)) for name, kernel in KERNELS.items()}
     with jax.default_matmul_precision("highest"):
-        exact = by["xla"](*(x[:8].astype(jnp.float32) for x in given))
-    errors = {kind: _error(function(*(x[:8] for x in given)), exact) for kind, function in by.items()}
+        exact = by[DEFINITION](*(x[:8].astype(jnp.float32) for x in given))
+    errors = {name: _error(function(*(x[:8] for x in given)), exact) for name, function in by.items()}
 
     def repeat(function: Callable[..., Any]) -> None:
         jax.block_until_ready([function(*given) for _ in range(CALLS)])
 
-    seconds = in_turns({kind: functools.partial(repeat, function) for kind, function in by.items()}, rounds)
-    fused, defined = (1e3 * median(seconds[kind]) / CALLS for kind in ("cudnn", "xla"))
+    seconds = in_turns({name: functools.partial(repeat, function) for name, function in by.items()}, rounds)
+    times = {name: 1e3 * median(found) / CALLS for name, found in seconds.items()}
     return [
-        Figure(f"{shape.name}: time", fused, "ms", "the definition", defined, defined / fused),
-        Figure(f"{shape.name}: error", errors["cudnn"], "", "the definition", errors["xla"]),
+        figure
+        for name in KERNELS
+        if name != DEFINITION
+        for figure in (
+            Figure(
+                f"{shape.name}: {name}, time",
+                times[name],
+                "ms",
+                DEFINITION,
+                times[DEFINITION],
+                times[DEFINITION] / times[name],
+            ),
+            Figure(f"{shape.name}: {name}, error", errors[name], "", DEFINITION, errors[DEFINITION]),
+        )
     ]
 
 
+def by_pallas(
+    query: jax.Array, key: jax.Array, value: jax.Array, *, causal: bool, block: int = 64, interpret: bool = False
+) -> jax.Array:
+    """Returns attention by JAX's kernel in Pallas, of rows padded to whole blocks that see only themselves."""
+    rows, tokens, _, head = query.shape
+    missing = -tokens % block
+    query, key, value = (jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) for x in (query, key, value))
+    segments = jnp.broadcast_to((jnp.arange(tokens + missing) >= tokens).astype(jnp.int32), (rows, tokens + missing))
+    sizes = BlockSizes(block, block, block, block, block, block)
+    mixed = mha(query, key, value, segments, head**-0.5, causal, block_sizes=sizes, interpret=interpret)
+    return mixed[:, :tokens]
+
+
+DEFINITION = "the definition"
+KERNELS: dict[str, Callable[..., jax.Array]] = {
+    "cuDNN": functools.partial(attend, kind="cudnn"),
+    "Pallas": by_pallas,
+    DEFINITION: functools.partial(attend, kind="xla"),
+}
+
+
 def _both_ways(
-    kind: AttentionKind, causal: bool, query: jax.Array, key: jax.Array, value: jax.Array, gradient: jax.Array
+    kernel: Callable[..., jax.Array],
+    causal: bool,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    gradient: jax.Array,
 ) -> list[jax.Array]:
-    mixed, pull = jax.vjp(functools.partial(attend, causal=causal, kind=kind), query, key, value)
+    mixed, pull = jax.vjp(functools.partial(kernel, causal=causal), query, key, value)
     return [mixed, *pull(gradient)]
 
 

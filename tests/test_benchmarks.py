@@ -1,15 +1,19 @@
 """The table of benchmarks: what they report, as it is shown and as it is written; a benchmark that fails is named. And
 what is read from programs for GPUs, and asked of a machine that has one."""
 
+import functools
 import importlib.util
 import json
 import sys
 
+import jax
+import numpy as np
 import pytest
 
-from benchmarks import figures, gpu, gpu_program, run
+from benchmarks import attention, figures, gpu, gpu_program, run
 from benchmarks.figures import Figure, report
 from clip_jax import gpu_compiler
+from clip_jax.models.attention import attend
 
 FAST = Figure("ours", 1234.5, "pairs/s", "theirs", 0.5, 2469.0)
 ALONE = Figure("alone", 0.0123456, "s")
@@ -128,3 +132,17 @@ def test_a_gpu_is_asked_for_the_same_work_as_open_clip(monkeypatch, installed, m
     options = chosen[1][1]
     assert {"--config=configs/rn50.py:batch=8", "--config.model.dead_tokens=compute"} < set(options)
     assert ("--compile" in options) == installed
+
+
+@pytest.mark.parametrize(("tokens", "causal"), [(10, False), (16, True), (21, True)])
+def test_jaxs_attention_kernel_is_given_what_attention_is_defined_for(tokens, causal):
+    given = jax.random.normal(jax.random.key(0), (4, 2, tokens, 2, 8))
+
+    def both_ways(kernel):
+        mixed, pull = jax.vjp(kernel, *given[:3])
+        return mixed, *pull(given[3])
+
+    found = both_ways(functools.partial(attention.by_pallas, causal=causal, block=16, interpret=True))
+    expected = both_ways(functools.partial(attend, causal=causal))
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
