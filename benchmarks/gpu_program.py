@@ -21,9 +21,10 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # there is no GPU to start
 import jax
 
 from benchmarks.figures import Figure, report
+from benchmarks.step import load_runs
 from clip_jax import gpu_compiler
 from clip_jax.chips import parse_topology
-from clip_jax.command_line import load_config, one_line_errors, take_overrides
+from clip_jax.command_line import one_line_errors, take_overrides
 from clip_jax.config import RunConfig
 from clip_jax.errors import UserError
 from clip_jax.hlo import collectives, instructions, result_bytes
@@ -69,18 +70,12 @@ def main() -> None:
         arguments = parser.parse_args(rest)
         if not gpu_compiler.is_installed():
             raise UserError(f"the compiler for GPUs is not installed: {gpu_compiler.INSTALL}")
-        run = load_config(arguments.config, overrides, without_data=True)
+        runs = load_runs(arguments.config, overrides, compare=arguments.compare)
         gpus = gpu_compiler.gpus(parse_topology(f"h200:{arguments.devices}"))
-        programs = [compile_for(run, gpus)]
-        if arguments.compare:
-            key, _, value = arguments.compare.partition("=")
-            programs.append(
-                compile_for(load_config(arguments.config, [*overrides, (key, value)], without_data=True), gpus)
-            )
-        title = f"{variant_name(run.model)}, {run.batch} pairs on {len(gpus)} x H200, {run.model.dtype}"
-        report(
-            f"Program of a training step, {title}; jax {jax.__version__}", figures(programs, arguments.compare or "")
-        )
+        run = next(iter(runs.values()))
+        what = f"{variant_name(run.model)}, {run.batch} pairs on {len(gpus)} x H200, {run.model.dtype}"
+        programs = [compile_for(each, gpus) for each in runs.values()]
+        report(f"Program of a training step, {what}; jax {jax.__version__}", figures(programs, arguments.compare or ""))
 
 
 def compile_for(run: RunConfig, gpus: Sequence[Any]) -> Program:

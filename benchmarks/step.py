@@ -48,13 +48,28 @@ def main() -> None:
         parser.add_argument("--steps", type=int, default=1, help="timed steps in a turn, after one that is not")
         parser.add_argument("--matmul", type=int, help="side of the matrix product (default: 8192; 2048 on CPUs)")
         arguments = parser.parse_args(rest)
-        runs = {"as configured": load_config(arguments.config, overrides, without_data=True)}
-        if arguments.compare:
-            key, equals, value = arguments.compare.partition("=")
-            if not equals:
-                raise UserError(f"--compare={arguments.compare}: it must be key=value")
-            runs[arguments.compare] = load_config(arguments.config, [*overrides, (key, value)], without_data=True)
+        runs = load_runs(arguments.config, overrides, compare=arguments.compare)
         measure(runs, rounds=arguments.rounds, steps=arguments.steps, side=arguments.matmul)
+
+
+def load_runs(config: str, overrides: list[tuple[str, str]], *, compare: str | None) -> dict[str, RunConfig]:
+    """Returns the run that a command line names, and the same with one more key changed, by their names.
+
+    Args:
+      config: file.
+      overrides: (key, value) of the command line.
+      compare: `key=value`; None means no second one.
+
+    Raises:
+      UserError: `compare` is not of that form, or the configs are not valid.
+    """
+    runs = {"as configured": load_config(config, overrides, without_data=True)}
+    if compare:
+        key, equals, value = compare.partition("=")
+        if not equals:
+            raise UserError(f"--compare={compare}: it must be key=value")
+        runs[compare] = load_config(config, [*overrides, (key, value)], without_data=True)
+    return runs
 
 
 def measure(runs: dict[str, RunConfig], *, rounds: int, steps: int, side: int | None) -> None:
