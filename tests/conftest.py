@@ -21,7 +21,10 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ["XLA_FLAGS"] = xla_flags(devices=8)
 os.environ["JAX_PLATFORMS"] = "cpu"
 
+from hypothesis import settings
 from jaxtyping import install_import_hook
 
+settings.register_profile("untimed", deadline=None)  # a busy machine fails no test
+settings.load_profile("untimed")
 _HOOK = install_import_hook("clip_jax", "beartype.beartype")
 pytest_plugins = ["data_fixtures", "search_fixtures"]

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from clip_jax.data.order import FullShuffle, Mixture, WindowShuffle, permutation, position_of_row
@@ -19,7 +19,6 @@ def records(order, count, start=0):
 COUNTS = st.lists(st.integers(0, 40), min_size=1, max_size=8).filter(any)
 
 
-@settings(deadline=None)
 @given(COUNTS, st.integers(1, 6), st.integers(1, 9), st.integers(1, 5), st.integers(0, 2**32))
 def test_every_epoch_of_windows_is_every_record_once(counts, streams, block, window, seed):
     order = windows(counts, streams, block, window, seed)
@@ -30,7 +29,6 @@ def test_every_epoch_of_windows_is_every_record_once(counts, streams, block, win
         assert sorted(each.index for each in found) == list(range(size))
 
 
-@settings(deadline=None)
 @given(COUNTS, st.integers(1, 6), st.integers(1, 9), st.integers(1, 5))
 def test_a_stream_reads_every_block_in_one_window_only(counts, streams, block, window):
     """What a reader relies on: the pieces are runs within a block, and together a stream's records, once."""
