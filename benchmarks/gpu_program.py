@@ -40,7 +40,7 @@ class Program(NamedTuple):
 
     Attributes:
       moved: bytes that kernels read and write, by what they are.
-      transposes: kernels that only transpose or copy so, how often they run.
+      transposes: kernels that only transpose, as often as they run.
       temporary: bytes held beside the state and the batch.
       sent: bytes to other GPUs.
     """

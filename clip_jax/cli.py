@@ -400,7 +400,7 @@ def _interpolate(arguments: argparse.Namespace) -> None:
 def _plan(arguments: argparse.Namespace) -> None:
     from clip_jax.chips import parse_topology
     from clip_jax.command_line import load_config, simulate_devices
-    from clip_jax.gpu_compiler import is_installed
+    from clip_jax.gpu_compiler import compiles_for
 
     topology = parse_topology(arguments.topology, slices=arguments.slices)
     overrides = arguments.overrides
@@ -408,8 +408,8 @@ def _plan(arguments: argparse.Namespace) -> None:
         overrides = [("mesh.dcn_data", str(topology.slices)), *overrides]
     config = load_config(arguments.config, overrides, without_data=True)
     _check_positive(arguments, "mfu", "images_per_core", "tries")
-    compiled_for = topology.chip.platform == "tpu" or (topology.chip.platform == "gpu" and is_installed())
-    simulate_devices(1 if compiled_for else topology.chips)
+    ahead_of_time = topology.chip.platform == "tpu" or compiles_for(topology)
+    simulate_devices(1 if ahead_of_time else topology.chips)
     memory = topology.chip.memory if arguments.memory is None else int(arguments.memory * 2**30)
     if arguments.budget is not None:
         _propose(config, topology, int(arguments.budget * 2**30) or memory, arguments)

@@ -52,6 +52,11 @@ def is_installed() -> bool:
     return any(importlib.util.find_spec(plugin) for plugin in PLUGINS)
 
 
+def compiles_for(topology: Topology) -> bool:
+    """Whether a topology is of GPUs that the compiler is there for; imports no JAX."""
+    return topology.chip.platform == "gpu" and is_installed()
+
+
 def gpus(topology: Topology) -> Sequence[Any]:
     """Returns devices to compile for; a slice is so many hosts of up to eight GPUs.
 

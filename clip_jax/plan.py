@@ -89,7 +89,7 @@ def make_plan(config: RunConfig, topology: Topology) -> Plan:
     flops = image_flops(model, train=True), text_flops(model)
     devices = devices_of(topology)
     state, lowered = lower_step(config, devices)
-    compiled = _compile(lowered, gpu_compiler.COMPILER_OPTIONS if devices[0].platform == "gpu" else {})
+    compiled = _compile(lowered, gpu_compiler.COMPILER_OPTIONS if gpu_compiler.compiles_for(topology) else {})
     if isinstance(compiled, int):
         memory, found = {"total": compiled}, []
     else:
@@ -141,7 +141,7 @@ def devices_of(topology: Topology) -> Sequence[Any]:
     Raises:
       UserError: the compiler is not installed, the topology does not exist, or JAX has too few CPU devices.
     """
-    if topology.chip.platform == "gpu" and gpu_compiler.is_installed():
+    if gpu_compiler.compiles_for(topology):
         return gpu_compiler.gpus(topology)
     if topology.chip.platform != "tpu":
         devices = jax.devices("cpu")
@@ -188,7 +188,7 @@ def report(plan: Plan, *, mfu: float, memory: int, images_per_core: float) -> st
     if memory:
         verdict = "fits" if plan.fits(memory) else f"does not fit; {lever(plan)}"
         rows.append(("memory of a chip: there is", f"{memory / 2**30:,.2f} GiB: {verdict}"))
-    if topology.chip.platform == "gpu" and not gpu_compiler.is_installed():
+    if topology.chip.platform == "gpu" and not gpu_compiler.compiles_for(topology):
         account = f"the CPU's account, which is too much; with the GPU's compiler: {gpu_compiler.INSTALL}"
         rows.append(("temporaries are", account))
     for each in plan.collectives:

@@ -34,7 +34,6 @@ def budget(examples):
     """Hypothesis' settings: the same inputs in every run, so that what fails can be looked into."""
     return settings(
         max_examples=examples,
-        deadline=None,
         derandomize=True,
         database=None,
         phases=(Phase.generate,),
