@@ -1,10 +1,11 @@
-"""Attention by cuDNN's kernels, and by JAX's own for GPUs, beside its definition, forward and backward: time and error,
-at the towers' lengths.
+"""Attention by cuDNN's kernels and by ours beside its definition, forward and backward: time and error, at the towers'
+lengths.
 
   python -m benchmarks.attention [--rows=256] [--rounds=5]
 
-Operands are bfloat16. An error is the norm of what differs from the definition in float32 over that one's norm, the
-largest of the result's and the three gradients'. Needs an NVIDIA GPU.
+From q, k and v as one product leaves them to their gradient as its backward pass takes it, in bfloat16. An error is the
+norm of what differs from the definition in float32 over that one's norm, the larger of the result's and the gradient's.
+Needs an NVIDIA GPU.
 """
 
 import argparse
@@ -15,13 +16,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.gpu.attention import BlockSizes, mha
 
 from benchmarks.figures import Figure, report
 from benchmarks.turns import in_turns
 from clip_jax.command_line import one_line_errors
 from clip_jax.config import MeshConfig
-from clip_jax.models.attention import attend
+from clip_jax.models.attention import attend, attend_packed
+from clip_jax.models.variants import AttentionKind
 from clip_jax.partition import make_mesh
 
 
@@ -36,7 +37,9 @@ class Shape(NamedTuple):
 
 SHAPES = (
     Shape("ViT-B/32, images", 50, 12),
+    Shape("ViT-B/16, images", 197, 12),
     Shape("ViT-L/14, images", 257, 16),
+    Shape("ViT-L/14@336, images", 577, 16),
     Shape("ViT-B/32, texts", 77, 8, causal=True),
 )
 HEAD = 64
@@ -58,9 +61,11 @@ def main() -> None:
 
 def measure(shape: Shape, rows: int, rounds: int) -> list[Figure]:
     """Returns time and error of a shape."""
-    keys = jax.random.split(jax.random.key(0), 4)
-    given = [jax.random.normal(key, (rows, shape.tokens, shape.heads, HEAD), jnp.bfloat16) for key in keys]
-    by = {name: jax.jit(functools.partial(_both_ways, kernel, shape.causal)) for name, kernel in KERNELS.items()}
+    given = [
+        jax.random.normal(jax.random.key(key), (rows, shape.tokens, parts * shape.heads * HEAD), jnp.bfloat16)
+        for key, parts in enumerate((3, 1))
+    ]
+    by = {name: jax.jit(functools.partial(_both_ways, shape, kind)) for name, kind in KINDS.items()}
     with jax.default_matmul_precision("highest"):
         exact = by[DEFINITION](*(x[:8].astype(jnp.float32) for x in given))
     errors = {name: _error(function(*(x[:8] for x in given)), exact) for name, function in by.items()}
@@ -72,7 +77,7 @@ def measure(shape: Shape, rows: int, rounds: int) -> list[Figure]:
     times = {name: 1e3 * median(found) / CALLS for name, found in seconds.items()}
     return [
         figure
-        for name in KERNELS
+        for name in KINDS
         if name != DEFINITION
         for figure in (
             Figure(
@@ -88,42 +93,25 @@ def measure(shape: Shape, rows: int, rounds: int) -> list[Figure]:
     ]
 
 
-def by_pallas(
-    query: jax.Array, key: jax.Array, value: jax.Array, *, causal: bool, block: int = 64, interpret: bool = False
-) -> jax.Array:
-    """Returns attention by JAX's kernel in Pallas, of rows padded to whole blocks that see only themselves."""
-    rows, tokens, _, head = query.shape
-    missing = -tokens % block
-    query, key, value = (jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) for x in (query, key, value))
-    segments = jnp.broadcast_to((jnp.arange(tokens + missing) >= tokens).astype(jnp.int32), (rows, tokens + missing))
-    sizes = BlockSizes(block, block, block, block, block, block)
-    mixed = mha(query, key, value, segments, head**-0.5, causal, block_sizes=sizes, interpret=interpret)
-    return mixed[:, :tokens]
-
-
 DEFINITION = "the definition"
-KERNELS: dict[str, Callable[..., jax.Array]] = {
-    "cuDNN": functools.partial(attend, kind="cudnn"),
-    "Pallas": by_pallas,
-    DEFINITION: functools.partial(attend, kind="xla"),
-}
+KINDS: dict[str, AttentionKind] = {"cuDNN": "cudnn", "ours": "pallas", DEFINITION: "xla"}
 
 
-def _both_ways(
-    kernel: Callable[..., jax.Array],
-    causal: bool,
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    gradient: jax.Array,
-) -> list[jax.Array]:
-    mixed, pull = jax.vjp(functools.partial(kernel, causal=causal), query, key, value)
+def _both_ways(shape: Shape, kind: AttentionKind, packed: jax.Array, gradient: jax.Array) -> list[jax.Array]:
+    mixed, pull = jax.vjp(functools.partial(_mix, shape, kind), packed)
     return [mixed, *pull(gradient)]
+
+
+def _mix(shape: Shape, kind: AttentionKind, packed: jax.Array) -> jax.Array:
+    if kind == "pallas":
+        return attend_packed(packed, shape.heads, causal=shape.causal)
+    parts = (x.reshape(*x.shape[:2], shape.heads, HEAD) for x in jnp.split(packed, 3, axis=-1))
+    return attend(*parts, causal=shape.causal, kind=kind).reshape(*packed.shape[:2], -1)
 
 
 def _error(found: list[jax.Array], exact: list[jax.Array]) -> float:
     pairs = zip(found, exact, strict=True)
-    return max(float(jnp.linalg.norm(a.astype(b.dtype) - b) / jnp.linalg.norm(b)) for a, b in pairs)
+    return float(jnp.max(jnp.array([jnp.linalg.norm(a.astype(b.dtype) - b) / jnp.linalg.norm(b) for a, b in pairs])))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """Whole training steps beside open_clip's in torch, in turns in one process.
 
   python -m benchmarks.beside_torch --config=configs/vit_b32.py:batch=64 --config.model.dtype=float32
+      [--compare=key=value]
 
 The same model, batch, precision and machine: both towers, contrastive loss, backward pass, AdamW, clamp of the scale.
 Ours is measured as configured, and, if that differs, with `model.dead_tokens=compute`, which computes what open_clip
-does. open_clip runs as its users run it at its best: bfloat16 by autocast over float32 weights, fused AdamW, TF32
-products on a GPU, and with `--compile` through `torch.compile`. Synthetic pairs with captions as long as web captions
-are. Needs torch and open_clip.
+does; and with one more key changed. open_clip runs as its users run it at its best: bfloat16 by autocast over float32
+weights, fused AdamW, TF32 products on a GPU, and with `--compile` through `torch.compile`. Synthetic pairs, whose
+captions are as long as web captions. Needs torch and open_clip.
 """
 
 import argparse
@@ -24,7 +25,7 @@ import jax
 import numpy as np
 
 from benchmarks.figures import Figure, report
-from benchmarks.step import CompiledStep, matmul_speed
+from benchmarks.step import CompiledStep, load_runs, matmul_speed
 from benchmarks.turns import in_turns
 from clip_jax.chips import peak_of
 from clip_jax.command_line import load_config, one_line_errors, take_overrides
@@ -42,17 +43,14 @@ def main() -> None:
         rest, overrides = take_overrides(sys.argv[1:])
         parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("--config", required=True, help="config file, such as configs/vit_b32.py:batch=64")
+        parser.add_argument("--compare", metavar="KEY=VALUE", help="ours also with this key changed")
         parser.add_argument("--rounds", type=int, default=7, help="turns; the median counts")
         parser.add_argument("--steps", type=int, default=2, help="timed steps in a turn, after one that is not")
         parser.add_argument("--compile", action="store_true", help="torch.compile for open_clip")
         arguments = parser.parse_args(rest)
-        plain = [*overrides, ("model.dead_tokens", "compute")]
-        runs = {
-            name: load_config(arguments.config, keys, without_data=True)
-            for name, keys in ((OURS, overrides), (PLAIN, plain))
-        }
-        if runs[OURS] == runs[PLAIN]:
-            del runs[OURS]
+        first, *others = load_runs(arguments.config, overrides, compare=arguments.compare).items()
+        plain = load_config(arguments.config, [*overrides, ("model.dead_tokens", "compute")], without_data=True)
+        runs = {**({} if first[1] == plain else {OURS: first[1]}), **dict(others), PLAIN: plain}
         measure(runs, rounds=arguments.rounds, steps=arguments.steps, compiled=arguments.compile)
 
 

@@ -1,10 +1,12 @@
 """Training steps of the paper's models on one large GPU, beside open_clip's: one call, one dated table.
 
   python -m benchmarks.gpu [--models vit_b32 vit_l14 …] [--out=runs/benchmarks] [--rounds=5] [--compile]
+      [--compare=key=value]
 
 bfloat16 over float32 weights, all tokens computed, so that both do the same work; the share of the peak is the data
 sheet's (H100 and H200 with the SXM socket). Batches are sizes of which ours and theirs should fit into 80 GB together;
-one that does not fit is named, and the rest go on. Without open_clip, ours alone. Before, attention by itself.
+one that does not fit is named, and the rest go on. Without open_clip, ours alone. Before, attention by itself; and
+each model with one key changed besides, which is attention by our own kernels unless another is named, or none.
 XLA_FLAGS=--xla_gpu_enable_triton_gemm=false shortens compiling, and --xla_gpu_autotune_level=2 that of ResNets more.
 What is aimed at:
 
@@ -33,14 +35,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="steps in a turn")
     parser.add_argument("--batch", type=int, help="pairs, instead of each model's own")
     parser.add_argument("--compile", action="store_true", help="torch.compile for open_clip")
+    parser.add_argument("--compare", default="model.attention=pallas", help="KEY=VALUE; empty for none")
     arguments = parser.parse_args()
     compiled = ("--compile",) if arguments.compile else ()
+    compare = (f"--compare={arguments.compare}",) if arguments.compare else ()
     both = importlib.util.find_spec("open_clip") is not None
     turns = (f"--rounds={arguments.rounds}", f"--steps={arguments.steps}")
     chosen: list[tuple[str, tuple[str, ...]]] = [("attention", ())]
     for model in arguments.models:
         config = f"--config=configs/{model}.py:batch={arguments.batch or BATCHES[model]}"
-        options = (config, "--config.model.dead_tokens=compute", *turns)
+        options = (config, "--config.model.dead_tokens=compute", *compare, *turns)
         chosen.append(("beside_torch", (*options, *compiled)) if both else ("step", options))
     run_all(chosen, arguments.out)
 

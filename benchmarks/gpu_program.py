@@ -32,6 +32,7 @@ from clip_jax.models.variants import variant_name
 from clip_jax.plan import lower_step
 
 KERNELS = ("fusion", "custom-call", "copy", "transpose", "copy-start")
+LIBRARIES = {"products": "cublas", "cuDNN": "cudnn", "Pallas": "triton"}
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\(([^)]*)\)")
 
 
@@ -99,21 +100,15 @@ def moved_by(text: str) -> tuple[Counter[str], int]:
     """Returns bytes by what reads and writes them, and how many kernels only transpose or copy."""
     found = [(match, times) for line, times in instructions(text) if (match := _INSTRUCTION.match(line))]
     sizes = {match[1]: result_bytes(match[2], match[3]) for match, _ in found}
-    moved, transposes = Counter({"products": 0, "cuDNN": 0, "other kernels": 0}), 0
+    moved, transposes = Counter(dict.fromkeys((*LIBRARIES, "other kernels"), 0)), 0
     for match, times in found:
         name, _, operation, operands = match.groups()
         if operation not in KERNELS:
             continue
-        size = sizes[name] + sum(sizes.get(each.strip().lstrip("%"), 0) for each in operands.split(","))
+        read = {each.strip().lstrip("%") for each in operands.split(",")}  # in parts, if more than once
         target = re.search(r'custom_call_target="([^"]*)"', match.string)
-        by = (
-            "products"
-            if target and "cublas" in target[1]
-            else "cuDNN"
-            if target and "cudnn" in target[1]
-            else "other kernels"
-        )
-        moved[by] += times * size
+        by = next((what for what, mark in LIBRARIES.items() if target and mark in target[1]), "other kernels")
+        moved[by] += times * (sizes[name] + sum(sizes.get(each, 0) for each in read))
         transposes += times * (operation == "transpose" or "transpose" in name)
     return moved, transposes
 

@@ -5,14 +5,14 @@ size 1. Rows of a batch lie on all three; parameters and optimizer states are sp
 others (with ZeRO-1 the optimizer states are split over `data` as well).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.experimental.layout import Layout, with_layout_constraint
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from clip_jax.config import MeshConfig
 from clip_jax.errors import ConfigError
@@ -164,17 +164,19 @@ def constrain_rows(x: jax.Array) -> jax.Array:
         return x
     if mesh.size > 1:
         x = jax.lax.with_sharding_constraint(x, ROWS)
-    return _row_major(x, mesh) if traced_for() == "gpu" else x
+    return on_each_device(_row_major, x) if traced_for() == "gpu" else x
 
 
-def _row_major(x: jax.Array, mesh: AbstractMesh) -> jax.Array:
-    def constrain(x: jax.Array) -> jax.Array:
-        return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+def on_each_device(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """Applies to each device's rows what the partitioner does not know, for which it would gather all of them."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size <= 1:
+        return function(x)
+    return jax.shard_map(function, mesh=mesh, in_specs=ROWS, out_specs=ROWS, check_vma=False)(x)
 
-    if mesh.size == 1:
-        return constrain(x)
-    # On each device: the partitioner would gather what it does not know.
-    return jax.shard_map(constrain, mesh=mesh, in_specs=ROWS, out_specs=ROWS, check_vma=False)(x)
+
+def _row_major(x: jax.Array) -> jax.Array:
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
 def traced_for() -> str:

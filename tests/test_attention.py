@@ -12,7 +12,7 @@ from tiny import TINY
 
 from clip_jax.errors import ConfigError
 from clip_jax.models import attention
-from clip_jax.models.attention import attend
+from clip_jax.models.attention import attend, attend_packed, takes_packed
 from clip_jax.models.clip import CLIP, init_variables
 from clip_jax.partition import make_mesh
 
@@ -93,31 +93,42 @@ def test_where_cudnn_cannot_be_used_auto_takes_the_definition(gpu, monkeypatch):
     assert not gpu
 
 
-def test_outside_of_a_step_it_is_not_used(monkeypatch):
-    monkeypatch.setattr(attention, "_lacking", lambda query: "")
+def test_outside_of_a_step_kernels_are_not_used(monkeypatch):
+    monkeypatch.setattr(attention, "_lacking", lambda *what: "")
     monkeypatch.delattr(jax.nn, "dot_product_attention")
     attend(*operands(6), causal=True, kind="cudnn")
+    assert not takes_packed("pallas")
 
 
 @pytest.mark.parametrize(
-    ("given", "capability", "reason"),
+    ("kind", "given", "capability", "reason"),
     [
-        ({"dtype": jnp.float32}, 9.0, "config.model.dtype is float32, not bfloat16"),
-        ({"head": 12}, 9.0, "a head has 12 channels, not a multiple of 8 up to 128"),
-        ({"head": 136}, 9.0, "a head has 136 channels, not a multiple of 8 up to 128"),
-        ({}, 7.5, "the devices are not NVIDIA GPUs since A100"),
+        ("cudnn", {"dtype": jnp.float32}, 9.0, "config.model.dtype is float32, not bfloat16"),
+        ("cudnn", {"head": 12}, 9.0, "a head has 12 channels, not a multiple of 8 up to 128"),
+        ("cudnn", {"head": 136}, 9.0, "a head has 136 channels, not a multiple of 8 up to 128"),
+        ("cudnn", {}, 7.5, "the devices are not NVIDIA GPUs since A100"),
+        ("pallas", {"head": 64, "dtype": jnp.float32}, 9.0, "config.model.dtype is float32, not bfloat16"),
+        ("pallas", {"head": 80}, 9.0, "a head has 80 channels, not 16 or 32 or 64 or 128"),
+        ("pallas", {"head": 64}, 7.5, "the devices are not NVIDIA GPUs since A100"),
     ],
 )
-def test_cudnn_that_cannot_be_used_is_refused(gpu, monkeypatch, given, capability, reason):
+def test_kernels_that_cannot_be_used_are_refused(gpu, monkeypatch, kind, given, capability, reason):
     monkeypatch.setattr(attention, "_capability", lambda: capability)
-    with pytest.raises(ConfigError, match=f"^config.model.attention is cudnn, and {reason}; auto uses it where"):
-        attend(*operands(6, **given), causal=True, kind="cudnn")
+    parts = operands(6, **given)
+    packed = jnp.concatenate([part.reshape(2, 6, -1) for part in parts], axis=-1)
+    ask = {
+        "cudnn": lambda: attend(*parts, causal=True, kind="cudnn"),
+        "pallas": lambda: attend_packed(packed, 4, causal=True),
+    }
+    with pytest.raises(ConfigError, match=f"^config.model.attention is {kind}, and {reason}; auto uses what can be"):
+        ask[kind]()
 
 
+@pytest.mark.parametrize("kind", ["cudnn", "pallas"])
 @pytest.mark.parametrize("method", ["encode_image", "encode_text"])
-def test_the_config_reaches_both_towers(in_a_step, method):
+def test_the_config_reaches_both_towers(in_a_step, method, kind):
     towers = {name: dataclasses.replace(getattr(TINY.model, name), layers=2) for name in ("vision", "text")}
-    model = CLIP(dataclasses.replace(TINY.model, **towers, dtype="bfloat16", attention="cudnn"))
+    model = CLIP(dataclasses.replace(TINY.model, **towers, dtype="bfloat16", attention=kind))
     variables = jax.eval_shape(
         lambda: init_variables(CLIP(dataclasses.replace(model.config, attention="xla")), jax.random.key(0))
     )
@@ -129,7 +140,7 @@ def test_the_config_reaches_both_towers(in_a_step, method):
 @pytest.mark.parametrize(("tokens", "causal"), [(50, False), (257, False), (77, True)])
 def test_jax_lowers_it_and_its_gradient_for_gpus(in_a_step, monkeypatch, tokens, causal):
     monkeypatch.setattr(PRIVATE, types.SimpleNamespace(cudnn_get_version=lambda: 91_000))
-    monkeypatch.setattr(attention, "_lacking", lambda query: "")
+    monkeypatch.setattr(attention, "_lacking", lambda *what: "")
     given = [jax.ShapeDtypeStruct((2, tokens, 4, 64), jnp.bfloat16)] * 3
 
     def value(*given):

@@ -1,20 +1,24 @@
-"""Attention, as it is defined or by cuDNN's kernels for NVIDIA's GPUs.
+"""Attention, as it is defined, by cuDNN's kernels for NVIDIA's GPUs, or by ours for them.
 
-Those keep no matrix of logits in memory (Dao et al., 2022, FlashAttention), which for the lengths of CLIP's towers is
+Kernels keep no matrix of logits in memory (Dao et al., 2022, FlashAttention), which for the lengths of CLIP's towers is
 what most of attention's time goes to. They serve training steps in bfloat16; all else is computed by the definition.
 """
 
+import functools
 import re
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from clip_jax.array_types import Array, Float, Int
 from clip_jax.errors import ConfigError
 from clip_jax.models.variants import AttentionKind
-from clip_jax.partition import traced_for
+from clip_jax.partition import on_each_device, traced_for
 
-LARGEST_HEAD = 128  # of cuDNN's kernels, on every GPU that has them
+CUDNN_HEADS = range(8, 129, 8)  # channels of a head that the kernels take, on every GPU that has them
+PALLAS_HEADS = (16, 32, 64, 128)
 FIRST_CAPABILITY = 8.0  # of the GPUs that have them: A100
 
 
@@ -41,14 +45,37 @@ def attend(
     Raises:
       ConfigError: `cudnn`, and it cannot.
     """
-    in_a_step = not jax.sharding.get_abstract_mesh().empty
-    if kind != "xla" and in_a_step and at is None and query.shape == key.shape:
-        lacking = _lacking(query)
+    if kind in ("auto", "cudnn") and _in_a_step() and at is None and query.shape == key.shape:
+        lacking = _lacking(query.dtype, query.shape[-1], "cudnn")
         if not lacking:
             return _by_cudnn(query, key, value, causal=causal)
         if kind == "cudnn":
-            raise ConfigError(f"config.model.attention is cudnn, and {lacking}; auto uses it where it can be used")
+            raise _refusal(kind, lacking)
     return _by_definition(query, key, value, causal=causal, at=at)
+
+
+def attend_packed(packed: Float[Array, "b l qkv"], heads: int, *, causal: bool) -> Float[Array, "b l d"]:
+    """Returns what `attend` would of all queries, by our kernels; call it where `takes_packed`.
+
+    Args:
+      packed: queries, keys and values as one product leaves them, each of them its heads' channels.
+      heads: how many.
+      causal: a query sees no later position than its own.
+
+    Raises:
+      ConfigError: the kernels cannot be used.
+    """
+    lacking = _lacking(packed.dtype, packed.shape[-1] // 3 // heads, "pallas")
+    if lacking:
+        raise _refusal("pallas", lacking)
+    from clip_jax.models import attention_kernel  # Pallas takes a while to import, and other devices do without
+
+    return on_each_device(functools.partial(attention_kernel.attend_packed, heads=heads, causal=causal), packed)
+
+
+def takes_packed(kind: AttentionKind) -> bool:
+    """Whether such attention is computed from queries, keys and values in one array: by our kernels, in a step."""
+    return kind == "pallas" and _in_a_step()
 
 
 def _by_definition(
@@ -78,13 +105,22 @@ def _by_cudnn(query: jax.Array, key: jax.Array, value: jax.Array, *, causal: boo
     return mixed[:, :tokens]
 
 
-def _lacking(query: jax.Array) -> str:
-    """Returns what cuDNN's kernels want and a training step with such queries does not have; empty if nothing."""
-    head = query.shape[-1]
-    if query.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"config.model.dtype is {query.dtype}, not bfloat16"
-    if head % 8 or head > LARGEST_HEAD:
-        return f"a head has {head} channels, not a multiple of 8 up to {LARGEST_HEAD}"
+def _in_a_step() -> bool:
+    return not jax.sharding.get_abstract_mesh().empty
+
+
+def _refusal(kind: AttentionKind, lacking: str) -> ConfigError:
+    return ConfigError(f"config.model.attention is {kind}, and {lacking}; auto uses what can be used")
+
+
+def _lacking(dtype: DTypeLike, channels: int, kind: Literal["cudnn", "pallas"]) -> str:
+    """Returns what kernels want and a training step with such heads does not have; empty if nothing."""
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"config.model.dtype is {dtype}, not bfloat16"
+    if kind == "cudnn" and channels not in CUDNN_HEADS:
+        return f"a head has {channels} channels, not a multiple of 8 up to {CUDNN_HEADS[-1]}"
+    if kind == "pallas" and channels not in PALLAS_HEADS:
+        return f"a head has {channels} channels, not {' or '.join(map(str, PALLAS_HEADS))}"
     if traced_for() != "gpu" or _capability() < FIRST_CAPABILITY:
         return "the devices are not NVIDIA GPUs since A100"
     return ""

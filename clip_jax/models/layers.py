@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 
 from clip_jax.array_types import Array, Float, Int, Num
 from clip_jax.models.activations import ACTIVATIONS
-from clip_jax.models.attention import attend
+from clip_jax.models.attention import attend, attend_packed, takes_packed
 from clip_jax.models.dense import Dense
 from clip_jax.models.norm import LayerNorm
 from clip_jax.models.variants import Activation, AttentionKind, Remat
@@ -95,11 +95,22 @@ class Attention(nn.Module):
         """Returns all rows, or those that `rows` names, one of each sequence."""
         width = x.shape[-1]
         qkv = Dense(3 * width, kernel_init=self.init_from.qkv, dtype=self.dtype, name="qkv")(x)
-        query, key, value = jnp.split(qkv, 3, axis=-1)
-        if rows is not None:
-            query = pick(query, rows)
-        mixed = self._mix(query, key, value, rows)
+        if rows is None and takes_packed(self.kind):
+            mixed = self._mix_packed(qkv)
+        else:
+            query, key, value = jnp.split(qkv, 3, axis=-1)
+            mixed = self._mix(query if rows is None else pick(query, rows), key, value, rows)
         return Dense(width, kernel_init=self.init_from.out, dtype=self.dtype, name="out")(mixed)
+
+    def _mix_packed(self, qkv: jax.Array) -> jax.Array:
+        """Attends within each sequence of every group, of whose queries all are wanted."""
+        batch, tokens, width = qkv.shape
+        mixed, token = [], 0
+        for count, length in self.groups or ((1, tokens),):
+            part = qkv[:, token : token + count * length].reshape(batch * count, length, width)
+            mixed.append(attend_packed(part, self.heads, causal=self.causal).reshape(batch, -1, width // 3))
+            token += count * length
+        return _joined(mixed, tokens)
 
     def _mix(self, query: jax.Array, key: jax.Array, value: jax.Array, rows: jax.Array | None) -> jax.Array:
         """Attends within each sequence of every group."""
@@ -116,7 +127,14 @@ class Attention(nn.Module):
             parts = (x[:, some].reshape(shape) for x, some in ((query, wanted), (key, inside), (value, inside)))
             mixed.append(attend(*parts, causal=self.causal, at=at, kind=self.kind).reshape(batch, -1, width))
             sequence, token = sequence + count, inside.stop
-        return jnp.concatenate(mixed, axis=1)
+        return _joined(mixed, tokens if rows is None else sequence)
+
+
+def _joined(parts: list[jax.Array], tokens: int) -> jax.Array:
+    """Returns the groups' rows one after the other, and zeros for tokens behind the last group."""
+    missing = tokens - sum(part.shape[1] for part in parts)
+    batch, _, width = parts[0].shape
+    return jnp.concatenate([*parts, jnp.zeros((batch, missing, width), parts[0].dtype)], axis=1)
 
 
 class MLP(nn.Module):

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from clip_jax.errors import UserError, did_you_mean
 
 Activation = Literal["quick_gelu", "gelu"]
-AttentionKind = Literal["auto", "xla", "cudnn"]
+AttentionKind = Literal["auto", "xla", "cudnn", "pallas"]
 Remat = Literal["none", "dots", "block", "full"]
 REMATS: tuple[Remat, ...] = get_args(Remat)
 """From what keeps most for the backward pass to what keeps least."""
@@ -110,7 +110,8 @@ class ModelConfig:
         (`text_groups`): `skip` or `compute`. The same results, to rounding.
       attention: what computes the transformers' attention in a training step. `xla`: as it is defined. `cudnn`: the
         fused kernels of NVIDIA's library, for bfloat16 on GPUs since A100; the same results, to rounding, and their
-        gradients' last bits can change from run to run. `auto`: `cudnn` where it can be used, else `xla`.
+        gradients' last bits can change from run to run. `pallas`: our own for the same GPUs, which need no copies
+        around them; the same results, to rounding. `auto`: `cudnn` where it can be used, else `xla`.
     """
 
     embed_dim: int
