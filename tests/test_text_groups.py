@@ -20,6 +20,7 @@ from clip_jax.data.lengths import choose_groups
 from clip_jax.data.synthetic import synthetic_batches
 from clip_jax.errors import ConfigError
 from clip_jax.hlo import collectives
+from clip_jax.models import text
 from clip_jax.models.clip import CLIP, image_features, init_variables, text_features
 from clip_jax.models.flops import grouped_text_flops, image_flops, text_flops
 from clip_jax.models.text import TextTransformer, fit
@@ -101,6 +102,27 @@ def test_ids_behind_eot_change_no_bit(x64):
         assert results[0][0] == results[1][0]
         for path, leaf in results[0][1].items():
             assert leaf.tobytes() == results[1][1][path].tobytes(), path
+
+
+def test_on_a_gpu_a_devices_row_has_a_length_that_matrix_units_take(x64, monkeypatch):
+    config = TextConfig(width=16, heads=2, layers=3, context=CONTEXT, vocab_size=128)
+    tokens, groups = jnp.asarray(captions([4, 2, 12, 8, 12])), ((2, 4), (3, 12))
+    tower = TextTransformer(config, 8, jnp.float64)
+    params = tower.init(jax.random.key(0), tokens[:1])
+
+    def both_ways(params):
+        return jax.vjp(lambda params: tower.apply(params, tokens, groups=groups), params)[1](
+            jnp.cos(1.0 * tokens[:, :8])
+        )
+
+    lengths, results = [], []
+    for platform in ("cpu", "gpu"):
+        monkeypatch.setattr(text, "traced_for", lambda platform=platform: platform)
+        lengths.append(text._packed(tokens[None], groups).shape[1])
+        results.append(jax.jit(both_ways)(params))
+    assert lengths == [44, 48]
+    for a, b in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-12 * np.abs(b).max())
 
 
 @pytest.mark.slow

@@ -19,8 +19,10 @@ from clip_jax.models.embedding import Embed
 from clip_jax.models.layers import BlockInit, Transformer, pick, record
 from clip_jax.models.norm import LayerNorm
 from clip_jax.models.variants import Activation, AttentionKind, Remat, TextConfig
-from clip_jax.partition import constrain_rows, devices_of_rows
+from clip_jax.partition import constrain_rows, devices_of_rows, traced_for
 from clip_jax.text_groups import Groups
+
+ALIGNMENT = 8  # tokens: XLA's compiler for GPUs would fill up the operands of every product to a multiple, by a copy
 
 
 class TextTransformer(nn.Module):
@@ -126,7 +128,7 @@ def _packed(tokens: Int[Array, "p n l"], groups: Groups) -> Int[Array, "p t"]:
         tokens[:, stop - count : stop, :length].reshape(devices, count * length)
         for stop, (count, length) in zip(stops, groups, strict=True)
     ]
-    return jnp.concatenate(parts, axis=1)
+    return jnp.concatenate([*parts, jnp.zeros((devices, _filling(groups)), tokens.dtype)], axis=1)
 
 
 def _packed_positions(positions: Float[Array, "l d"], devices: int, groups: Groups) -> Float[Array, "p t d"]:
@@ -135,7 +137,14 @@ def _packed_positions(positions: Float[Array, "l d"], devices: int, groups: Grou
     Copied to the devices first: so the gradient is summed on each device, and once between them, not once a group.
     """
     copies = constrain_rows(jnp.broadcast_to(positions, (devices, *positions.shape)))
-    return jnp.concatenate([jnp.tile(copies[:, :length], (1, count, 1)) for count, length in groups], axis=1)
+    parts = [jnp.tile(copies[:, :length], (1, count, 1)) for count, length in groups]
+    behind = jnp.zeros((devices, _filling(groups), positions.shape[1]), positions.dtype)
+    return jnp.concatenate([*parts, behind], axis=1)
+
+
+def _filling(groups: Groups) -> int:
+    """Returns how many tokens follow the last caption, which nothing reads, in a program for GPUs."""
+    return -sum(count * length for count, length in groups) % ALIGNMENT if traced_for() == "gpu" else 0
 
 
 def _starts(groups: Groups) -> Int[Array, " n"]:
