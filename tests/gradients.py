@@ -50,13 +50,13 @@ def widened(state):
 
 
 def largest_difference(found, expected):
-    """Returns the largest difference of a gradient over the leaf's largest value, and where it is."""
+    """Returns the largest difference of a gradient over the leaf's largest value, and where it is; of NaN the first."""
     errors = {
         path: float(np.abs(found[path] - leaf).max() / np.abs(leaf).max())
         for path, leaf in expected.items()
         if not path.endswith(NEGLIGIBLE)
     }
-    worst = max(errors, key=errors.__getitem__)
+    worst = list(errors)[np.argmax(list(errors.values()))]
     return errors[worst], worst
 
 

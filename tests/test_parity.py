@@ -75,7 +75,7 @@ def without_key_biases(named, config):
 def worst(ours, theirs):
     """The largest error of any tensor, relative to the tensor's largest value."""
     assert ours.keys() == theirs.keys()
-    return max(np.abs(ours[name] - theirs[name]).max() / np.abs(theirs[name]).max() for name in ours)
+    return np.max([np.abs(ours[name] - theirs[name]).max() / np.abs(theirs[name]).max() for name in ours])
 
 
 @pytest.mark.parametrize("name", SMALL)

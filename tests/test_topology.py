@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from devices import simulating
 from states import assert_same_bits
@@ -29,7 +30,7 @@ def x64():
 
 def difference(found: dict[int, float], straight: dict[int, float]) -> float:
     assert found.keys() == straight.keys()
-    return max(abs(found[step] / straight[step] - 1) for step in straight)
+    return np.max([abs(found[step] / straight[step] - 1) for step in straight])
 
 
 @pytest.mark.slow
