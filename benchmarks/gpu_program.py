@@ -105,7 +105,7 @@ def moved_by(text: str) -> tuple[Counter[str], int]:
         name, _, operation, operands = match.groups()
         if operation not in KERNELS:
             continue
-        read = {each.strip().lstrip("%") for each in operands.split(",")}  # in parts, if more than once
+        read = set(re.findall(r"%([\w.-]+)", operands))  # what occurs more than once is read in parts
         target = re.search(r'custom_call_target="([^"]*)"', match.string)
         by = next((what for what, mark in LIBRARIES.items() if target and mark in target[1]), "other kernels")
         moved[by] += times * (sizes[name] + sum(sizes.get(each, 0) for each in read))

@@ -96,7 +96,7 @@ ENTRY %main (a: f32[4,8]) -> f32[8,4] {
   %attention = (f32[4,8]{1,0}, u8[16]{0}) custom-call(%a), custom_call_target="__cudnn$fmhaSoftmax"
   %kept = f32[4,8]{1,0} get-tuple-element(%attention), index=0
   %loop = f32[4,8]{1,0} while(%kept), body=%body, backend_config={"known_trip_count":{"n":"3"}}
-  %add = f32[4,8]{1,0} custom-call(%a, %loop), custom_call_target="__gpu$xla.gpu.triton"
+  %add = f32[4,8]{1,0} custom-call(%a, /*index=1*/%loop), custom_call_target="__gpu$xla.gpu.triton"
   %more = f32[4,8]{1,0} fusion(%add), kind=kLoop, calls=%fused
   ROOT %input_transpose_fusion.1 = f32[8,4]{1,0} fusion(%more), kind=kInput, calls=%fused
 }

@@ -11,6 +11,7 @@ import pytest
 import clip_jax
 from clip_jax.errors import UserError
 from clip_jax.models.clip import CLIP, forward, forward_train, init_variables, unit
+from clip_jax.models.layers import Block, BlockInit
 from clip_jax.models.variants import (
     PARAMETERS,
     VARIANTS,
@@ -279,6 +280,15 @@ def test_dots_recomputes_no_product_and_no_convolution():
     assert counts["dots"] == (counts["none"][0], counts["none"][1] + 2 * SMALL.text.layers)
     assert counts["block"][0] == counts["none"][0] + len(vision.layers)
     assert counts["block"][1] > counts["dots"][1]
+
+
+@pytest.mark.parametrize(("platform", "walls"), [("cpu", 0), ("cuda", 2), ("tpu", 0)])
+def test_no_product_adds_to_the_stream_on_gpus(platform, walls):
+    block = Block(2, False, "quick_gelu", BlockInit.scaled(8, 1), jnp.float32)
+    x = jnp.ones((2, 3, 8))
+    variables = block.init(jax.random.key(0), x)
+    text = jax.jit(block.apply).trace(variables, x).lower(lowering_platforms=(platform,)).as_text()
+    assert text.count("stablehlo.optimization_barrier") == walls
 
 
 def test_patch_dropout_keeps_a_subset_of_every_image():

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from clip_jax.array_types import Array, Float, Int, Num
+from clip_jax.fences import fence
 from clip_jax.models.activations import ACTIVATIONS
 from clip_jax.models.attention import attend, attend_packed, takes_packed
 from clip_jax.models.dense import Dense
@@ -169,8 +170,10 @@ class Block(nn.Module):
         options = self.heads, self.causal, self.init_from, self.dtype, self.kind, self.groups
         attention = Attention(*options, name="attention")
         mixed = attention(LayerNorm(self.dtype, name="ln_1")(x), rows)
-        x = (x if rows is None else pick(x, rows)) + mixed
-        x = x + MLP(self.activation, self.init_from, self.dtype, name="mlp")(LayerNorm(self.dtype, name="ln_2")(x))
+        # Without walls XLA's compiler for GPUs lets a product add to a copy of the stream, where a norm could add.
+        x = (x if rows is None else pick(x, rows)) + fence(mixed, "cuda")
+        mlp = MLP(self.activation, self.init_from, self.dtype, name="mlp")
+        x = x + fence(mlp(LayerNorm(self.dtype, name="ln_2")(x)), "cuda")
         x = constrain_rows(x)
         record(self, "output", x)
         return x
