@@ -1,6 +1,7 @@
 """Gradients in micro-batches: those of the whole batch, in the memory of a micro-batch."""
 
 import dataclasses
+import math
 
 import jax
 import numpy as np
@@ -24,6 +25,13 @@ SIGMOID = dataclasses.replace(
     VIT, model=dataclasses.replace(VIT.model, logit_bias=True), loss=LossConfig(kind="sigmoid", form="ring")
 )
 RUNS = {"vit, patch dropout": VIT, "resnet, bn_group 2": RESNET, "vit, sigmoid": SIGMOID}
+
+
+def test_a_nan_is_the_largest_difference():
+    one = {"a": np.ones(2), "b": np.array([1.0, np.nan]), "c": np.array([1.0, 3.0])}
+    largest, where = largest_difference(one, {name: np.ones(2) for name in one})
+    assert math.isnan(largest)
+    assert where == "b"
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ Kernels keep no matrix of logits in memory (Dao et al., 2022, FlashAttention), w
 what most of attention's time goes to. They serve training steps in bfloat16; all else is computed by the definition.
 """
 
-import functools
 import re
 from typing import Literal
 
@@ -16,6 +15,7 @@ from clip_jax.array_types import Array, Float, Int
 from clip_jax.errors import ConfigError
 from clip_jax.models.variants import AttentionKind
 from clip_jax.partition import on_each_device, traced_for
+from clip_jax.text_groups import Groups
 
 CUDNN_HEADS = range(8, 129, 8)  # channels of a head that the kernels take, on every GPU that has them
 PALLAS_HEADS = (16, 32, 64, 128)
@@ -54,13 +54,16 @@ def attend(
     return _by_definition(query, key, value, causal=causal, at=at)
 
 
-def attend_packed(packed: Float[Array, "b l qkv"], heads: int, *, causal: bool) -> Float[Array, "b l d"]:
-    """Returns what `attend` would of all queries, by our kernels; call it where `takes_packed`.
+def attend_packed(
+    packed: Float[Array, "b l qkv"], heads: int, *, causal: bool, groups: Groups = ()
+) -> Float[Array, "b l d"]:
+    """Returns what `attend` would of all queries of every sequence, by our kernels; call it where `takes_packed`.
 
     Args:
       packed: queries, keys and values as one product leaves them, each of them its heads' channels.
       heads: how many.
       causal: a query sees no later position than its own.
+      groups: of the sequences that a row holds; none means that it is one.
 
     Raises:
       ConfigError: the kernels cannot be used.
@@ -70,7 +73,7 @@ def attend_packed(packed: Float[Array, "b l qkv"], heads: int, *, causal: bool) 
         raise _refusal("pallas", lacking)
     from clip_jax.models import attention_kernel  # Pallas takes a while to import, and other devices do without
 
-    return on_each_device(functools.partial(attention_kernel.attend_packed, heads=heads, causal=causal), packed)
+    return on_each_device(lambda rows: attention_kernel.attend_packed(rows, heads, causal, groups), packed)
 
 
 def takes_packed(kind: AttentionKind) -> bool:

@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from clip_jax.array_types import Array, Float
+from clip_jax.text_groups import Groups
 
 WHOLE = 64  # tokens of a block
 SMALLEST = 16  # side of a matrix that a GPU's matrix units multiply
@@ -35,10 +36,6 @@ class Block(NamedTuple):
     number: Any
     size: int
     last: bool
-
-    @property
-    def tokens(self) -> Any:
-        return pl.ds(self.number * WHOLE, self.size)
 
     @property
     def positions(self) -> jax.Array:
@@ -93,9 +90,9 @@ class Blocks(NamedTuple):
         return visit(Block(self.whole, self.rest, last=True), carry) if rest and self.rest else carry
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
 def attend_packed(
-    packed: Float[Array, "b l qkv"], heads: int, causal: bool, interpret: bool = False
+    packed: Float[Array, "b l qkv"], heads: int, causal: bool, groups: Groups = (), interpret: bool = False
 ) -> Float[Array, "b l d"]:
     """Mixes values by softmax(query·key / √c) within each head, with logits and softmax in float32 or wider.
 
@@ -105,108 +102,163 @@ def attend_packed(
       packed: queries, keys and values, each of them its heads' channels one after the other, which are a power of two.
       heads: how many.
       causal: a query sees no later position than its own.
+      groups: (sequences, length) of what a row holds one after the other, in which tokens see their own sequence; none
+        means that a row is one. Tokens behind the last group give 0.
       interpret: without a GPU, slowly.
     """
-    return _forward(packed, heads, causal, interpret)[0]
+    return _forward(packed, heads, causal, groups, interpret)[0]
 
 
-def _forward(packed: jax.Array, heads: int, causal: bool, interpret: bool) -> tuple[jax.Array, tuple]:
-    batch, tokens, width = packed.shape
-    blocks, channels = Blocks(tokens, causal), width // 3 // heads
-    kernel = functools.partial(_mix, blocks=blocks, scale=channels**-0.5)
-    head = _Head(blocks, channels)
-    mixed, sums = pl.pallas_call(
-        kernel,
-        grid=(heads, batch),
-        in_specs=head.packed,
-        out_specs=(head.apart, head.number),
-        out_shape=(
-            jax.ShapeDtypeStruct((batch, tokens, heads, channels), packed.dtype),
-            jax.ShapeDtypeStruct((batch, heads, blocks.padded), _wide(packed.dtype)),
-        ),
-        compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=2),
-        interpret=interpret,
-        name="attention",
-    )(*[packed.reshape(batch, tokens, 3, heads, channels)] * 3)
-    mixed = mixed.reshape(batch, tokens, -1)
-    return mixed, (packed, mixed, sums)
+def _forward(
+    packed: jax.Array, heads: int, causal: bool, groups: Groups, interpret: bool
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, list[jax.Array]]]:
+    batch, tokens, _ = packed.shape
+    packed = packed.reshape(batch, tokens, 3, heads, -1)
+    mixed, sums = _result(packed[:, :, QUERY], groups), []
+    for part in _parts(groups, tokens, causal):
+        of_part = jax.ShapeDtypeStruct((batch, part.count * heads, part.blocks.padded), _wide(packed.dtype))
+        mixed, of_part = _run(_attention_forward, part, packed, (), (mixed, of_part), interpret)
+        sums.append(of_part)
+    return mixed.reshape(batch, tokens, -1), (packed, mixed, sums)
 
 
-def _backward(heads: int, causal: bool, interpret: bool, kept: tuple, gradient: jax.Array) -> tuple[jax.Array]:
+def _backward(
+    heads: int, causal: bool, groups: Groups, interpret: bool, kept: tuple, gradient: jax.Array
+) -> tuple[jax.Array]:
     packed, mixed, sums = kept
-    batch, tokens, width = packed.shape
-    blocks, channels = Blocks(tokens, causal), width // 3 // heads
-    kernel = functools.partial(_pull, blocks=blocks, scale=channels**-0.5)
-    head = _Head(blocks, channels)
-    packed = packed.reshape(batch, tokens, 3, heads, channels)
-    apart = batch, tokens, heads, channels
-    of_packed = pl.pallas_call(
-        kernel,
-        grid=(heads, batch),
-        in_specs=(*head.packed, head.apart, head.apart, head.number),
-        out_specs=head.all_packed,
-        out_shape=jax.ShapeDtypeStruct(packed.shape, packed.dtype),
-        compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=2),
-        interpret=interpret,
-        name="attention_backward",
-    )(packed, packed, packed, mixed.reshape(apart), gradient.reshape(apart), sums)
-    return (of_packed.reshape(batch, tokens, width),)
+    gradient, of_packed = gradient.reshape(mixed.shape), _result(packed, groups)
+    for part, of_part in zip(_parts(groups, packed.shape[1], causal), sums, strict=True):
+        (of_packed,) = _run(_attention_backward, part, packed, (mixed, gradient, of_part), (of_packed,), interpret)
+    return (of_packed.reshape(*packed.shape[:2], -1),)
 
 
 attend_packed.defvjp(_forward, _backward)
 
 
-class _Head(NamedTuple):
-    """Which part of an array a program has. Programs of one sequence follow one another."""
+class _Part(NamedTuple):
+    """Sequences of one length that follow one another in every row, from its token `first` on."""
+
+    first: int
+    count: int
+    blocks: Blocks
+
+    def sequence(self) -> "_Sequence":
+        """Returns a program's own."""
+        own = (pl.program_id(1) * self.blocks.tokens).astype(int) if self.count > 1 else 0
+        return _Sequence(self.blocks, self.first + own)
+
+
+def _parts(groups: Groups, tokens: int, causal: bool) -> list[_Part]:
+    parts, first = [], 0
+    for count, length in groups or ((1, tokens),):
+        parts.append(_Part(first, count, Blocks(length, causal)))
+        first += count * length
+    return parts
+
+
+def _result(like: jax.Array, groups: Groups) -> Any:
+    """Returns what kernels write a result of that shape into: where each writes a part, zeros."""
+    return jnp.zeros_like(like) if groups else jax.ShapeDtypeStruct(like.shape, like.dtype)
+
+
+def _run(
+    kernel: Callable[..., None],
+    part: _Part,
+    packed: jax.Array,
+    others: tuple[jax.Array, ...],
+    results: tuple[Any, ...],
+    interpret: bool,
+) -> Any:
+    """Returns results: new ones of given shapes and dtypes, or given ones with what the kernel writes into them.
+
+    A program is one head of one sequence. It is given its head's queries, keys and values, then what it has of the
+    other arrays, then of the results; those of a sequence's heads follow one another.
+    """
+    batch, tokens, _, heads, channels = packed.shape
+    reach = tokens + WHOLE  # what a mask hides may lie behind the row
+
+    by_rank = {
+        5: pl.BlockSpec((None, reach, 3, None, channels), lambda h, s, b: (b, 0, 0, h, 0)),
+        4: pl.BlockSpec((None, reach, None, channels), lambda h, s, b: (b, 0, h, 0)),
+        3: pl.BlockSpec((None, None, part.blocks.padded), lambda h, s, b: (b, s * heads + h, 0)),
+    }
+    one = (None, reach, None, None, channels)
+    parts = [pl.BlockSpec(one, lambda h, s, b, i=i: (b, 0, i, h, 0)) for i in (QUERY, KEY, VALUE)]
+    given = len(parts) + len(others)
+    written = {i: x for i, x in enumerate(results) if isinstance(x, jax.Array)}
+
+    def run(*refs: Any) -> None:
+        kernel(part.sequence(), *refs[:given], *refs[given + len(written) :], scale=channels**-0.5)
+
+    return pl.pallas_call(
+        run,
+        grid=(heads, part.count, batch),
+        in_specs=(*parts, *(by_rank[x.ndim] for x in (*others, *written.values()))),
+        out_specs=tuple(by_rank[x.ndim] for x in results),
+        out_shape=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in results),
+        input_output_aliases={given + n: i for n, i in enumerate(written)},
+        compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=2),
+        interpret=interpret,
+        name=kernel.__name__.strip("_"),
+    )(packed, packed, packed, *others, *written.values())
+
+
+class _Sequence(NamedTuple):
+    """A program's own sequence: where its blocks are in arrays that hold all tokens of a row."""
 
     blocks: Blocks
-    channels: int
+    start: Any
 
-    @property
-    def packed(self) -> tuple[pl.BlockSpec, ...]:
-        """Of the packed array three times: queries, keys, values."""
-        shape = (None, self.blocks.padded, None, None, self.channels)
-        return tuple(pl.BlockSpec(shape, lambda h, b, i=i: (b, 0, i, h, 0)) for i in (QUERY, KEY, VALUE))
+    def load(self, ref: Any, block: Block) -> jax.Array:
+        """Returns a block's channels, 0 behind the last token."""
+        mask = self._mask(block)
+        return triton.load(ref.at[self._tokens(block), :], mask=mask, other=None if mask is None else 0)
 
-    @property
-    def all_packed(self) -> pl.BlockSpec:
-        return pl.BlockSpec((None, self.blocks.padded, 3, None, self.channels), lambda h, b: (b, 0, 0, h, 0))
+    def store(self, ref: Any, block: Block, values: jax.Array) -> None:
+        triton.store(ref.at[self._tokens(block), :], values.astype(ref.dtype), mask=self._mask(block))
 
-    @property
-    def apart(self) -> pl.BlockSpec:
-        return pl.BlockSpec((None, self.blocks.padded, None, self.channels), lambda h, b: (b, 0, h, 0))
+    def store_packed(self, ref: Any, block: Block, values: jax.Array, which: int) -> None:
+        mask = self._mask(block)
+        at = ref.at[self._tokens(block), pl.ds(which, 1), :]
+        triton.store(at, values.astype(ref.dtype)[:, None], mask=None if mask is None else mask[:, None])
 
-    @property
-    def number(self) -> pl.BlockSpec:
-        return pl.BlockSpec((None, None, self.blocks.padded), lambda h, b: (b, h, 0))
+    def _tokens(self, block: Block) -> Any:
+        return pl.ds(self.start + block.number * WHOLE, block.size)
+
+    def _mask(self, block: Block) -> jax.Array | None:
+        return (block.positions < self.blocks.tokens)[:, None] if block.last else None
 
 
-def _mix(query_ref: Any, key_ref: Any, value_ref: Any, mixed_ref: Any, sums_ref: Any, *, blocks: Blocks, scale: float):
+def _attention_forward(
+    own: _Sequence, query_ref: Any, key_ref: Any, value_ref: Any, mixed_ref: Any, sums_ref: Any, *, scale: float
+) -> None:
     """Writes a head's mixed values, and the logarithm to base 2 of each row's sum."""
+    blocks = own.blocks
 
     def mix(rows: Block, _: tuple) -> tuple:
-        query = _load(query_ref, rows, blocks)
+        query = own.load(query_ref, rows)
         wide = _wide(query.dtype)
 
         def visit(columns: Block, carry: Any) -> Any:
             mixed, top, total = carry
-            logits = _logits(query, _load(key_ref, columns, blocks), rows, columns, blocks, scale)
+            logits = _logits(query, own.load(key_ref, columns), rows, columns, blocks, scale)
             new_top = jnp.maximum(top, logits.max(axis=1))
             kept, shares = jnp.exp2(top - new_top), jnp.exp2(logits - new_top[:, None])
-            value = _load(value_ref, columns, blocks)
+            value = own.load(value_ref, columns)
             mixed = mixed * kept[:, None] + _dot(shares.astype(value.dtype), value)
             return mixed, new_top, total * kept + shares.sum(axis=1)
 
         start = jnp.zeros(query.shape, wide), jnp.full(rows.size, -jnp.inf, wide), jnp.zeros(rows.size, wide)
         mixed, top, total = blocks.fold_seen(rows, visit, start)
-        _store(mixed_ref, rows, blocks, mixed / total[:, None])
-        sums_ref[rows.tokens] = top + jnp.log2(total)
+        own.store(mixed_ref, rows, mixed / total[:, None])
+        sums_ref[pl.ds(rows.number * WHOLE, rows.size)] = top + jnp.log2(total)
         return ()
 
     blocks.fold(mix, ())
 
 
-def _pull(
+def _attention_backward(
+    own: _Sequence,
     query_ref: Any,
     key_ref: Any,
     value_ref: Any,
@@ -215,19 +267,19 @@ def _pull(
     sums_ref: Any,
     of_packed_ref: Any,
     *,
-    blocks: Blocks,
     scale: float,
-):
+) -> None:
     """Writes the gradients of a head's queries, keys and values."""
+    blocks = own.blocks
 
     def rows_of(rows: Block) -> tuple:
-        query, mixed, gradient = (_load(ref, rows, blocks) for ref in (query_ref, mixed_ref, gradient_ref))
+        query, mixed, gradient = (own.load(ref, rows) for ref in (query_ref, mixed_ref, gradient_ref))
         wide = _wide(query.dtype)
         offset = (mixed.astype(wide) * gradient.astype(wide)).sum(axis=1)
-        return query, gradient, offset, sums_ref[rows.tokens]
+        return query, gradient, offset, sums_ref[pl.ds(rows.number * WHOLE, rows.size)]
 
     def columns_of(columns: Block) -> tuple:
-        return _load(key_ref, columns, blocks), _load(value_ref, columns, blocks)
+        return own.load(key_ref, columns), own.load(value_ref, columns)
 
     def pair(rows: Block, columns: Block, of_rows: tuple, of_columns: tuple) -> tuple[jax.Array, jax.Array]:
         """Returns the shares of a pair of blocks and their logits' gradient, but for the scale."""
@@ -252,8 +304,8 @@ def _pull(
             return of_key, of_value, of_queries
 
         of_key, of_value, of_queries = blocks.fold_seeing(columns, visit, (zeros, zeros, of_queries))
-        _store_packed(of_packed_ref, columns, blocks, scale * of_key, KEY)
-        _store_packed(of_packed_ref, columns, blocks, of_value, VALUE)
+        own.store_packed(of_packed_ref, columns, scale * of_key, KEY)
+        own.store_packed(of_packed_ref, columns, of_value, VALUE)
         return of_queries
 
     def pull_rows(rows: Block, _: tuple) -> tuple:
@@ -264,7 +316,7 @@ def _pull(
             return of_query + _dot(pair(rows, columns, of_rows, of_columns)[1], of_columns[0])
 
         zeros = jnp.zeros(of_rows[0].shape, _wide(of_rows[0].dtype))
-        _store_packed(of_packed_ref, rows, blocks, scale * blocks.fold_seen(rows, visit, zeros), QUERY)
+        own.store_packed(of_packed_ref, rows, scale * blocks.fold_seen(rows, visit, zeros), QUERY)
         return ()
 
     if not blocks.few:
@@ -275,7 +327,7 @@ def _pull(
     wide, channels = _wide(query_ref.dtype), query_ref.shape[-1]
     of_queries = tuple(jnp.zeros((rows.size, channels), wide) for rows in every)
     for rows, of_query in zip(every, blocks.fold(pull_columns, of_queries), strict=True):
-        _store_packed(of_packed_ref, rows, blocks, scale * of_query, QUERY)
+        own.store_packed(of_packed_ref, rows, scale * of_query, QUERY)
 
 
 def _logits(query: jax.Array, key: jax.Array, rows: Block, columns: Block, blocks: Blocks, scale: float) -> jax.Array:
@@ -284,22 +336,6 @@ def _logits(query: jax.Array, key: jax.Array, rows: Block, columns: Block, block
     if blocks.causal:
         return jnp.where(rows.positions[:, None] >= columns.positions[None], logits, -jnp.inf)
     return jnp.where(columns.positions[None] < blocks.tokens, logits, -jnp.inf) if columns.last else logits
-
-
-def _load(ref: Any, block: Block, blocks: Blocks) -> jax.Array:
-    """Returns a block's channels, 0 behind the last token."""
-    mask = (block.positions < blocks.tokens)[:, None] if block.last else None
-    return triton.load(ref.at[block.tokens, :], mask=mask, other=None if mask is None else 0)
-
-
-def _store(ref: Any, block: Block, blocks: Blocks, values: jax.Array) -> None:
-    mask = (block.positions < blocks.tokens)[:, None] if block.last else None
-    triton.store(ref.at[block.tokens, :], values.astype(ref.dtype), mask=mask)
-
-
-def _store_packed(ref: Any, block: Block, blocks: Blocks, values: jax.Array, which: int) -> None:
-    mask = (block.positions < blocks.tokens)[:, None, None] if block.last else None
-    triton.store(ref.at[block.tokens, pl.ds(which, 1), :], values.astype(ref.dtype)[:, None], mask=mask)
 
 
 def _dot(a: jax.Array, b: jax.Array, over: tuple[int, int] = (1, 0)) -> jax.Array:

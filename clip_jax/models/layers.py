@@ -97,21 +97,11 @@ class Attention(nn.Module):
         width = x.shape[-1]
         qkv = Dense(3 * width, kernel_init=self.init_from.qkv, dtype=self.dtype, name="qkv")(x)
         if rows is None and takes_packed(self.kind):
-            mixed = self._mix_packed(qkv)
+            mixed = attend_packed(qkv, self.heads, causal=self.causal, groups=self.groups)
         else:
             query, key, value = jnp.split(qkv, 3, axis=-1)
             mixed = self._mix(query if rows is None else pick(query, rows), key, value, rows)
         return Dense(width, kernel_init=self.init_from.out, dtype=self.dtype, name="out")(mixed)
-
-    def _mix_packed(self, qkv: jax.Array) -> jax.Array:
-        """Attends within each sequence of every group, of whose queries all are wanted."""
-        batch, tokens, width = qkv.shape
-        mixed, token = [], 0
-        for count, length in self.groups or ((1, tokens),):
-            part = qkv[:, token : token + count * length].reshape(batch * count, length, width)
-            mixed.append(attend_packed(part, self.heads, causal=self.causal).reshape(batch, -1, width // 3))
-            token += count * length
-        return _joined(mixed, tokens)
 
     def _mix(self, query: jax.Array, key: jax.Array, value: jax.Array, rows: jax.Array | None) -> jax.Array:
         """Attends within each sequence of every group."""
