@@ -14,6 +14,7 @@ from clip_jax.errors import ConfigError
 from clip_jax.models import attention
 from clip_jax.models.attention import attend, attend_packed, takes_packed
 from clip_jax.models.clip import CLIP, init_variables
+from clip_jax.models.layers import BlockInit, Transformer
 from clip_jax.partition import make_mesh
 
 CUDNN = jax.nn.dot_product_attention
@@ -150,6 +151,22 @@ def test_jax_lowers_it_and_its_gradient_for_gpus(in_a_step, monkeypatch, tokens,
     assert text.count("custom_call @__cudnn$fmhaSoftmax(") == 1
     assert text.count("custom_call @__cudnn$fmhaSoftmaxBackward(") == 1
     assert "dot_general" not in text
+
+
+@pytest.mark.parametrize(
+    ("kind", "kernel"), [("cudnn", "dot_product_attention_fwd_wrapper["), ("pallas", "name=attention_forward\n")]
+)
+def test_kernels_are_run_again_only_where_whole_blocks_are(in_a_step, monkeypatch, kind, kernel):
+    monkeypatch.setattr(PRIVATE, types.SimpleNamespace(cudnn_get_version=lambda: 91_000))
+    monkeypatch.setattr(attention, "_lacking", lambda *what: "")
+    x, rows, found = jnp.ones((2, 6, 128), jnp.bfloat16), jnp.zeros((2, 1), jnp.int32), {}
+    for remat in ("none", "dots", "block"):
+        init = BlockInit.scaled(128, 3)
+        tower = Transformer(3, 2, True, "quick_gelu", init, jnp.bfloat16, remat, False, True, attention=kind)
+        weights = jax.eval_shape(tower.init, jax.random.key(0), x, rows)
+        gradient = jax.grad(lambda weights, tower=tower: tower.apply(weights, x, rows).astype(jnp.float32).sum())
+        found[remat] = str(jax.make_jaxpr(gradient)(weights)).count(kernel)
+    assert found == {"none": 3, "dots": 3, "block": 6}
 
 
 @pytest.mark.parametrize(("found", "capability"), [("9.0", 9.0), ("gfx942", 0.0), (None, 0.0)])

@@ -257,8 +257,8 @@ def _rematerialised(block: functools.partial, remat: Remat) -> functools.partial
 
 
 def _save_products(primitive: Any, *arguments: Any, **parameters: Any) -> bool:
-    """Whether a value is kept: results of convolutions, and of matrix products but attention's."""
-    if primitive.name == "conv_general_dilated":
+    """Whether a value is kept: results of convolutions, of matrix products but attention's, and of its kernels."""
+    if primitive.name in ("conv_general_dilated", "pallas_call", "dot_product_attention_fwd_wrapper"):
         return True
     return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *arguments, **parameters)
 
