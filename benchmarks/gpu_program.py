@@ -3,9 +3,10 @@
   python -m benchmarks.gpu_program --config=configs/vit_b32.py:batch=1024 [--config.key=value …] [--devices=4]
       [--compare=key=value]
 
-Bytes that kernels read and write: matrix products, cuDNN's attention and convolutions, all else; and how many kernels
-only transpose. A kernel inside a loop counts as often as it runs, and of a conditional's branches one. Nothing is tuned
-by trial, as on a GPU, so a product may be another kernel there. Needs the compiler, as docs/plan.md says.
+Bytes that kernels read and write: matrix products, cuDNN's attention and convolutions, ours in Pallas, all else; and
+how many kernels only transpose. A kernel inside a loop counts as often as it runs, of a conditional's branches one
+counts, and an array is counted whole also where a kernel reads a part, as those for captions in groups do. Nothing is
+tuned by trial, as on a GPU, so a product may be another kernel there. Needs the compiler, as docs/plan.md says.
 """
 
 import argparse
