@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from benchmarks import figures, gpu, gpu_program, run
+from benchmarks import beside_torch, figures, gpu, gpu_program, run
 from benchmarks.figures import Figure, report
 from clip_jax import gpu_compiler
 
@@ -121,6 +121,26 @@ def test_without_the_compiler_for_gpus_it_is_named(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         gpu_program.main()
     assert "error: the compiler for GPUs is not installed: pip install --no-deps jax-cuda12-" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:the load_module")
+@pytest.mark.parametrize(
+    ("dead_tokens", "names"),
+    [
+        ("skip", [beside_torch.OURS, "model.remat=dots", beside_torch.PLAIN]),
+        ("compute", ["model.remat=dots", beside_torch.PLAIN]),
+    ],
+)
+def test_ours_is_beside_open_clip_as_configured_changed_and_with_all_tokens(monkeypatch, dead_tokens, names):
+    asked = {}
+    monkeypatch.setattr(beside_torch, "measure", lambda runs, **options: asked.update(runs))
+    options = ("--config=configs/demo.py", f"--config.model.dead_tokens={dead_tokens}", "--compare=model.remat=dots")
+    monkeypatch.setattr(sys, "argv", ["beside_torch", *options])
+    beside_torch.main()
+    assert list(asked) == names
+    assert asked[beside_torch.PLAIN].model.dead_tokens == "compute"
+    assert [asked[name].model.remat for name in names[-2:]] == ["dots", "none"]
+    assert asked[names[0]].model.dead_tokens == dead_tokens
 
 
 @pytest.mark.parametrize(("installed", "module"), [(True, "beside_torch"), (False, "step")])
