@@ -169,10 +169,9 @@ def constrain_rows(x: jax.Array) -> jax.Array:
 
 def on_each_device(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
     """Applies to each device's rows what the partitioner does not know, for which it would gather all of them."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.size <= 1:
+    if devices_of_rows() == 1:
         return function(x)
-    return jax.shard_map(function, mesh=mesh, in_specs=ROWS, out_specs=ROWS, check_vma=False)(x)
+    return jax.shard_map(function, in_specs=ROWS, out_specs=ROWS, check_vma=False)(x)
 
 
 def _row_major(x: jax.Array) -> jax.Array:

@@ -30,16 +30,20 @@ QUERY, KEY, VALUE = range(3)  # of the packed array
 
 
 class Block(NamedTuple):
-    """Tokens that are taken together: of every whole block `number` counts WHOLE of them; the last one has the rest,
-    and may reach behind the last token."""
+    """Tokens that are taken together, WHOLE of them behind as many of each block before; the last one has the rest, and
+    may reach behind the last token."""
 
     number: Any
     size: int
     last: bool
 
     @property
+    def first(self) -> Any:
+        return self.number * WHOLE
+
+    @property
     def positions(self) -> jax.Array:
-        return self.number * WHOLE + jnp.arange(self.size)
+        return self.first + jnp.arange(self.size)
 
 
 class Blocks(NamedTuple):
@@ -223,7 +227,7 @@ class _Sequence(NamedTuple):
         triton.store(at, values.astype(ref.dtype)[:, None], mask=None if mask is None else mask[:, None])
 
     def _tokens(self, block: Block) -> Any:
-        return pl.ds(self.start + block.number * WHOLE, block.size)
+        return pl.ds(self.start + block.first, block.size)
 
     def _mask(self, block: Block) -> jax.Array | None:
         return (block.positions < self.blocks.tokens)[:, None] if block.last else None
@@ -251,7 +255,7 @@ def _attention_forward(
         start = jnp.zeros(query.shape, wide), jnp.full(rows.size, -jnp.inf, wide), jnp.zeros(rows.size, wide)
         mixed, top, total = blocks.fold_seen(rows, visit, start)
         own.store(mixed_ref, rows, mixed / total[:, None])
-        sums_ref[pl.ds(rows.number * WHOLE, rows.size)] = top + jnp.log2(total)
+        sums_ref[pl.ds(rows.first, rows.size)] = top + jnp.log2(total)
         return ()
 
     blocks.fold(mix, ())
@@ -276,7 +280,7 @@ def _attention_backward(
         query, mixed, gradient = (own.load(ref, rows) for ref in (query_ref, mixed_ref, gradient_ref))
         wide = _wide(query.dtype)
         offset = (mixed.astype(wide) * gradient.astype(wide)).sum(axis=1)
-        return query, gradient, offset, sums_ref[pl.ds(rows.number * WHOLE, rows.size)]
+        return query, gradient, offset, sums_ref[pl.ds(rows.first, rows.size)]
 
     def columns_of(columns: Block) -> tuple:
         return own.load(key_ref, columns), own.load(value_ref, columns)
