@@ -1,5 +1,6 @@
 """What a run shows: a progress bar on a terminal, plain lines elsewhere; and small tables."""
 
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -197,8 +198,14 @@ class _Output:
 
     def flush(self) -> None:
         """Flushes the stream."""
-        with suppress(OSError, ValueError):
+        try:
             self._stream.flush()
+        except BrokenPipeError:
+            # What is buffered would fail once more where Python ends, with exit code 120; it can go nowhere but here.
+            with suppress(OSError, ValueError, AttributeError), open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), self._stream.fileno())  # pyrefly: ignore[missing-attribute]
+        except (OSError, ValueError):
+            pass
 
 
 def _console(stream: Stream | None) -> Console:

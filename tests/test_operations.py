@@ -255,7 +255,9 @@ def test_memory_that_is_really_too_little_names_what_to_change(tmp_path):
     assert re.match(r"error: out of memory on 1 x cpu \(.*model\.remat=.*micro_batch=", errors.splitlines()[-1]), errors
 
 
-def test_stdout_that_is_closed_stops_no_run(tmp_path):
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_stdout_that_is_closed_stops_no_run(tmp_path, monkeypatch, unbuffered):
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
     process = start(*LONG, f"--workdir={tmp_path}", devices=1)
     process.stdout.readline()
     process.stdout.close()
