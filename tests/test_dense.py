@@ -16,7 +16,7 @@ from clip_jax.models.dense import Dense
 
 def gradients(layer, shape, dtype):
     """A function of the layer's variables and arguments, which gives both gradients, with such arguments."""
-    module = layer(5, dtype=dtype, param_dtype=dtype)
+    module = layer(5, dtype=dtype, param_dtype=dtype, bias_init=nn.initializers.normal())
     x = jax.random.normal(jax.random.key(0), shape, dtype)
     variables = module.init(jax.random.key(1), x)
     return jax.grad(lambda *arguments: (module.apply(*arguments) ** 2).sum(), argnums=(0, 1)), variables, x
@@ -29,6 +29,23 @@ def test_values_and_gradients_are_those_of_flax(shape):
         found, expected = ours(*arguments), theirs(*arguments)
     assert jax.tree.leaves(found)[0].dtype == jnp.float64
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-13), found, expected)
+
+
+def test_a_bias_gradient_of_narrow_numbers_is_summed_in_wide_ones():
+    rng = np.random.default_rng(0)
+    x, gradient = (jnp.asarray(rng.standard_normal((16, 50, 8)), jnp.bfloat16) for _ in range(2))
+    exact = np.asarray(gradient, np.float64).sum((0, 1))
+
+    def error(layer):
+        module = layer(8, dtype=jnp.bfloat16)
+        variables = module.init(jax.random.key(0), x)
+        (found,) = jax.vjp(lambda variables: module.apply(variables, x), variables)[1](gradient)
+        assert found["params"]["bias"].dtype == jnp.float32
+        return float(np.abs(np.asarray(found["params"]["bias"], np.float64) - exact).max() / np.abs(exact).max())
+
+    ours, theirs = error(Dense), error(nn.Dense)
+    print(f"error of a bias' gradient over 800 rows of bfloat16: {ours:.1e}, {theirs:.1e} with Flax's layer")
+    assert ours < 1e-6
 
 
 def products(layer, platform):

@@ -1,16 +1,19 @@
-"""Dense layers whose kernels' gradients are computed without transposed copies on CPUs too.
+"""Dense layers whose kernels' gradients are computed without transposed copies on CPUs too, and whose biases' gradients
+are added up in float32.
 
 The gradient of a kernel is a sum over the tokens of all samples, which are two dimensions or three. XLA's compiler for
 CPUs multiplies matrices over one, and makes one of several by a transposed copy, of the gradient of every layer's
 result. In a program for CPUs the tokens are therefore laid in one row first, which moves nothing. Other platforms get
 what JAX itself would give: on a TPU such a row could be another layout, and a copy. No value changes.
-"""
 
-import functools
-from typing import Any
+The gradient of a bias is such a sum too, and JAX would add up in the dtype of the layer's result: over 800 rows of
+bfloat16 it can be wrong by 3 % (`tests/test_dense.py`).
+"""
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from clip_jax.array_types import Array, Float
 
@@ -44,9 +47,50 @@ def _as_they_are(x: jax.Array, gradient: jax.Array) -> jax.Array:
 product.defvjp(lambda x, kernel: (_multiply(x, kernel), (x, kernel)), _backward)
 
 
-def _dot_general(x: jax.Array, kernel: jax.Array, dimensions: Any, precision: None) -> jax.Array:
-    return product(x, kernel)  # Flax's layer asks for no other dimensions
+def add_bias(x: Float[Array, "*rows e"], bias: Float[Array, " e"]) -> Float[Array, "*rows e"]:
+    """Returns x + bias in the dtype of x. It has no forward-mode derivative.
+
+    The bias' gradient is summed in float32 or wider. JAX itself would sum it in the dtype of x.
+    """
+    return _add(x, bias.astype(jnp.promote_types(x.dtype, jnp.float32)))
 
 
-Dense = functools.partial(nn.Dense, dot_general=_dot_general)
-"""Flax's layer of that name, with `product`."""
+@jax.custom_vjp
+def _add(x: jax.Array, bias: jax.Array) -> jax.Array:
+    return x + bias.astype(x.dtype)
+
+
+def _sum(bias: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return gradient, gradient.sum(range(gradient.ndim - 1), dtype=bias.dtype)
+
+
+_add.defvjp(lambda x, bias: (_add(x, bias), bias), _sum)
+
+
+class Dense(nn.Module):
+    """Flax's layer of that name, with `product` and `add_bias`.
+
+    Attributes:
+      features: width of the result.
+      use_bias: add a bias.
+      dtype: of the product and the result.
+      param_dtype: of the weights.
+      kernel_init: initializer of the kernel.
+      bias_init: initializer of the bias.
+    """
+
+    features: int
+    use_bias: bool = True
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+    kernel_init: nn.initializers.Initializer = nn.linear.default_kernel_init
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows e"]:
+        kernel = self._weight("kernel", self.kernel_init, (x.shape[-1], self.features))
+        result = product(x.astype(self.dtype), kernel.astype(self.dtype))
+        return add_bias(result, self._weight("bias", self.bias_init, (self.features,))) if self.use_bias else result
+
+    def _weight(self, name: str, init: nn.initializers.Initializer, shape: tuple[int, ...]) -> jax.Array:
+        return jnp.asarray(self.param(name, init, shape, self.param_dtype))  # it may be NumPy's

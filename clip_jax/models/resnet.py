@@ -239,7 +239,7 @@ def conv_3x3(features: int, *, stride: int, inputs: int, dtype: DTypeLike, name:
     )
 
 
-def conv_1x1(features: int, *, inputs: int, dtype: DTypeLike, name: str) -> nn.Dense:
+def conv_1x1(features: int, *, inputs: int, dtype: DTypeLike, name: str) -> Dense:
     """Returns a 1x1 convolution without bias, as a dense layer, with torch's default initialisation."""
     return Dense(features, use_bias=False, kernel_init=symmetric_uniform(inputs**-0.5), dtype=dtype, name=name)
 
