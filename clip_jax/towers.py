@@ -17,8 +17,10 @@ from jax.sharding import Mesh
 from clip_jax.config import RunConfig
 from clip_jax.data.images import normalize, preprocess_of
 from clip_jax.models.clip import CLIP, image_features_train, scale_and_bias, text_features
+from clip_jax.models.layers import take_up_gains
 from clip_jax.models.text import fit
 from clip_jax.optim import frozen, stop_frozen
+from clip_jax.partition import traced_for
 from clip_jax.text_groups import Groups, groups_of
 
 Batch = dict[str, jax.Array]
@@ -103,7 +105,15 @@ class Towers:
             return Layout(groups, fit(tokens, groups) if groups else None)
 
     def _variables(self, changed: Parameters) -> dict[str, Any]:
-        return {"params": stop_frozen(self.config.optim, self.params | changed), "batch_stats": self.batch_stats}
+        params = stop_frozen(self.config.optim, self.params | changed)
+        if self._takes_up_gains():
+            params = take_up_gains(params)
+        return {"params": params, "batch_stats": self.batch_stats}
+
+    def _takes_up_gains(self) -> bool:
+        """Whether norms are taken up, on GPUs; in micro-batches devices would exchange gradients in each of them."""
+        with self._on_the_mesh():
+            return traced_for() == "gpu" and self.config.micro_batch in (0, self.config.batch)
 
     def _on_the_mesh(self) -> Any:
         return jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh)

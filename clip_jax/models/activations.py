@@ -5,28 +5,19 @@ passes: without it that platform's compiler takes the sigmoid from the forward p
 Other compilers choose for themselves.
 """
 
-from collections.abc import Callable
-
 import jax
 
 from clip_jax.array_types import Array, Float
-from clip_jax.fences import fence
+from clip_jax.fences import anew
 
 
-def _anew(function: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
-    """Returns a function of the same values, which keeps its argument for its derivative."""
-    kept = jax.custom_vjp(function)
-    kept.defvjp(lambda x: (function(x), x), lambda x, gradient: jax.vjp(function, fence(x))[1](gradient))
-    return kept
-
-
-@_anew
+@anew
 def quick_gelu(x: Float[Array, "*any"]) -> Float[Array, "*any"]:
     """Returns x·sigmoid(1.702x), CLIP's activation (openai/CLIP `clip/model.py`, QuickGELU)."""
     return x * jax.nn.sigmoid(1.702 * x)
 
 
-@_anew
+@anew
 def gelu(x: Float[Array, "*any"]) -> Float[Array, "*any"]:
     """Returns x·Φ(x), the exact GELU, as the models have that open_clip trained (Hendrycks & Gimpel, 2016)."""
     return jax.nn.gelu(x, approximate=False)

@@ -11,6 +11,9 @@ program. On a TPU a product would be of bfloat16 numbers: other platforms add up
 
 XLA's compiler for GPUs would write the argument's normalised rows times the gradient out in float32, for three sums to
 read. In a program for GPUs a wall (`clip_jax.fences`) makes the sums over rows compute them again, from what is there.
+
+A block's norms are each read by one dense layer, which can take up their gains: `clip_jax.models.layers.take_up_gains`.
+What is left reads and writes rows alone, and of that XLA's compiler for GPUs makes one kernel a pass.
 """
 
 import functools
@@ -21,21 +24,37 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from clip_jax.array_types import Array, Float
-from clip_jax.fences import fence
+from clip_jax.fences import anew, fence
 
 EPSILON = 1e-5
 
 
 class LayerNorm(nn.Module):
-    """The layer, with Flax's names of its parameters: `scale` and `bias`; its result has `dtype`."""
+    """The layer, with Flax's names of its parameters: `scale` and `bias`; its result has `dtype`.
+
+    Without its parameters it is `standardize`: the layer behind it has taken them up.
+    """
 
     dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows d"]:
+        if not self.is_initializing() and not self.has_variable("params", "scale"):
+            return standardize(x).astype(self.dtype)
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
         bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
         return normalize(x, jnp.asarray(scale), jnp.asarray(bias), self.dtype)  # they may be NumPy's
+
+
+@functools.partial(anew, platform="cuda")
+def standardize(x: Float[Array, "*rows d"]) -> Float[Array, "*rows d"]:
+    """Returns each row less its mean, over its standard deviation, in float32 or wider; keeps its argument alone.
+
+    It has no forward-mode derivative.
+    """
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    deviations = wide - wide.mean(axis=-1, keepdims=True)
+    return deviations * jax.lax.rsqrt(jnp.square(deviations).mean(axis=-1, keepdims=True) + EPSILON)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
