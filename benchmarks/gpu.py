@@ -6,7 +6,8 @@
 bfloat16 over float32 weights, all tokens computed, so that both do the same work; the share of the peak is the data
 sheet's (H100 and H200 with the SXM socket). Batches are sizes of which ours and theirs should fit into 80 GB together;
 one that does not fit is named, and the rest go on. Without open_clip, ours alone. Before, attention by itself; and
-each model with one key changed besides, which is attention by our own kernels unless another is named, or none.
+each model with one key changed besides, which is attention by our own kernels unless another is named, or none; if a
+model fails with it, that and the rest go on without it. The table is written after each.
 XLA_FLAGS=--xla_gpu_enable_triton_gemm=false shortens compiling, and --xla_gpu_autotune_level=2 that of ResNets more.
 What is aimed at:
 
@@ -22,7 +23,7 @@ import argparse
 import importlib.util
 from pathlib import Path
 
-from benchmarks.run import run_all
+from benchmarks.run import Session
 
 BATCHES = {"vit_b32": 1024, "vit_b16": 256, "vit_l14": 128, "vit_l14_336": 48, "rn50": 256, "rn50x64": 24}
 
@@ -37,16 +38,20 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile for open_clip")
     parser.add_argument("--compare", default="model.attention=pallas", help="KEY=VALUE; empty for none")
     arguments = parser.parse_args()
-    compiled = ("--compile",) if arguments.compile else ()
+    module, compiled = "step", ()
+    if importlib.util.find_spec("open_clip") is not None:
+        module, compiled = "beside_torch", ("--compile",) if arguments.compile else ()
     compare = (f"--compare={arguments.compare}",) if arguments.compare else ()
-    both = importlib.util.find_spec("open_clip") is not None
-    turns = (f"--rounds={arguments.rounds}", f"--steps={arguments.steps}")
-    chosen: list[tuple[str, tuple[str, ...]]] = [("attention", ())]
+    session = Session(arguments.out)
+    session.run("attention")
     for model in arguments.models:
         config = f"--config=configs/{model}.py:batch={arguments.batch or BATCHES[model]}"
-        options = (config, "--config.model.dead_tokens=compute", *compare, *turns)
-        chosen.append(("beside_torch", (*options, *compiled)) if both else ("step", options))
-    run_all(chosen, arguments.out)
+        turns = (f"--rounds={arguments.rounds}", f"--steps={arguments.steps}")
+        options = (config, "--config.model.dead_tokens=compute", *turns, *compiled)
+        if session.run(module, (*options, *compare)).has_failed and compare:
+            compare = ()
+            session.run(module, options)
+    session.finish()
 
 
 if __name__ == "__main__":

@@ -78,23 +78,38 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="the smallest sizes, to see that all of them run")
     arguments = parser.parse_args()
     chosen = [each for each in SUITE if not arguments.only or each.name in arguments.only]
-    options = [(each.name, each.tiny if arguments.tiny else each.full) for each in chosen]
-    run_all([(name, given) for name, given in options if given is not None], arguments.out, tiny=arguments.tiny)
+    session = Session(arguments.out, tiny=arguments.tiny)
+    for each in chosen:
+        options = each.tiny if arguments.tiny else each.full
+        if options is not None:
+            session.run(each.name, options)
+    session.finish()
 
 
-def run_all(chosen: Sequence[tuple[str, Sequence[str]]], out: Path, *, tiny: bool = False) -> None:
-    """Runs benchmarks one after the other and writes their table; exits with 1 if one of them failed.
+class Session:
+    """Benchmarks one after the other, and their table, which is written after each: one that hangs takes none along.
 
     Args:
-      chosen: modules and their arguments.
       out: folder of the tables.
-      tiny: that these are their tiny forms.
+      tiny: that these are the benchmarks' tiny forms.
     """
-    outcomes = [run(name, given, QUICK if tiny else {}) for name, given in chosen]
-    path = write(outcomes, about(tiny=tiny), out)
-    print(f"written: {path}")
-    if failed := [each.name for each in outcomes if each.has_failed]:
-        sys.exit(f"failed: {', '.join(failed)}")
+
+    def __init__(self, out: Path, *, tiny: bool = False) -> None:
+        self._out, self._facts, self._environment = out, about(tiny=tiny), QUICK if tiny else {}
+        self._outcomes: list[Outcome] = []
+
+    def run(self, name: str, options: Sequence[str] = ()) -> Outcome:
+        """Runs a module of this folder with these arguments."""
+        outcome = run(name, options, self._environment)
+        self._outcomes.append(outcome)
+        self._path = write(self._outcomes, self._facts, self._out)
+        return outcome
+
+    def finish(self) -> None:
+        """Says where the table is; exits with 1 if a benchmark failed."""
+        print(f"written: {self._path}")
+        if failed := [each.name for each in self._outcomes if each.has_failed]:
+            sys.exit(f"failed: {', '.join(failed)}")
 
 
 def run(name: str, options: Sequence[str], environment: Mapping[str, str]) -> Outcome:

@@ -4,6 +4,7 @@ what is read from programs for GPUs, and asked of a machine that has one."""
 import importlib.util
 import json
 import sys
+import types
 
 import pytest
 
@@ -143,15 +144,58 @@ def test_ours_is_beside_open_clip_as_configured_changed_and_with_all_tokens(monk
     assert asked[names[0]].model.dead_tokens == dead_tokens
 
 
+class FakeSession:
+    """Runs nothing; what it is asked for with a key changed fails from the second time on."""
+
+    def __init__(self, out):
+        self.asked = []
+
+    def run(self, name, options=()):
+        self.asked.append((name, options))
+        changed = [options for _, options in self.asked if any(each.startswith("--compare=") for each in options)]
+        return types.SimpleNamespace(has_failed=options in changed[1:])
+
+    def finish(self):
+        pass
+
+
+@pytest.fixture
+def asked_of_a_gpu(monkeypatch):
+    """A function of a command line's arguments, which gives what it would run."""
+
+    def run_with(*arguments):
+        session = FakeSession("")
+        monkeypatch.setattr(gpu, "Session", lambda out: session)
+        monkeypatch.setattr(sys, "argv", ["gpu", *arguments])
+        gpu.main()
+        return session.asked
+
+    return run_with
+
+
 @pytest.mark.parametrize(("installed", "module"), [(True, "beside_torch"), (False, "step")])
-def test_a_gpu_is_asked_for_the_same_work_as_open_clip(monkeypatch, installed, module):
-    chosen = []
-    monkeypatch.setattr(gpu, "run_all", lambda given, out: chosen.extend(given))
+def test_a_gpu_is_asked_for_the_same_work_as_open_clip(monkeypatch, asked_of_a_gpu, installed, module):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: installed or None)
-    monkeypatch.setattr(sys, "argv", ["gpu", "--models", "rn50", "--batch=8", "--compile"])
-    gpu.main()
-    assert [name for name, _ in chosen] == ["attention", module]
-    options = chosen[1][1]
+    asked = asked_of_a_gpu("--models", "rn50", "--batch=8", "--compile")
+    assert [name for name, _ in asked] == ["attention", module]
+    options = asked[1][1]
     same = {"--config=configs/rn50.py:batch=8", "--config.model.dead_tokens=compute"}
     assert same | {"--compare=model.attention=pallas"} < set(options)
     assert ("--compile" in options) == installed
+
+
+def test_a_changed_key_with_which_a_gpu_fails_costs_no_model(asked_of_a_gpu):
+    asked = asked_of_a_gpu("--models", "vit_b32", "vit_b16", "rn50")
+    models = [
+        (options[0][17:].partition(".py")[0], "--compare=model.attention=pallas" in options) for _, options in asked[1:]
+    ]
+    assert models == [("vit_b32", True), ("vit_b16", True), ("vit_b16", False), ("rn50", False)]
+
+
+def test_a_benchmark_that_hangs_takes_no_figure_along(one_good, monkeypatch, capfd):
+    session = run.Session(one_good)
+    session.run("good", ("--all",))
+    monkeypatch.setattr(run, "run", lambda *given: sys.exit("killed"))
+    with pytest.raises(SystemExit):
+        session.run("mute")
+    assert [each["name"] for each in written(one_good)[1]["results"]] == ["good"]
