@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from blocks import compiled_gradient, kept_by_a_block
+from flax.errors import ScopeParamNotFoundError
 from gradients import batch_of, gradients, largest_difference
 from jax import export
 from tiny import TINY
@@ -21,6 +22,8 @@ from clip_jax.models.clip import CLIP, init_variables
 from clip_jax.models.layers import Block, BlockInit, take_up_gains
 from clip_jax.models.norm import EPSILON, LayerNorm
 from clip_jax.partition import make_mesh
+
+TAKEN_UP = {"scale": None, "bias": None}
 
 
 def flax_norm(dtype, *, name):
@@ -70,7 +73,9 @@ def test_narrow_numbers_keep_their_types_and_flax_values(dtype):
     )
 
 
-@pytest.mark.parametrize("parameters", [{"scale": jnp.ones(768), "bias": jnp.zeros(768)}, {}], ids=["own", "taken up"])
+@pytest.mark.parametrize(
+    "parameters", [{"scale": jnp.ones(768), "bias": jnp.zeros(768)}, TAKEN_UP], ids=["own", "taken up"]
+)
 def test_it_is_exact_where_the_mean_is_large(parameters):
     """E[x²]-E[x]² in float32 errs by more than 1e-3 here."""
 
@@ -95,7 +100,7 @@ def test_only_programs_for_cpus_sum_by_products(platform, products):
 @pytest.mark.parametrize("own", [True, False], ids=["own gains", "taken up"])
 def test_only_programs_for_gpus_compute_again_in_the_backward_pass(platform, walls, own):
     function, variables, x = result_and_gradients(LayerNorm, (2, 3, 8), jnp.bfloat16)
-    arguments = (variables if own else {"params": {}}, x)
+    arguments = (variables if own else {"params": TAKEN_UP}, x)
     text = export.export(function, platforms=[platform])(*arguments).mlir_module()
     assert text.count("stablehlo.optimization_barrier") == walls
 
@@ -170,6 +175,11 @@ def test_on_gpus_gains_that_are_taken_up_are_no_sums_over_rows():
     assert sums(True) == 4
 
 
+def test_parameters_that_are_missing_are_not_taken_for_taken_up():
+    with pytest.raises(ScopeParamNotFoundError, match='"scale"'):
+        LayerNorm(jnp.float32).apply({"params": {"bias": jnp.zeros(8)}}, jnp.ones((2, 8)))
+
+
 def test_what_is_no_block_takes_up_nothing():
     tower = {"ln_pre": {"scale": 1}, "block_0": {"conv_1": {"kernel": 2}}, "positions": 3}
     assert take_up_gains(tower) == tower
@@ -208,7 +218,7 @@ def test_who_takes_up_gains(monkeypatch, platform, micro_batch, expected):
         return towers.Towers(CLIP(run.model), run, params, {}, mesh)._variables({})
 
     block = jax.eval_shape(variables)["params"]["image"]["transformer"]["block_0"]
-    assert ("ln_1" not in block) == expected
+    assert (block["ln_1"] == TAKEN_UP) == expected
 
 
 def test_additions_of_the_gradient_are_linear_in_the_depth(monkeypatch):

@@ -32,14 +32,14 @@ EPSILON = 1e-5
 class LayerNorm(nn.Module):
     """The layer, with Flax's names of its parameters: `scale` and `bias`; its result has `dtype`.
 
-    Without its parameters it is `standardize`: the layer behind it has taken them up.
+    Where its parameters are None, the layer behind it has taken them up, and it is `standardize`.
     """
 
     dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows d"]:
-        if not self.is_initializing() and not self.has_variable("params", "scale"):
+        if self.has_variable("params", "scale") and self.get_variable("params", "scale") is None:
             return standardize(x).astype(self.dtype)
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
         bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
