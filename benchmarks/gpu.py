@@ -42,11 +42,11 @@ def main() -> None:
     if importlib.util.find_spec("open_clip") is not None:
         module, compiled = "beside_torch", ("--compile",) if arguments.compile else ()
     compare = (f"--compare={arguments.compare}",) if arguments.compare else ()
+    turns = (f"--rounds={arguments.rounds}", f"--steps={arguments.steps}")
     session = Session(arguments.out)
     session.run("attention")
     for model in arguments.models:
         config = f"--config=configs/{model}.py:batch={arguments.batch or BATCHES[model]}"
-        turns = (f"--rounds={arguments.rounds}", f"--steps={arguments.steps}")
         options = (config, "--config.model.dead_tokens=compute", *turns, *compiled)
         if session.run(module, (*options, *compare)).has_failed and compare:
             compare = ()

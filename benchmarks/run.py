@@ -97,12 +97,13 @@ class Session:
     def __init__(self, out: Path, *, tiny: bool = False) -> None:
         self._out, self._facts, self._environment = out, about(tiny=tiny), QUICK if tiny else {}
         self._outcomes: list[Outcome] = []
+        self._path = self._write()
 
     def run(self, name: str, options: Sequence[str] = ()) -> Outcome:
         """Runs a module of this folder with these arguments."""
         outcome = run(name, options, self._environment)
         self._outcomes.append(outcome)
-        self._path = write(self._outcomes, self._facts, self._out)
+        self._write()
         return outcome
 
     def finish(self) -> None:
@@ -110,6 +111,9 @@ class Session:
         print(f"written: {self._path}")
         if failed := [each.name for each in self._outcomes if each.has_failed]:
             sys.exit(f"failed: {', '.join(failed)}")
+
+    def _write(self) -> Path:
+        return write(self._outcomes, self._facts, self._out)
 
 
 def run(name: str, options: Sequence[str], environment: Mapping[str, str]) -> Outcome:

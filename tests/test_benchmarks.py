@@ -81,6 +81,13 @@ def test_the_tiny_form_compiles_quickly_and_leaves_out_what_a_test_runs(one_good
     assert [each["name"] for each in written(one_good)[1]["results"]] == ["good", "mute"]
 
 
+def test_where_nothing_is_chosen_the_table_is_empty(one_good, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["run", f"--out={one_good}", "--tiny", "--only", "missing"])
+    run.main()
+    assert written(one_good)[1]["results"] == []
+    assert f"written: {one_good}" in capsys.readouterr().out
+
+
 PROGRAM = """
 %fused (p: f32[4,8]) -> f32[8,4] {
   %p = f32[4,8]{1,0} parameter(0)
@@ -147,7 +154,7 @@ def test_ours_is_beside_open_clip_as_configured_changed_and_with_all_tokens(monk
 class FakeSession:
     """Runs nothing; what it is asked for with a key changed fails from the second time on."""
 
-    def __init__(self, out):
+    def __init__(self):
         self.asked = []
 
     def run(self, name, options=()):
@@ -164,7 +171,7 @@ def asked_of_a_gpu(monkeypatch):
     """A function of a command line's arguments, which gives what it would run."""
 
     def run_with(*arguments):
-        session = FakeSession("")
+        session = FakeSession()
         monkeypatch.setattr(gpu, "Session", lambda out: session)
         monkeypatch.setattr(sys, "argv", ["gpu", *arguments])
         gpu.main()
