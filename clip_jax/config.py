@@ -471,6 +471,11 @@ class RunConfig:
         """Optimizer steps of the run."""
         return self.samples // self.batch
 
+    @property
+    def parts(self) -> int:
+        """Micro-batches of a step."""
+        return self.batch // (self.micro_batch or self.batch)
+
 
 def to_config_dict(config: RunConfig) -> ConfigDict:
     """Returns the config as the ConfigDict that a config file edits and returns."""

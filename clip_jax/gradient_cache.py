@@ -52,7 +52,7 @@ def check_micro_batch(config: RunConfig, mesh: Mesh) -> None:
         return
     check_batch("micro_batch", config.micro_batch, mesh)
     each, group = config.micro_batch // mesh.size, config.model.bn_group
-    if group and config.micro_batch < config.batch and each % group:
+    if group and config.parts > 1 and each % group:
         raise ConfigError(
             f"config.model.bn_group is {group}, and a device has {each} samples of a micro-batch (config.micro_batch "
             f"{config.micro_batch} on {mesh.size} devices); the group must divide them"

@@ -175,9 +175,8 @@ class Search:
             self._say(f"{' '.join(self._flags(config))}: {one_line(error)}")
             return
         memory = plan.memory["total"]
-        parts = 0 < config.micro_batch < config.batch
         forward = image_flops(config.model, train=True) + text_flops(config.model)
-        again = recomputed_flops(config.model) + parts * forward
+        again = recomputed_flops(config.model) + (config.parts > 1) * forward
         work = plan.step_flops + config.batch * again
         found = Tried(config, memory, memory <= self._budget, work, self._seconds(work, plan))
         self._tried[config] = found

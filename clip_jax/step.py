@@ -74,7 +74,7 @@ def make_train_step(
     Raises:
       ConfigError: `config.mesh.overlap`, and the devices cannot.
     """
-    optim, parts = config.optim, config.batch // (config.micro_batch or config.batch)
+    optim = config.optim
     random_patches = config.model.patch_dropout > 0
 
     def loss(features: CLIPOutput, weight: jax.Array) -> JudgedFeatures:
@@ -90,10 +90,10 @@ def make_train_step(
         if random_patches:
             batch = batch | {"key": _sample_keys(config.seed, state.step, config.batch, mesh)}
         towers = Towers(model, config, state.params, state.batch_stats, mesh)
-        if parts == 1:
+        if config.parts == 1:
             output, grads, batch_stats, fitted = _gradients(towers, loss, batch)
         else:
-            output, grads, batch_stats, fitted = cached_gradients(towers, loss, batch, parts=parts)
+            output, grads, batch_stats, fitted = cached_gradients(towers, loss, batch, parts=config.parts)
         norms = gradient_norms(grads)
         finite = jnp.isfinite(output.loss) & jnp.isfinite(norms["gradient_norm"])
         metrics = {

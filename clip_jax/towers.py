@@ -113,7 +113,7 @@ class Towers:
     def _takes_up_gains(self) -> bool:
         """Whether norms are taken up, on GPUs; in micro-batches devices would exchange gradients in each of them."""
         with self._on_the_mesh():
-            return traced_for() == "gpu" and self.config.micro_batch in (0, self.config.batch)
+            return traced_for() == "gpu" and self.config.parts == 1
 
     def _on_the_mesh(self) -> Any:
         return jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh)
