@@ -5,8 +5,9 @@
 
 Bytes that kernels read and write: matrix products, cuDNN's attention and convolutions, ours in Pallas, all else; and
 how many kernels only transpose. A kernel inside a loop counts as often as it runs, of a conditional's branches one
-counts, and an array is counted whole also where a kernel reads a part, as those for captions in groups do. Nothing is
-tuned by trial, as on a GPU, so a product may be another kernel there. Needs the compiler, as docs/plan.md says.
+counts. Of an array that a fusion cuts, or writes a part of, that part counts; other kernels are taken to read all, also
+ours for captions in groups. Nothing is tuned by trial, as on a GPU, so a product may be another kernel there. Needs the
+compiler, as docs/plan.md says.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # there is no GPU to start
@@ -28,11 +29,13 @@ from clip_jax.chips import parse_topology
 from clip_jax.command_line import one_line_errors, take_overrides
 from clip_jax.config import RunConfig
 from clip_jax.errors import UserError
-from clip_jax.hlo import collectives, instructions, result_bytes
+from clip_jax.hlo import collectives, computations, instructions, result_bytes
 from clip_jax.models.variants import variant_name
 from clip_jax.plan import lower_step
 
 KERNELS = ("fusion", "custom-call", "copy", "transpose", "copy-start")
+CUTS = ("slice", "dynamic-slice", "gather")
+UPDATE = "dynamic-update-slice"  # of a part, in place
 LIBRARIES = {"products": "cublas", "cuDNN": "cudnn", "Pallas": "triton"}
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\(([^)]*)\)")
 
@@ -99,19 +102,77 @@ def figures(programs: Sequence[Program], compared: str) -> list[Figure]:
 
 def moved_by(text: str) -> tuple[Counter[str], int]:
     """Returns bytes by what reads and writes them, and how many kernels only transpose or copy."""
-    found = [(match, times) for line, times in instructions(text) if (match := _INSTRUCTION.match(line))]
-    sizes = {match[1]: result_bytes(match[2], match[3]) for match, _ in found}
+    bodies = computations(text)
+    found = [(each, times) for line, times in instructions(text) if (each := _parse(line))]
+    sizes = {each.name: each.bytes for each, _ in found}
     moved, transposes = Counter(dict.fromkeys((*LIBRARIES, "other kernels"), 0)), 0
-    for match, times in found:
-        name, _, operation, operands = match.groups()
-        if operation not in KERNELS:
+    for kernel, times in found:
+        if kernel.operation not in KERNELS:
             continue
-        read = set(re.findall(r"%([\w.-]+)", operands))  # what occurs more than once is read in parts
-        target = re.search(r'custom_call_target="([^"]*)"', match.string)
+        target = re.search(r'custom_call_target="([^"]*)"', kernel.line)
         by = next((what for what, mark in LIBRARIES.items() if target and mark in target[1]), "other kernels")
-        moved[by] += times * (sizes[name] + sum(sizes.get(each, 0) for each in read))
-        transposes += times * (operation == "transpose" or "transpose" in name)
+        moved[by] += times * _moved(kernel, sizes, bodies)
+        transposes += times * (kernel.operation == "transpose" or "transpose" in kernel.name)
     return moved, transposes
+
+
+class _Instruction(NamedTuple):
+    """A line of a program: what it gives, of so many bytes, and does to what."""
+
+    line: str
+    name: str
+    bytes: int
+    operation: str
+    arguments: str
+
+    @property
+    def operands(self) -> list[str]:
+        return re.findall(r"%([\w.-]+)", self.arguments)
+
+
+def _parse(line: str) -> _Instruction | None:
+    if (match := _INSTRUCTION.match(line)) is None:
+        return None
+    name, shape, operation, arguments = match.groups()
+    return _Instruction(line, name, result_bytes(shape, operation), operation, arguments)
+
+
+def _moved(kernel: _Instruction, sizes: Mapping[str, int], bodies: Mapping[str, Sequence[str]]) -> int:
+    """Returns the bytes that a kernel reads and writes; sizes are those of all results."""
+    whole = {name: sizes.get(name, 0) for name in kernel.operands}
+    fused = re.search(r"calls=%?([\w.-]+)", kernel.line)
+    if fused is None:
+        return kernel.bytes + sum(whole.values())
+    body = {each.name: each for line in bodies[fused[1]] if (each := _parse(line))}
+    read: Counter[str] = Counter()
+    for each in body.values():
+        if each.operation == "parameter":
+            name = kernel.operands[int(each.arguments)]
+            read[name] += _read(each, body, whole[name])
+    root = next(each for each in body.values() if each.line.lstrip().startswith("ROOT"))
+    return _written(root, body) + sum(min(size, read[name]) for name, size in whole.items())
+
+
+def _read(array: _Instruction, body: Mapping[str, _Instruction], whole: int) -> int:
+    """Returns the bytes of an array that a fusion reads."""
+    read = 0
+    for user in body.values():
+        if array.name not in user.operands:
+            continue
+        if user.operation == "bitcast":
+            read += _read(user, body, whole)
+        elif array.name in user.operands[1:] or user.operation not in (*CUTS, UPDATE):
+            return whole
+        elif user.operation in CUTS:
+            read += user.bytes
+    return read
+
+
+def _written(result: _Instruction, body: Mapping[str, _Instruction]) -> int:
+    """Returns the bytes of a result that a fusion writes."""
+    if result.operation == "tuple":
+        return sum(_written(body[name], body) for name in result.operands)
+    return body[result.operands[1]].bytes if result.operation == UPDATE else result.bytes
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def collectives(text: str, *, devices: int, slices: int = 1) -> list[Collective]
       slices: into which these are divided, the first ones first.
     """
     found: dict[tuple[str, bool], np.ndarray] = {}
-    for line, times, beside in _executed(_computations(text), _entry(text), 1):
+    for line, times, beside in _executed(computations(text), _entry(text), 1):
         if (collective := _collective(line)) is None:
             continue
         kind, size = collective
@@ -78,7 +78,7 @@ def instructions(text: str) -> Iterator[tuple[str, int]]:
 
     A fusion is one instruction.
     """
-    for line, times, _ in _executed(_computations(text), _entry(text), 1, fusions=False):
+    for line, times, _ in _executed(computations(text), _entry(text), 1, fusions=False):
         yield line, times
 
 
@@ -114,7 +114,8 @@ def _beside_work(lines: Sequence[str]) -> Iterator[str]:
             yield match[1]
 
 
-def _computations(text: str) -> dict[str, list[str]]:
+def computations(text: str) -> dict[str, list[str]]:
+    """Returns the lines of a program's computations by their names."""
     bodies: dict[str, list[str]] = {}
     current: list[str] = []
     for line in text.splitlines():

@@ -99,6 +99,18 @@ PROGRAM = """
   ROOT %dot = f32[4,8]{1,0} custom-call(%q, %q), custom_call_target="__cublas$lt$matmul"
 }
 
+%parts (r: f32[4,8], s: f32[4,8], i: s32[]) -> (f32[4,8], f32[2,8]) {
+  %r = f32[4,8]{1,0} parameter(0)
+  %s = f32[4,8]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %row = f32[1,8]{1,0} slice(%s), slice={[3:4], [0:8]}
+  %flat = f32[32]{0} bitcast(%s)
+  %rows = f32[16]{0} dynamic-slice(%flat, %i), dynamic_slice_sizes={16}
+  %update = f32[4,8]{1,0} dynamic-update-slice(%r, %row, %i, %i)
+  %two = f32[2,8]{1,0} bitcast(%rows)
+  ROOT %both = (f32[4,8]{1,0}, f32[2,8]{1,0}) tuple(%update, %two)
+}
+
 ENTRY %main (a: f32[4,8]) -> f32[8,4] {
   %a = f32[4,8]{1,0} parameter(0)
   %attention = (f32[4,8]{1,0}, u8[16]{0}) custom-call(%a), custom_call_target="__cudnn$fmhaSoftmax"
@@ -106,6 +118,8 @@ ENTRY %main (a: f32[4,8]) -> f32[8,4] {
   %loop = f32[4,8]{1,0} while(%kept), body=%body, backend_config={"known_trip_count":{"n":"3"}}
   %add = f32[4,8]{1,0} custom-call(%a, /*index=1*/%loop), custom_call_target="__gpu$xla.gpu.triton"
   %more = f32[4,8]{1,0} fusion(%add), kind=kLoop, calls=%fused
+  %number = s32[] constant(1)
+  %cut = (f32[4,8]{1,0}, f32[2,8]{1,0}) fusion(%more, %loop, %number), kind=kLoop, calls=%parts
   ROOT %input_transpose_fusion.1 = f32[8,4]{1,0} fusion(%more), kind=kInput, calls=%fused
 }
 """
@@ -113,12 +127,14 @@ ENTRY %main (a: f32[4,8]) -> f32[8,4] {
 
 def test_bytes_of_a_gpus_program_are_those_of_its_kernels():
     moved, transposes = gpu_program.moved_by(PROGRAM)
-    array = 4 * 8 * 4
+    row = 8 * 4
+    array = 4 * row
+    cut = (row + 2 * row) + (row + 2 * row) + 4  # read and written, and a number
     assert moved == {
         "products": 3 * 2 * array,
         "cuDNN": 2 * array + 16,
         "Pallas": 3 * array,
-        "other kernels": 4 * array,
+        "other kernels": 4 * array + cut,
     }
     assert transposes == 1
 
