@@ -1,4 +1,4 @@
-"""Activations: values and derivatives by definition, and less that a program for CPUs keeps of them."""
+"""Activations: values and derivatives by definition, rounded once, and less that a program for CPUs keeps of them."""
 
 import math
 
@@ -30,6 +30,20 @@ def test_values_and_derivatives(name):
         (slope,) = pull(jnp.ones(33))
     np.testing.assert_allclose(value, x * gate, rtol=1e-12)
     np.testing.assert_allclose(slope, SLOPES[name](x, gate), rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_in_bf16_they_are_rounded_once(name):
+    given = jnp.linspace(-4, 4, 2048).astype(jnp.bfloat16)
+    x = np.float64(given)
+    gate = GATES[name](x)
+    value, pull = jax.vjp(jax.jit(ACTIVATIONS[name]), given)
+    (slope,) = pull(jnp.ones_like(given))
+    assert value.dtype == slope.dtype == jnp.bfloat16
+    for found, exact in ((value, x * gate), (slope, SLOPES[name](x, gate))):
+        error = np.max(np.abs(np.float64(found) - exact) / np.abs(exact))
+        print(f"{name}: relative error {error:.1e}, of a rounding {2.0**-8:.1e}")
+        assert error < 1.001 * 2.0**-8
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
