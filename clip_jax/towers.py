@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from clip_jax.config import RunConfig
 from clip_jax.data.images import normalize, preprocess_of
 from clip_jax.models.clip import CLIP, image_features_train, scale_and_bias, text_features
-from clip_jax.models.layers import take_up_gains
+from clip_jax.models.layers import take_up
 from clip_jax.models.text import fit
 from clip_jax.optim import frozen, stop_frozen
 from clip_jax.partition import traced_for
@@ -106,12 +106,13 @@ class Towers:
 
     def _variables(self, changed: Parameters) -> dict[str, Any]:
         params = stop_frozen(self.config.optim, self.params | changed)
-        if self._takes_up_gains():
-            params = take_up_gains(params)
+        if self._takes_up():
+            params = take_up(params)
         return {"params": params, "batch_stats": self.batch_stats}
 
-    def _takes_up_gains(self) -> bool:
-        """Whether norms are taken up, on GPUs; in micro-batches devices would exchange gradients in each of them."""
+    def _takes_up(self) -> bool:
+        """Whether layers take up what is before them: on GPUs, but not in micro-batches, in each of which devices would
+        exchange gradients."""
         with self._on_the_mesh():
             return traced_for() == "gpu" and self.config.parts == 1
 

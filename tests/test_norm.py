@@ -1,5 +1,4 @@
-"""LayerNorm: Flax's values and gradients, less that a program for CPUs keeps and adds, and gains that in a program for
-GPUs the next layer takes up."""
+"""LayerNorm: Flax's values and gradients, less that a program for CPUs keeps and adds; and one without gains."""
 
 import dataclasses
 import math
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 from blocks import compiled_gradient, kept_by_a_block
 from flax.errors import ScopeParamNotFoundError
-from gradients import batch_of, gradients, largest_difference
 from jax import export
 from tiny import TINY
 
@@ -20,7 +18,6 @@ from clip_jax import towers
 from clip_jax.config import MeshConfig
 from clip_jax.models import layers
 from clip_jax.models.clip import CLIP, init_variables
-from clip_jax.models.layers import Block, BlockInit, take_up_gains
 from clip_jax.models.norm import EPSILON, LayerNorm
 from clip_jax.partition import make_mesh
 
@@ -106,108 +103,16 @@ def test_only_programs_for_gpus_compute_again_in_the_backward_pass(platform, wal
     assert text.count("stablehlo.optimization_barrier") == walls
 
 
-def block_both_ways(dtype, take_up, seed=0):
-    """Returns a block's result and gradients by parameters and rows; random ones, whose norms do much."""
-    rng = np.random.default_rng(seed)
-    block = Block(2, False, "quick_gelu", BlockInit.scaled(32, 1), dtype)
-    x, weights = 2 + 3 * rng.standard_normal((8, 50, 32)), rng.standard_normal((8, 50, 32))
-    shapes = jax.eval_shape(block.init, jax.random.key(0), x)["params"]
-    wide = jnp.promote_types(dtype, jnp.float32)
-    params = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape) * leaf.shape[0] ** -0.5, shapes)
-    for name in ("ln_1", "ln_2"):
-        params[name] = {"scale": 1 + rng.standard_normal(32), "bias": 2 * rng.standard_normal(32)}
-    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, wide), params)
-
-    def apply(params, x):
-        return block.apply({"params": take_up_gains(params) if take_up else params}, x)
-
-    @jax.jit
-    def both_ways(params, x):
-        result, pull = jax.vjp(apply, params, x)
-        return result, pull(jnp.asarray(weights, result.dtype))
-
-    return both_ways, params, jnp.asarray(x, dtype)
-
-
-def test_gains_that_are_taken_up_change_no_value_and_no_gradient():
-    def computed(take_up):
-        function, *given = block_both_ways(jnp.float64, take_up)
-        return jax.tree.leaves_with_path(function(*given))
-
-    with jax.enable_x64(True):
-        found, expected = computed(True), computed(False)
-    for (path, a), (_, b) in zip(found, expected, strict=True):
-        assert np.abs(b).max() > 0
-        np.testing.assert_allclose(a, b, atol=1e-13 * float(np.abs(b).max()), err_msg=jax.tree_util.keystr(path))
-
-
-def test_in_bf16_they_are_as_close_to_the_definition():
-    def computed(dtype, take_up, seed):
-        function, *given = block_both_ways(dtype, take_up, seed)
-        return jax.tree_util.tree_leaves_with_path(jax.device_get(function(*given)))
-
-    def errors(take_up):
-        totals = {}
-        for seed in range(5):
-            with jax.enable_x64(True):
-                exact = computed(jnp.float64, False, seed)
-            for (path, a), (_, b) in zip(computed(jnp.bfloat16, take_up, seed), exact, strict=True):
-                name = jax.tree_util.keystr(path)
-                totals[name] = totals.get(name, 0) + np.linalg.norm(np.float64(a) - b) / np.linalg.norm(b) / 5
-        return totals
-
-    taken_up, applied = errors(True), errors(False)
-    for name, error in applied.items():
-        print(f"{name}: {taken_up[name]:.2e}, {error:.2e} where the norm applies its gains")
-        assert taken_up[name] <= 1.2 * error, name
-
-
-def test_on_gpus_gains_that_are_taken_up_are_no_sums_over_rows():
-    """Of a program's sums over rows, which are of float32, only those of four biases remain."""
-
-    def sums(take_up):
-        function, *given = block_both_ways(jnp.bfloat16, take_up)
-        text = function.trace(*given).lower(lowering_platforms=("cuda",)).as_text()
-        return len(re.findall(r"across dimensions = \[0, 1\] : \(tensor<8x50x", text))
-
-    assert sums(False) == 4 + 2 * 2
-    assert sums(True) == 4
-
-
 def test_parameters_that_are_missing_are_not_taken_for_taken_up():
     with pytest.raises(ScopeParamNotFoundError, match='"scale"'):
         LayerNorm(jnp.float32).apply({"params": {"bias": jnp.zeros(8)}}, jnp.ones((2, 8)))
-
-
-def test_what_is_no_block_takes_up_nothing():
-    tower = {"ln_pre": {"scale": 1}, "block_0": {"conv_1": {"kernel": 2}}, "positions": 3}
-    assert take_up_gains(tower) == tower
-
-
-@pytest.mark.parametrize("scan_layers", [False, True])
-def test_a_step_for_gpus_has_the_gradients_of_others(monkeypatch, scan_layers):
-    """In float64, on 8 devices with split parameters and in groups."""
-    text = dataclasses.replace(TINY.model.text, layers=3)
-    model = dataclasses.replace(TINY.model, dtype="float64", text=text, scan_layers=scan_layers)
-    run = dataclasses.replace(TINY, model=model, batch=64, text_groups=("4:0.25", "8:0.375"), mesh=MeshConfig(2, 4))
-    with jax.enable_x64(True):
-        batch = batch_of(run)
-        _, expected, _ = gradients(run, 8, batch)
-        taken_up = []
-        monkeypatch.setattr(towers, "traced_for", lambda: "gpu")
-        monkeypatch.setattr(towers, "take_up_gains", lambda params: taken_up.append(params) or take_up_gains(params))
-        _, found, _ = gradients(dataclasses.replace(run, samples=run.samples + 64), 8, batch)  # not the same program
-    assert taken_up
-    error, where = largest_difference(found, expected)
-    print(f"largest relative difference of a gradient {error:.1e}")
-    assert error <= 1e-12, where
 
 
 @pytest.mark.parametrize(
     ("platform", "micro_batch", "expected"),
     [("gpu", 0, True), ("gpu", 32, True), ("gpu", 16, False), ("cpu", 0, False), ("tpu", 0, False)],
 )
-def test_who_takes_up_gains(monkeypatch, platform, micro_batch, expected):
+def test_who_takes_up(monkeypatch, platform, micro_batch, expected):
     monkeypatch.setattr(towers, "traced_for", lambda: platform)
     run = dataclasses.replace(TINY, micro_batch=micro_batch)
     mesh = make_mesh(MeshConfig(), devices=jax.devices()[:1])

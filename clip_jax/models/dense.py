@@ -47,21 +47,22 @@ def _as_they_are(x: jax.Array, gradient: jax.Array) -> jax.Array:
 product.defvjp(lambda x, kernel: (_multiply(x, kernel), (x, kernel)), _backward)
 
 
-def add_bias(x: Float[Array, "*rows e"], bias: Float[Array, " e"]) -> Float[Array, "*rows e"]:
-    """Returns x + bias in the dtype of x. It has no forward-mode derivative.
+def add_bias(x: Float[Array, "*rows e"], bias: Float[Array, " f"]) -> Float[Array, "*rows e"]:
+    """Returns x + bias in the dtype of x; a bias that is shorter is of the first channels. It has no forward-mode
+    derivative.
 
-    The bias' gradient is summed in float32 or wider. JAX itself would sum it in the dtype of x.
+    The bias' gradient is summed in float32 or wider, of its channels alone. JAX itself would sum it in the dtype of x.
     """
     return _add(x, bias.astype(jnp.promote_types(x.dtype, jnp.float32)))
 
 
 @jax.custom_vjp
 def _add(x: jax.Array, bias: jax.Array) -> jax.Array:
-    return x + bias.astype(x.dtype)
+    return x + jnp.pad(bias.astype(x.dtype), (0, x.shape[-1] - len(bias)))
 
 
 def _sum(bias: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return gradient, gradient.sum(range(gradient.ndim - 1), dtype=bias.dtype)
+    return gradient, gradient[..., : len(bias)].sum(range(gradient.ndim - 1), dtype=bias.dtype)
 
 
 _add.defvjp(lambda x, bias: (_add(x, bias), bias), _sum)

@@ -20,7 +20,7 @@ from clip_jax.array_types import Array, Float, Int, Num
 from clip_jax.fences import fence
 from clip_jax.models.activations import ACTIVATIONS
 from clip_jax.models.attention import attend, attend_packed, takes_packed
-from clip_jax.models.dense import Dense
+from clip_jax.models.dense import Dense, add_bias
 from clip_jax.models.norm import LayerNorm
 from clip_jax.models.variants import Activation, AttentionKind, Remat
 from clip_jax.partition import constrain_rows
@@ -82,7 +82,10 @@ def pick(x: Num[Array, "b l d"], rows: Int[Array, "b r"]) -> Num[Array, "b r d"]
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with one fused projection for q, k and v."""
+    """Multi-head self-attention with one fused projection for q, k and v.
+
+    Where it has a `query_bias`, that is all that is left of this one's bias: see `take_up`.
+    """
 
     heads: int
     causal: bool
@@ -95,7 +98,10 @@ class Attention(nn.Module):
     def __call__(self, x: Float[Array, "b l d"], rows: Int[Array, "b r"] | None = None) -> Float[Array, "b r d"]:
         """Returns all rows, or those that `rows` names, one of each sequence."""
         width = x.shape[-1]
-        qkv = Dense(3 * width, kernel_init=self.init_from.qkv, dtype=self.dtype, name="qkv")(x)
+        left = self.has_variable("params", "query_bias")
+        qkv = Dense(3 * width, use_bias=not left, kernel_init=self.init_from.qkv, dtype=self.dtype, name="qkv")(x)
+        if left:
+            qkv = add_bias(qkv, self.get_variable("params", "query_bias"))
         if rows is None and takes_packed(self.kind):
             mixed = attend_packed(qkv, self.heads, causal=self.causal, groups=self.groups)
         else:
@@ -173,33 +179,41 @@ READERS = {"ln_1": ("attention", "qkv"), "ln_2": ("mlp", "in")}
 """Of a block's norms, the dense layer that reads it, and the module that this belongs to."""
 
 
-def take_up_gains(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns parameters of the same function, in which a block's dense layers have taken up the norms that they read.
+def take_up(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns parameters of the same function, in which a block's dense layers have taken up what is before them.
 
-    (u·scale + bias)·W + b is u·(scale·W) + (bias·W + b), for rows u of mean 0 and variance 1. Differentiated through
-    this, scale and bias get their gradients from those of the weights, and nothing is summed over all tokens for them.
-    In a program for GPUs norms then move a quarter less. In one for CPUs the new weights would be copies, and on a TPU
-    nothing is gained (`benchmarks/LOG.md`).
+    For rows u of mean 0 and variance 1, (u·scale + bias)·W + b is u·(scale·W) + (bias·W + b). As every query's shares
+    add up to 1, a bias of the values adds itself to what attention gives, and the next layer takes it up likewise; one
+    of the keys adds the same to all logits of a query, which is nothing.
+
+    Differentiated through this, what is taken up gets its gradient from those of the weights, and nothing is summed
+    over all tokens for it. In a program for GPUs norms then move a quarter less. In one for CPUs the new weights would
+    be copies, and on a TPU nothing is gained (`benchmarks/LOG.md`).
 
     Args:
       params: of a model, of a tower or of a block; float32 or wider.
 
     Returns:
-      The same tree, where None stands for what is taken up; what is no block's stays.
+      The same tree, where None stands for a norm's parameters, and `query_bias` for the bias of queries, keys and
+      values; what is no block's stays.
     """
     if not READERS.keys() <= params.keys():
-        return {name: take_up_gains(part) if isinstance(part, Mapping) else part for name, part in params.items()}
+        return {name: take_up(part) if isinstance(part, Mapping) else part for name, part in params.items()}
     block = dict(params)
     for norm, (module, layer) in READERS.items():
-        block[module] = {**block[module], layer: _scaled(block[module][layer], **block[norm])}
-        block[norm] = dict.fromkeys(block[norm])
+        dense = _take_up_bias(block[module][layer], block[norm]["bias"])
+        dense["kernel"] *= block[norm]["scale"][:, None]
+        block[module], block[norm] = {**block[module], layer: dense}, dict.fromkeys(block[norm])
+    qkv, out = block["attention"]["qkv"], block["attention"]["out"]
+    query, _, value = jnp.split(qkv["bias"], 3)
+    block["attention"] = {"qkv": {"kernel": qkv["kernel"]}, "query_bias": query, "out": _take_up_bias(out, value)}
     return block
 
 
-def _scaled(dense: Mapping[str, jax.Array], scale: jax.Array, bias: jax.Array) -> dict[str, jax.Array]:
-    kernel = dense["kernel"]
+def _take_up_bias(dense: Mapping[str, jax.Array], bias: jax.Array) -> dict[str, jax.Array]:
+    """Returns a layer that adds to its argument what was added before."""
     # Not as a product, which GPUs may compute of narrower numbers.
-    return {"kernel": kernel * scale[:, None], "bias": dense["bias"] + (kernel * bias[:, None]).sum(axis=0)}
+    return {**dense, "bias": dense["bias"] + (dense["kernel"] * bias[:, None]).sum(axis=0)}
 
 
 class Transformer(nn.Module):

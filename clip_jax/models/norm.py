@@ -12,7 +12,7 @@ program. On a TPU a product would be of bfloat16 numbers: other platforms add up
 XLA's compiler for GPUs would write the argument's normalised rows times the gradient out in float32, for three sums to
 read. In a program for GPUs a wall (`clip_jax.fences`) makes the sums over rows compute them again, from what is there.
 
-A block's norms are each read by one dense layer, which can take up their gains: `clip_jax.models.layers.take_up_gains`.
+A block's norms are each read by one dense layer, which can take up their gains: `clip_jax.models.layers.take_up`.
 What is left reads and writes rows alone, and of that XLA's compiler for GPUs makes one kernel a pass.
 """
 
