@@ -11,7 +11,7 @@ import pytest
 from tiny import TINY
 
 from clip_jax.errors import ConfigError
-from clip_jax.models import attention
+from clip_jax.models import attention, gpu_kernels
 from clip_jax.models.attention import attend, attend_packed, takes_packed
 from clip_jax.models.clip import CLIP, init_variables
 from clip_jax.models.layers import BlockInit, Transformer
@@ -40,8 +40,8 @@ def gpu(monkeypatch, in_a_step):
         asked.append((implementation, query.shape, options["is_causal"]))
         return CUDNN(query, key, value, implementation="xla", **options)
 
-    monkeypatch.setattr(attention, "traced_for", lambda: "gpu")
-    monkeypatch.setattr(attention, "_capability", lambda: 9.0)
+    monkeypatch.setattr(gpu_kernels, "traced_for", lambda: "gpu")
+    monkeypatch.setattr(gpu_kernels, "capability", lambda: 9.0)
     monkeypatch.setattr(jax.nn, "dot_product_attention", compute)
     return asked
 
@@ -89,7 +89,7 @@ def test_where_cudnn_cannot_be_used_auto_takes_the_definition(gpu, monkeypatch):
     attend(*operands(6, head=12), causal=True, kind="auto")
     query, key, value = operands(6)
     attend(query[:, :1], key, value, causal=True, at=jnp.zeros((2, 1), jnp.int32), kind="cudnn")
-    monkeypatch.setattr(attention, "_capability", lambda: 7.5)
+    monkeypatch.setattr(gpu_kernels, "capability", lambda: 7.5)
     attend(query, key, value, causal=True, kind="auto")
     assert not gpu
 
@@ -114,7 +114,7 @@ def test_outside_of_a_step_kernels_are_not_used(monkeypatch):
     ],
 )
 def test_kernels_that_cannot_be_used_are_refused(gpu, monkeypatch, kind, given, capability, reason):
-    monkeypatch.setattr(attention, "_capability", lambda: capability)
+    monkeypatch.setattr(gpu_kernels, "capability", lambda: capability)
     parts = operands(6, **given)
     packed = jnp.concatenate([part.reshape(2, 6, -1) for part in parts], axis=-1)
     ask = {
@@ -173,8 +173,8 @@ def test_kernels_are_run_again_only_where_whole_blocks_are(in_a_step, monkeypatc
 def test_only_nvidias_gpus_have_a_capability(monkeypatch, found, capability):
     device = types.SimpleNamespace(**({"compute_capability": found} if found else {}))
     monkeypatch.setattr(jax, "local_devices", lambda backend: [device])
-    assert attention._capability() == capability
+    assert gpu_kernels.capability() == capability
 
 
 def test_gpus_that_are_elsewhere_will_do():
-    assert attention._capability() == attention.FIRST_CAPABILITY
+    assert gpu_kernels.capability() == gpu_kernels.FIRST_CAPABILITY

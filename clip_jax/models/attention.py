@@ -4,7 +4,6 @@ Kernels keep no matrix of logits in memory (Dao et al., 2022, FlashAttention), w
 what most of attention's time goes to. They serve training steps in bfloat16; all else is computed by the definition.
 """
 
-import re
 from typing import Literal
 
 import jax
@@ -13,13 +12,13 @@ from jax.typing import DTypeLike
 
 from clip_jax.array_types import Array, Float, Int
 from clip_jax.errors import ConfigError
+from clip_jax.models import gpu_kernels
 from clip_jax.models.variants import AttentionKind
-from clip_jax.partition import on_each_device, traced_for
+from clip_jax.partition import on_each_device
 from clip_jax.text_groups import Groups
 
 CUDNN_HEADS = range(8, 129, 8)  # channels of a head that the kernels take, on every GPU that has them
 PALLAS_HEADS = (16, 32, 64, 128)
-FIRST_CAPABILITY = 8.0  # of the GPUs that have them: A100
 
 
 def attend(
@@ -45,7 +44,7 @@ def attend(
     Raises:
       ConfigError: `cudnn`, and it cannot.
     """
-    if kind in ("auto", "cudnn") and _in_a_step() and at is None and query.shape == key.shape:
+    if kind in ("auto", "cudnn") and gpu_kernels.in_a_step() and at is None and query.shape == key.shape:
         lacking = _lacking(query.dtype, query.shape[-1], "cudnn")
         if not lacking:
             return _by_cudnn(query, key, value, causal=causal)
@@ -78,7 +77,7 @@ def attend_packed(
 
 def takes_packed(kind: AttentionKind) -> bool:
     """Whether such attention is computed from queries, keys and values in one array: by our kernels, in a step."""
-    return kind == "pallas" and _in_a_step()
+    return kind == "pallas" and gpu_kernels.in_a_step()
 
 
 def _by_definition(
@@ -108,34 +107,14 @@ def _by_cudnn(query: jax.Array, key: jax.Array, value: jax.Array, *, causal: boo
     return mixed[:, :tokens]
 
 
-def _in_a_step() -> bool:
-    return not jax.sharding.get_abstract_mesh().empty
-
-
 def _refusal(kind: AttentionKind, lacking: str) -> ConfigError:
-    return ConfigError(f"config.model.attention is {kind}, and {lacking}; auto uses what can be used")
+    return gpu_kernels.refusal("attention", kind, lacking, "auto uses what can be used")
 
 
 def _lacking(dtype: DTypeLike, channels: int, kind: Literal["cudnn", "pallas"]) -> str:
     """Returns what kernels want and a training step with such heads does not have; empty if nothing."""
-    if dtype not in (jnp.bfloat16, jnp.float16):
-        return f"config.model.dtype is {dtype}, not bfloat16"
     if kind == "cudnn" and channels not in CUDNN_HEADS:
         return f"a head has {channels} channels, not a multiple of 8 up to {CUDNN_HEADS[-1]}"
     if kind == "pallas" and channels not in PALLAS_HEADS:
         return f"a head has {channels} channels, not {' or '.join(map(str, PALLAS_HEADS))}"
-    if traced_for() != "gpu" or _capability() < FIRST_CAPABILITY:
-        return "the devices are not NVIDIA GPUs since A100"
-    return ""
-
-
-def _capability() -> float:
-    """Returns the CUDA compute capability of this process's GPUs; 0 for other makers'.
-
-    Where it has none, a step is compiled for GPUs that are elsewhere, and is taken for one of the first that will do.
-    """
-    try:
-        found = getattr(jax.local_devices(backend="gpu")[0], "compute_capability", "")
-    except RuntimeError:
-        return FIRST_CAPABILITY
-    return float(found) if re.fullmatch(r"\d+\.\d+", str(found)) else 0.0
+    return gpu_kernels.lacking(dtype)
