@@ -31,6 +31,7 @@ NOT_SIZES = (
     "patch_dropout",
     "dead_tokens",
     "attention",
+    "mlp",
 )
 """Keys of the model that change neither its parameters nor what they mean; they may change when a run is resumed."""
 

@@ -167,11 +167,15 @@ def constrain_rows(x: jax.Array) -> jax.Array:
     return on_each_device(_row_major, x) if traced_for() == "gpu" else x
 
 
-def on_each_device(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    """Applies to each device's rows what the partitioner does not know, for which it would gather all of them."""
+def on_each_device(function: Callable[..., jax.Array], x: jax.Array, *weights: jax.Array) -> jax.Array:
+    """Applies to each device's rows what the partitioner does not know, for which it would gather all of them.
+
+    Weights are given whole to each device, and their gradients summed over all.
+    """
     if devices_of_rows() == 1:
-        return function(x)
-    return jax.shard_map(function, in_specs=ROWS, out_specs=ROWS, check_vma=False)(x)
+        return function(x, *weights)
+    whole = [PartitionSpec()] * len(weights)
+    return jax.shard_map(function, in_specs=(ROWS, *whole), out_specs=ROWS, check_vma=False)(x, *weights)
 
 
 def _row_major(x: jax.Array) -> jax.Array:

@@ -57,6 +57,7 @@ class CLIP(nn.Module):
                 config.patch_dropout,
                 whole,
                 config.attention,
+                config.mlp,
             )
         self.text = TextTransformer(
             config.text,
@@ -67,6 +68,7 @@ class CLIP(nn.Module):
             config.scan_layers,
             whole,
             config.attention,
+            config.mlp,
         )
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(-math.log(config.temperature)), ())
         self.logit_bias = (

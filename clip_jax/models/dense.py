@@ -87,11 +87,16 @@ class Dense(nn.Module):
     kernel_init: nn.initializers.Initializer = nn.linear.default_kernel_init
     bias_init: nn.initializers.Initializer = nn.initializers.zeros
 
-    @nn.compact
     def __call__(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows e"]:
+        result, *bias = self.summands(x)
+        return add_bias(result, *bias) if bias else result
+
+    @nn.compact
+    def summands(self, x: Float[Array, "*rows d"]) -> list[jax.Array]:
+        """Returns the product [*rows, e], and the bias [e] if there is one, for what adds them by itself."""
         kernel = self._weight("kernel", self.kernel_init, (x.shape[-1], self.features))
         result = product(x.astype(self.dtype), kernel.astype(self.dtype))
-        return add_bias(result, self._weight("bias", self.bias_init, (self.features,))) if self.use_bias else result
+        return [result, self._weight("bias", self.bias_init, (self.features,))] if self.use_bias else [result]
 
     def _weight(self, name: str, init: nn.initializers.Initializer, shape: tuple[int, ...]) -> jax.Array:
         return jnp.asarray(self.param(name, init, shape, self.param_dtype))  # it may be NumPy's

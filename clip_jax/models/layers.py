@@ -18,11 +18,11 @@ from jax.typing import DTypeLike
 
 from clip_jax.array_types import Array, Float, Int, Num
 from clip_jax.fences import fence
-from clip_jax.models.activations import ACTIVATIONS
+from clip_jax.models.activations import ACTIVATIONS, activate, activates_by_kernel
 from clip_jax.models.attention import attend, attend_packed, takes_packed
 from clip_jax.models.dense import Dense, add_bias
 from clip_jax.models.norm import LayerNorm
-from clip_jax.models.variants import Activation, AttentionKind, Remat
+from clip_jax.models.variants import Activation, AttentionKind, MLPKind, Remat
 from clip_jax.partition import constrain_rows
 from clip_jax.text_groups import Groups
 
@@ -140,14 +140,18 @@ class MLP(nn.Module):
     activation: Activation
     init_from: BlockInit
     dtype: DTypeLike
+    kind: MLPKind = "xla"
 
     @nn.compact
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
         width, init = x.shape[-1], self.init_from
-        hidden = Dense(4 * width, kernel_init=init.mlp_in, bias_init=init.mlp_in_bias, dtype=self.dtype, name="in")(x)
-        return Dense(width, kernel_init=init.mlp_out, bias_init=init.mlp_out_bias, dtype=self.dtype, name="out")(
-            ACTIVATIONS[self.activation](hidden)
-        )
+        first = Dense(4 * width, kernel_init=init.mlp_in, bias_init=init.mlp_in_bias, dtype=self.dtype, name="in")
+        if activates_by_kernel(self.kind):
+            product, bias = first.summands(x)
+            hidden = activate(product, bias, self.activation)
+        else:
+            hidden = ACTIVATIONS[self.activation](first(x))
+        return Dense(width, kernel_init=init.mlp_out, bias_init=init.mlp_out_bias, dtype=self.dtype, name="out")(hidden)
 
 
 class Block(nn.Module):
@@ -159,6 +163,7 @@ class Block(nn.Module):
     init_from: BlockInit
     dtype: DTypeLike
     kind: AttentionKind = "xla"
+    mlp: MLPKind = "xla"
     groups: Groups = ()
 
     @nn.compact
@@ -168,7 +173,7 @@ class Block(nn.Module):
         mixed = attention(LayerNorm(self.dtype, name="ln_1")(x), rows)
         # Without walls XLA's compiler for GPUs lets a product add to a copy of the stream, where a norm could add.
         x = (x if rows is None else pick(x, rows)) + fence(mixed, "cuda")
-        mlp = MLP(self.activation, self.init_from, self.dtype, name="mlp")
+        mlp = MLP(self.activation, self.init_from, self.dtype, self.mlp, name="mlp")
         x = x + fence(mlp(LayerNorm(self.dtype, name="ln_2")(x)), "cuda")
         x = constrain_rows(x)
         record(self, "output", x)
@@ -234,6 +239,7 @@ class Transformer(nn.Module):
     scan: bool
     whole: bool
     attention: AttentionKind = "xla"
+    mlp: MLPKind = "xla"
     groups: Groups = ()
 
     @nn.compact
@@ -246,6 +252,7 @@ class Transformer(nn.Module):
             self.init_from,
             self.dtype,
             self.attention,
+            self.mlp,
             self.groups,
         )
         last = self.layers - 1

@@ -18,7 +18,7 @@ from clip_jax.models.dense import Dense
 from clip_jax.models.embedding import Embed
 from clip_jax.models.layers import BlockInit, Transformer, pick, record
 from clip_jax.models.norm import LayerNorm
-from clip_jax.models.variants import Activation, AttentionKind, Remat, TextConfig
+from clip_jax.models.variants import Activation, AttentionKind, MLPKind, Remat, TextConfig
 from clip_jax.partition import constrain_rows, devices_of_rows, traced_for
 from clip_jax.text_groups import Groups
 
@@ -41,6 +41,7 @@ class TextTransformer(nn.Module):
     scan: bool = False
     whole: bool = False
     attention: AttentionKind = "xla"
+    mlp: MLPKind = "xla"
 
     @nn.compact
     def __call__(self, tokens: Int[Array, "b l"], *, groups: Groups = ()) -> Float[Array, "b e"]:
@@ -84,6 +85,7 @@ class TextTransformer(nn.Module):
             self.scan,
             self.whole,
             self.attention,
+            self.mlp,
             groups,
             name="transformer",
         )(x, rows)

@@ -10,6 +10,7 @@ from clip_jax.errors import UserError, did_you_mean
 
 Activation = Literal["quick_gelu", "gelu"]
 AttentionKind = Literal["auto", "xla", "cudnn", "pallas"]
+MLPKind = Literal["xla", "pallas"]
 Remat = Literal["none", "dots", "block", "full"]
 REMATS: tuple[Remat, ...] = get_args(Remat)
 """From what keeps most for the backward pass to what keeps least."""
@@ -112,6 +113,9 @@ class ModelConfig:
         fused kernels of NVIDIA's library, for bfloat16 on GPUs since A100; the same results, to rounding, and their
         gradients' last bits can change from run to run. `pallas`: our own for the same GPUs, which need no copies
         around them; the same results, to rounding. `auto`: `cudnn` where it can be used, else `xla`.
+      mlp: what differentiates the transformers' activation in a training step. `xla`: what JAX makes of it. `pallas`: a
+        kernel of our own, for `quick_gelu` in bfloat16 on NVIDIA GPUs since A100, which also sums the gradient of the
+        bias before it; the same results, to rounding.
     """
 
     embed_dim: int
@@ -129,6 +133,7 @@ class ModelConfig:
     patch_dropout: float = 0.0
     dead_tokens: Literal["skip", "compute"] = "skip"
     attention: AttentionKind = "auto"
+    mlp: MLPKind = "xla"
 
 
 # fmt: off

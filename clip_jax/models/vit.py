@@ -15,7 +15,7 @@ from clip_jax.array_types import Array, Float
 from clip_jax.models.dense import Dense
 from clip_jax.models.layers import BlockInit, Transformer, record, symmetric_uniform
 from clip_jax.models.norm import LayerNorm
-from clip_jax.models.variants import Activation, AttentionKind, Remat, ViTConfig
+from clip_jax.models.variants import Activation, AttentionKind, MLPKind, Remat, ViTConfig
 
 
 class VisionTransformer(nn.Module):
@@ -35,6 +35,7 @@ class VisionTransformer(nn.Module):
     patch_dropout: float = 0.0
     whole: bool = False
     attention: AttentionKind = "xla"
+    mlp: MLPKind = "xla"
 
     @nn.compact
     def __call__(self, images: Float[Array, "b s s 3"], *, keys: jax.Array | None = None) -> Float[Array, "b e"]:
@@ -75,6 +76,7 @@ class VisionTransformer(nn.Module):
             self.scan,
             self.whole,
             self.attention,
+            self.mlp,
             name="transformer",
         )(x, jnp.zeros((x.shape[0], 1), jnp.int32))
         pooled = LayerNorm(dtype, name="ln_post")(x[:, 0])

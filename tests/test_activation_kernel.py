@@ -1,0 +1,147 @@
+"""Our kernel for the derivative of an activation, interpreted, beside what JAX makes of it; and what a GPU is given."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import TINY
+
+from clip_jax.errors import ConfigError
+from clip_jax.models import activation_kernel, activations, gpu_kernels
+from clip_jax.models.activation_kernel import ROWS, activate
+from clip_jax.models.activations import ACTIVATIONS, activates_by_kernel
+from clip_jax.models.clip import CLIP, init_variables
+from clip_jax.models.dense import add_bias
+from clip_jax.models.layers import MLP, BlockInit
+from clip_jax.partition import make_mesh
+
+
+def by_kernel(product, bias, activation):
+    return activate(product, bias, activation, True)
+
+
+def by_jax(product, bias, activation):
+    return ACTIVATIONS[activation](add_bias(product, bias))
+
+
+def both_ways(function, activation, product, bias, gradient):
+    result, pull = jax.vjp(lambda *given: function(*given, activation), product, bias)
+    return result, *pull(gradient)
+
+
+def operands(shape, dtype):
+    """Returns a product, a bias and a gradient."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    product, bias, gradient = (
+        2 * jax.random.normal(*each, dtype) for each in zip(keys, (shape, shape[-1:], shape), strict=True)
+    )
+    return product, bias.astype(jnp.promote_types(dtype, jnp.float32)), gradient
+
+
+def errors(found, exact):
+    """Returns the differences' norms over the norms."""
+    pairs = [(np.float64(a), np.float64(b)) for a, b in zip(found, exact, strict=True)]
+    return [float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in pairs]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("shape", [(1, 1, 128), (2, 5, 256), (ROWS, 128), (3, 171, 128), (2, ROWS, 384)])
+def test_result_and_gradients_are_those_of_jax_in_f64(activation, shape):
+    """Behind the last row an interpreted kernel finds NaN: none may count."""
+    with jax.enable_x64(True):
+        given = operands(shape, jnp.float64)
+        found, expected = (
+            jax.jit(functools.partial(both_ways, function, activation))(*given) for function in (by_kernel, by_jax)
+        )
+        assert max(errors(found, expected)) < 1e-14
+
+
+def test_in_bf16_it_is_as_close_to_the_definition():
+    given = operands((4, 100, 128), jnp.bfloat16)
+    with jax.enable_x64(True):
+        exact = both_ways(by_jax, "quick_gelu", *(jnp.float64(x) for x in given))
+    ours, plain = (errors(both_ways(function, "quick_gelu", *given), exact) for function in (by_kernel, by_jax))
+    print(f"errors of result and gradients {ours}, {plain} without the kernel")
+    assert ours[0] == plain[0]
+    assert all(a <= b for a, b in zip(ours, plain, strict=True))
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Lets a step use the kernel without a GPU; gives how often each shape was asked for."""
+    asked = []
+
+    def activate_interpreted(product, bias, activation):
+        asked.append(product.shape)
+        return activate(product, bias, activation, True)
+
+    monkeypatch.setattr(gpu_kernels, "lacking", lambda dtype: "")
+    monkeypatch.setattr(activation_kernel, "activate", activate_interpreted)
+    return asked
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_a_step_computes_by_it_what_it_does_without(interpreted, devices):
+    with jax.enable_x64(True):
+        x = jax.random.normal(jax.random.key(0), (4, 7, 32), jnp.float64)
+
+        def both(kind):
+            module = MLP("quick_gelu", BlockInit.torch_default(32), jnp.float64, kind)
+            variables = jax.tree.map(jnp.float64, module.init(jax.random.key(1), x))
+            with jax.set_mesh(make_mesh(TINY.mesh, devices=jax.devices()[:devices])):
+                result, pull = jax.jit(functools.partial(jax.vjp, module.apply))(variables, x)
+                return jax.tree.leaves((result, pull(jnp.cos(x))))
+
+        found = both("pallas")
+        assert interpreted == [(4 // devices, 7, 128)]
+        assert max(errors(found, both("xla"))) < 1e-14
+        assert len(interpreted) == 1
+
+
+def test_outside_of_a_step_it_is_not_used():
+    assert not activates_by_kernel("pallas")
+    MLP("quick_gelu", BlockInit.torch_default(8), jnp.float32, "pallas").init(jax.random.key(0), jnp.ones((1, 2, 8)))
+
+
+@pytest.fixture
+def in_a_step():
+    with jax.sharding.use_abstract_mesh(make_mesh(TINY.mesh, devices=jax.devices()[:1]).abstract_mesh):
+        yield
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "activation", "reason"),
+    [
+        (128, jnp.bfloat16, "gelu", "config.model.activation is gelu, not quick_gelu"),
+        (192, jnp.bfloat16, "quick_gelu", "the MLP is 192 wide, not a multiple of 128"),
+        (128, jnp.float32, "quick_gelu", "config.model.dtype is float32, not bfloat16"),
+        (128, jnp.bfloat16, "quick_gelu", "the devices are not NVIDIA GPUs since A100"),
+    ],
+)
+def test_where_it_cannot_be_used_it_is_refused(in_a_step, width, dtype, activation, reason):
+    with pytest.raises(ConfigError, match=f"^config.model.mlp is pallas, and {reason}; xla can always be used$"):
+        activations.activate(jnp.ones((1, 2, width), dtype), jnp.zeros(width), activation)
+
+
+@pytest.mark.parametrize("method", ["encode_image", "encode_text"])
+def test_the_config_reaches_both_towers(in_a_step, method):
+    towers = {name: dataclasses.replace(getattr(TINY.model, name), width=32) for name in ("vision", "text")}
+    model = CLIP(dataclasses.replace(TINY.model, **towers, dtype="bfloat16", mlp="pallas"))
+    plain = CLIP(dataclasses.replace(model.config, mlp="xla"))
+    variables = jax.eval_shape(lambda: init_variables(plain, jax.random.key(0)))
+    given = {"encode_image": jnp.zeros((2, 16, 16, 3)), "encode_text": jnp.zeros((2, 12), jnp.int32)}[method]
+    with pytest.raises(ConfigError, match="config.model.mlp is pallas, and the devices are not NVIDIA GPUs since A100"):
+        jax.eval_shape(lambda variables: model.apply(variables, given, method=method), variables)
+
+
+def test_jax_lowers_it_for_gpus():
+    product, bias, _ = jax.eval_shape(lambda: operands((2, 50, 3072), jnp.bfloat16))
+
+    def value(product, bias):
+        return activate(product, bias, "quick_gelu").astype(jnp.float32).sum()
+
+    text = jax.jit(jax.grad(value, argnums=(0, 1))).trace(product, bias).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @__gpu$xla.gpu.triton(") == 1
