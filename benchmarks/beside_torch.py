@@ -5,7 +5,7 @@
 
 The same model, batch, precision and machine: both towers, contrastive loss, backward pass, AdamW, clamp of the scale.
 Ours is measured as configured, and, if that differs, with `model.dead_tokens=compute`, which computes what open_clip
-does; and with one more key changed. open_clip runs as its users run it at its best: bfloat16 by autocast over float32
+does; and with more keys changed. open_clip runs as its users run it at its best: bfloat16 by autocast over float32
 weights, fused AdamW, TF32 products on a GPU, and with `--compile` through `torch.compile`. Synthetic pairs, whose
 captions are as long as web captions. Needs torch and open_clip.
 """
@@ -25,7 +25,7 @@ import jax
 import numpy as np
 
 from benchmarks.figures import Figure, report
-from benchmarks.step import CompiledStep, load_runs, matmul_speed
+from benchmarks.step import CompiledStep, add_compare, load_runs, matmul_speed
 from benchmarks.turns import in_turns
 from clip_jax.chips import peak_of
 from clip_jax.command_line import load_config, one_line_errors, take_overrides
@@ -43,7 +43,7 @@ def main() -> None:
         rest, overrides = take_overrides(sys.argv[1:])
         parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("--config", required=True, help="config file, such as configs/vit_b32.py:batch=64")
-        parser.add_argument("--compare", metavar="KEY=VALUE", help="ours also with this key changed")
+        add_compare(parser)
         parser.add_argument("--rounds", type=int, default=7, help="turns; the median counts")
         parser.add_argument("--steps", type=int, default=2, help="timed steps in a turn, after one that is not")
         parser.add_argument("--compile", action="store_true", help="torch.compile for open_clip")

@@ -1,13 +1,13 @@
 """Training steps of the paper's models on one large GPU, beside open_clip's: one call, one dated table.
 
   python -m benchmarks.gpu [--models vit_b32 vit_l14 …] [--out=runs/benchmarks] [--rounds=5] [--compile]
-      [--compare=key=value]
+      [--compare=key=value …]
 
 bfloat16 over float32 weights, all tokens computed, so that both do the same work; the share of the peak is the data
 sheet's (H100 and H200 with the SXM socket). Batches are sizes of which ours and theirs should fit into 80 GB together;
 one that does not fit is named, and the rest go on. Without open_clip, ours alone. Before, attention by itself; and
-each model with one key changed besides, which is attention by our own kernels unless another is named, or none; if a
-model fails with it, that and the rest go on without it. The table is written after each.
+each model with one key changed besides, and with one more: attention and MLPs by our own kernels, unless others are
+named, or none. If a model fails, the last of them is left out, there and behind it. The table is written after each.
 XLA_FLAGS=--xla_gpu_enable_triton_gemm=false shortens compiling, and --xla_gpu_autotune_level=2 that of ResNets more.
 What is aimed at:
 
@@ -24,8 +24,11 @@ import importlib.util
 from pathlib import Path
 
 from benchmarks.run import Session
+from benchmarks.step import add_compare
 
 BATCHES = {"vit_b32": 1024, "vit_b16": 256, "vit_l14": 128, "vit_l14_336": 48, "rn50": 256, "rn50x64": 24}
+
+COMPARED = ("model.attention=pallas", "model.mlp=pallas")
 
 
 def main() -> None:
@@ -36,21 +39,20 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="steps in a turn")
     parser.add_argument("--batch", type=int, help="pairs, instead of each model's own")
     parser.add_argument("--compile", action="store_true", help="torch.compile for open_clip")
-    parser.add_argument("--compare", default="model.attention=pallas", help="KEY=VALUE; empty for none")
+    add_compare(parser)
     arguments = parser.parse_args()
     module, compiled = "step", ()
     if importlib.util.find_spec("open_clip") is not None:
         module, compiled = "beside_torch", ("--compile",) if arguments.compile else ()
-    compare = (f"--compare={arguments.compare}",) if arguments.compare else ()
+    compare = [f"--compare={each}" for each in arguments.compare or COMPARED if each]
     turns = (f"--rounds={arguments.rounds}", f"--steps={arguments.steps}")
     session = Session(arguments.out)
     session.run("attention")
     for model in arguments.models:
         config = f"--config=configs/{model}.py:batch={arguments.batch or BATCHES[model]}"
         options = (config, "--config.model.dead_tokens=compute", *turns, *compiled)
-        if session.run(module, (*options, *compare)).has_failed and compare:
-            compare = ()
-            session.run(module, options)
+        while session.run(module, (*options, *compare)).has_failed and compare:
+            del compare[-1]
     session.finish()
 
 

@@ -23,7 +23,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # there is no GPU to start
 import jax
 
 from benchmarks.figures import Figure, report
-from benchmarks.step import load_runs
+from benchmarks.step import add_compare, load_runs
 from clip_jax import gpu_compiler
 from clip_jax.chips import parse_topology
 from clip_jax.command_line import one_line_errors, take_overrides
@@ -70,7 +70,7 @@ def main() -> None:
         rest, overrides = take_overrides(sys.argv[1:])
         parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("--config", required=True, help="config file, such as configs/vit_b32.py:batch=1024")
-        parser.add_argument("--compare", metavar="KEY=VALUE", help="also with this key changed")
+        add_compare(parser)
         parser.add_argument("--devices", type=int, default=1)
         arguments = parser.parse_args(rest)
         if not gpu_compiler.is_installed():
@@ -79,8 +79,8 @@ def main() -> None:
         gpus = gpu_compiler.gpus(parse_topology(f"h200:{arguments.devices}"))
         run = next(iter(runs.values()))
         what = f"{variant_name(run.model)}, {run.batch} pairs on {len(gpus)} x H200, {run.model.dtype}"
-        programs = [compile_for(each, gpus) for each in runs.values()]
-        report(f"Program of a training step, {what}; jax {jax.__version__}", figures(programs, arguments.compare or ""))
+        programs = {name: compile_for(each, gpus).numbers() for name, each in runs.items()}
+        report(f"Program of a training step, {what}; jax {jax.__version__}", figures(programs))
 
 
 def compile_for(run: RunConfig, gpus: Sequence[Any]) -> Program:
@@ -93,11 +93,11 @@ def compile_for(run: RunConfig, gpus: Sequence[Any]) -> Program:
     return Program(moved, transposes, int(memory.temp_size_in_bytes), sent)
 
 
-def figures(programs: Sequence[Program], compared: str) -> list[Figure]:
-    """Returns a program's numbers, beside those of a second one if there is one."""
-    first, *others = (program.numbers() for program in programs)
-    counterparts = others[0] if others else dict.fromkeys(first, (None, ""))
-    return [Figure(what, *number, compared, counterparts[what][0]) for what, number in first.items()]
+def figures(programs: Mapping[str, Mapping[str, tuple[float, str]]]) -> list[Figure]:
+    """Returns the first program's numbers, beside those of each other one if there is any."""
+    (_, first), *others = programs.items()
+    beside = [(name, numbers) for name, numbers in others] or [("", dict.fromkeys(first, (None, "")))]
+    return [Figure(what, *number, name, each[what][0]) for name, each in beside for what, number in first.items()]
 
 
 def moved_by(text: str) -> tuple[Counter[str], int]:

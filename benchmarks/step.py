@@ -3,9 +3,9 @@
   python -m benchmarks.step --config=configs/vit_b32.py:batch=1024 [--config.key=value …] [--compare=key=value]
 
 Pairs a second, operations a second, their share of the peak, memory, compile time. Shares are of the data sheet's
-peak, where it is known, and of a large matrix product's speed in the same process; `clip_jax.utilization` says what is
-counted. `--compare=model.dead_tokens=compute` measures the same run with that key changed as well, in turns. Needs jax,
-flax, optax, ml_collections and numpy only.
+peak, where it is known, and of a large matrix product's speed in the same process; `clip_jax.utilization` says what
+is counted. `--compare=model.dead_tokens=compute` measures the same run with that key changed as well, in turns, and
+another such option with both. Needs jax, flax, optax, ml_collections and numpy only.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import functools
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -43,7 +43,7 @@ def main() -> None:
         rest, overrides = take_overrides(sys.argv[1:])
         parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("--config", required=True, help="config file, such as configs/vit_b32.py:batch=1024")
-        parser.add_argument("--compare", metavar="KEY=VALUE", help="also measure with this key changed")
+        add_compare(parser)
         parser.add_argument("--rounds", type=int, default=10, help="turns; the median counts")
         parser.add_argument("--steps", type=int, default=1, help="timed steps in a turn, after one that is not")
         parser.add_argument("--matmul", type=int, help="side of the matrix product (default: 8192; 2048 on CPUs)")
@@ -52,23 +52,30 @@ def main() -> None:
         measure(runs, rounds=arguments.rounds, steps=arguments.steps, side=arguments.matmul)
 
 
-def load_runs(config: str, overrides: list[tuple[str, str]], *, compare: str | None) -> dict[str, RunConfig]:
-    """Returns the run that a command line names, and the same with one more key changed, by their names.
+def add_compare(parser: argparse.ArgumentParser) -> None:
+    """Adds the option whose values `load_runs` takes."""
+    changed = "also measure with this key changed; given again, with those before as well"
+    parser.add_argument("--compare", metavar="KEY=VALUE", action="append", default=[], help=changed)
+
+
+def load_runs(config: str, overrides: list[tuple[str, str]], *, compare: Sequence[str]) -> dict[str, RunConfig]:
+    """Returns the run that a command line names, and the same with ever more keys changed, by their names.
 
     Args:
       config: file.
       overrides: (key, value) of the command line.
-      compare: `key=value`; None means no second one.
+      compare: `key=value` of each of these keys.
 
     Raises:
-      UserError: `compare` is not of that form, or the configs are not valid.
+      UserError: one of `compare` is not of that form, or the configs are not valid.
     """
     runs = {"as configured": load_config(config, overrides, without_data=True)}
-    if compare:
-        key, equals, value = compare.partition("=")
+    for number, each in enumerate(compare, start=1):
+        key, equals, value = each.partition("=")
         if not equals:
-            raise UserError(f"--compare={compare}: it must be key=value")
-        runs[compare] = load_config(config, [*overrides, (key, value)], without_data=True)
+            raise UserError(f"--compare={each}: it must be key=value")
+        overrides = [*overrides, (key, value)]
+        runs[" ".join(compare[:number])] = load_config(config, overrides, without_data=True)
     return runs
 
 
@@ -88,7 +95,7 @@ def measure(runs: dict[str, RunConfig], *, rounds: int, steps: int, side: int | 
     steps_of = {name: CompiledStep(config) for name, config in runs.items()}
     first, *others = steps_of.values()
     if any(other.target != first.target for other in others):
-        raise UserError("--compare: the two runs' states differ in shape or layout; measure each by itself")
+        raise UserError("--compare: the runs' states differ in shape or layout; measure each by itself")
     state = first.new_state()
 
     def train(each: CompiledStep, count: int) -> None:
@@ -109,14 +116,14 @@ def measure(runs: dict[str, RunConfig], *, rounds: int, steps: int, side: int | 
 
 
 def _summarize(seconds: dict[str, list[float]]) -> Iterator[Figure]:
-    """Yields the time of a step of each run, the first beside the last."""
-    names, medians = list(seconds), {name: 1e3 * statistics.median(found) for name, found in seconds.items()}
-    if len(names) == 1:
-        yield Figure(names[0], medians[names[0]], "ms")
-        return
-    first, other = names
-    ratio = statistics.median(b / a for a, b in zip(seconds[first], seconds[other], strict=True))
-    yield Figure(first, medians[first], "ms", other, medians[other], ratio)
+    """Yields the time of a step of the first run, beside each other one if there is any."""
+    medians = {name: 1e3 * statistics.median(found) for name, found in seconds.items()}
+    first, *others = seconds
+    if not others:
+        yield Figure(first, medians[first], "ms")
+    for other in others:
+        ratio = statistics.median(b / a for a, b in zip(seconds[first], seconds[other], strict=True))
+        yield Figure(first, medians[first], "ms", other, medians[other], ratio)
 
 
 class CompiledStep:

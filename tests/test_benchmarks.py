@@ -8,7 +8,7 @@ import types
 
 import pytest
 
-from benchmarks import beside_torch, figures, gpu, gpu_program, run
+from benchmarks import beside_torch, figures, gpu, gpu_program, run, step
 from benchmarks.figures import Figure, report
 from clip_jax import gpu_compiler
 
@@ -203,16 +203,40 @@ def test_a_gpu_is_asked_for_the_same_work_as_open_clip(monkeypatch, asked_of_a_g
     assert [name for name, _ in asked] == ["attention", module]
     options = asked[1][1]
     same = {"--config=configs/rn50.py:batch=8", "--config.model.dead_tokens=compute"}
-    assert same | {"--compare=model.attention=pallas"} < set(options)
+    assert same < set(options)
+    assert options[-2:] == ("--compare=model.attention=pallas", "--compare=model.mlp=pallas")
     assert ("--compile" in options) == installed
 
 
 def test_a_changed_key_with_which_a_gpu_fails_costs_no_model(asked_of_a_gpu):
     asked = asked_of_a_gpu("--models", "vit_b32", "vit_b16", "rn50")
     models = [
-        (options[0][17:].partition(".py")[0], "--compare=model.attention=pallas" in options) for _, options in asked[1:]
+        (options[0][17:].partition(".py")[0], *(each[10:] for each in options if each.startswith("--compare=")))
+        for _, options in asked[1:]
     ]
-    assert models == [("vit_b32", True), ("vit_b16", True), ("vit_b16", False), ("rn50", False)]
+    attention, mlp = "model.attention=pallas", "model.mlp=pallas"
+    changed = [("vit_b32", attention, mlp), ("vit_b16", attention, mlp), ("vit_b16", attention)]
+    assert models == [*changed, ("vit_b16",), ("rn50",)]
+
+
+def test_a_gpu_compares_what_it_is_told_to_or_nothing(asked_of_a_gpu):
+    for given, expected in (("model.remat=dots", ["--compare=model.remat=dots"]), ("", [])):
+        _, (_, options) = asked_of_a_gpu("--models=rn50", f"--compare={given}")
+        assert [each for each in options if each.startswith("--compare")] == expected
+
+
+@pytest.mark.filterwarnings("ignore:the load_module")
+def test_runs_are_compared_with_ever_more_keys_changed():
+    compare = ["model.remat=dots", "batch=8"]
+    runs = step.load_runs("configs/demo.py", [("model.remat", "none")], compare=compare)
+    assert [(name, run.model.remat, run.batch == 8) for name, run in runs.items()] == [
+        ("as configured", "none", False),
+        ("model.remat=dots", "dots", False),
+        ("model.remat=dots batch=8", "dots", True),
+    ]
+    seconds = {"as configured": [2.0, 2.0], "one": [1.0, 1.0], "both": [4.0, 4.0]}
+    beside = [(each.what, each.beside, each.ratio) for each in step._summarize(seconds)]
+    assert beside == [("as configured", "one", 0.5), ("as configured", "both", 2.0)]
 
 
 def test_a_benchmark_that_hangs_takes_no_figure_along(one_good, monkeypatch, capfd):
