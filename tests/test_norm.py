@@ -1,6 +1,5 @@
 """LayerNorm: Flax's values and gradients, less that a program for CPUs keeps and adds; and one without gains."""
 
-import dataclasses
 import math
 import re
 
@@ -12,14 +11,9 @@ import pytest
 from blocks import compiled_gradient, kept_by_a_block
 from flax.errors import ScopeParamNotFoundError
 from jax import export
-from tiny import TINY
 
-from clip_jax import towers
-from clip_jax.config import MeshConfig
 from clip_jax.models import layers
-from clip_jax.models.clip import CLIP, init_variables
 from clip_jax.models.norm import EPSILON, LayerNorm
-from clip_jax.partition import make_mesh
 
 TAKEN_UP = {"scale": None, "bias": None}
 
@@ -106,23 +100,6 @@ def test_only_programs_for_gpus_compute_again_in_the_backward_pass(platform, wal
 def test_parameters_that_are_missing_are_not_taken_for_taken_up():
     with pytest.raises(ScopeParamNotFoundError, match='"scale"'):
         LayerNorm(jnp.float32).apply({"params": {"bias": jnp.zeros(8)}}, jnp.ones((2, 8)))
-
-
-@pytest.mark.parametrize(
-    ("platform", "micro_batch", "expected"),
-    [("gpu", 0, True), ("gpu", 32, True), ("gpu", 16, False), ("cpu", 0, False), ("tpu", 0, False)],
-)
-def test_who_takes_up(monkeypatch, platform, micro_batch, expected):
-    monkeypatch.setattr(towers, "traced_for", lambda: platform)
-    run = dataclasses.replace(TINY, micro_batch=micro_batch)
-    mesh = make_mesh(MeshConfig(), devices=jax.devices()[:1])
-
-    def variables():
-        params = init_variables(CLIP(run.model), jax.random.key(0))["params"]
-        return towers.Towers(CLIP(run.model), run, params, {}, mesh)._variables({})
-
-    block = jax.eval_shape(variables)["params"]["image"]["transformer"]["block_0"]
-    assert (block["ln_1"] == TAKEN_UP) == expected
 
 
 def test_additions_of_the_gradient_are_linear_in_the_depth(monkeypatch):

@@ -28,6 +28,10 @@ def test_another_model_is_refused_by_name():
     lines(model=dataclasses.replace(TINY.model, dtype="bfloat16", init="scaled"))
 
 
+def test_what_computes_a_step_may_change():
+    lines(model=dataclasses.replace(TINY.model, attention="pallas", mlp="pallas", remat="dots", scan_layers=True))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

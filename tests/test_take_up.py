@@ -12,7 +12,9 @@ from tiny import TINY
 
 from clip_jax import towers
 from clip_jax.config import MeshConfig
+from clip_jax.models.clip import CLIP, init_variables
 from clip_jax.models.layers import Block, BlockInit, take_up
+from clip_jax.partition import make_mesh
 
 
 def block_both_ways(dtype, takes_up, seed=0):
@@ -112,3 +114,20 @@ def test_a_step_for_gpus_has_the_gradients_of_others(monkeypatch, scan_layers):
     error, where = largest_difference(found, expected)
     print(f"largest relative difference of a gradient {error:.1e}")
     assert error <= 1e-12, where
+
+
+@pytest.mark.parametrize(
+    ("platform", "micro_batch", "expected"),
+    [("gpu", 0, True), ("gpu", 32, True), ("gpu", 16, False), ("cpu", 0, False), ("tpu", 0, False)],
+)
+def test_who_takes_up(monkeypatch, platform, micro_batch, expected):
+    monkeypatch.setattr(towers, "traced_for", lambda: platform)
+    run = dataclasses.replace(TINY, micro_batch=micro_batch)
+    mesh = make_mesh(MeshConfig(), devices=jax.devices()[:1])
+
+    def variables():
+        params = init_variables(CLIP(run.model), jax.random.key(0))["params"]
+        return towers.Towers(CLIP(run.model), run, params, {}, mesh)._variables({})
+
+    block = jax.eval_shape(variables)["params"]["image"]["transformer"]["block_0"]
+    assert (block["ln_1"] == {"scale": None, "bias": None}) == expected
