@@ -25,7 +25,7 @@ import jax
 import numpy as np
 
 from benchmarks.figures import Figure, report
-from benchmarks.step import CompiledStep, add_compare, load_runs, matmul_speed
+from benchmarks.step import CompiledStep, add_compare, load_runs, matmul_speed, trainers
 from benchmarks.turns import in_turns
 from clip_jax.chips import peak_of
 from clip_jax.command_line import load_config, one_line_errors, take_overrides
@@ -65,7 +65,7 @@ def measure(runs: dict[str, RunConfig], *, rounds: int, steps: int, compiled: bo
     """
     run, device = runs[PLAIN], jax.devices()[0]
     steps_of = {name: CompiledStep(each) for name, each in runs.items()}
-    contenders = {name: _ours(step) for name, step in steps_of.items()}
+    contenders = trainers(steps_of)
     contenders[THEIRS] = _open_clip(run, gpu=device.platform == "gpu", compiled=compiled)
     calls = {name: functools.partial(train, steps) for name, train in contenders.items()}
     seconds = in_turns(calls, rounds, settle=lambda name: contenders[name](1))
@@ -88,16 +88,6 @@ def _beside(name: str, ours: list[float], theirs: list[float], steps: int) -> Fi
     ratio = statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
     mine, other = (1e3 * statistics.median(seconds) / steps for seconds in (ours, theirs))
     return Figure(name, mine, "ms", THEIRS, other, ratio)
-
-
-def _ours(step: CompiledStep) -> Callable[[int], None]:
-    state = step.new_state()
-
-    def train(steps: int) -> None:
-        nonlocal state
-        state = step.run(state, steps)
-
-    return train
 
 
 def _open_clip(run: RunConfig, *, gpu: bool, compiled: bool) -> Callable[[int], None]:

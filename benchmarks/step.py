@@ -13,7 +13,7 @@ import functools
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -93,23 +93,16 @@ def measure(runs: dict[str, RunConfig], *, rounds: int, steps: int, side: int | 
     kind = f"{jax.device_count()} x {device.device_kind}, jax {jax.__version__}"
     print(f"{kind}; a matrix product: {product / 1e12:.3f} TFLOP/s", flush=True)
     steps_of = {name: CompiledStep(config) for name, config in runs.items()}
-    first, *others = steps_of.values()
-    if any(other.target != first.target for other in others):
-        raise UserError("--compare: the runs' states differ in shape or layout; measure each by itself")
-    state = first.new_state()
-
-    def train(each: CompiledStep, count: int) -> None:
-        nonlocal state
-        state = each.run(state, count)
-
-    calls = {name: functools.partial(train, each, steps) for name, each in steps_of.items()}
-    turns = in_turns(calls, rounds, settle=lambda name: train(steps_of[name], 1))
+    train = trainers(steps_of)
+    calls = {name: functools.partial(each, steps) for name, each in train.items()}
+    turns = in_turns(calls, rounds, settle=lambda name: train[name](1))
     seconds = {name: [each / steps for each in found] for name, found in turns.items()}
     peak, figures = peak_of(device.device_kind), list(_summarize(seconds))
     for name, each in steps_of.items():
         print(f"{name}: {each.describe(statistics.median(seconds[name]), product, peak)}")
         figures += each.figures(name, statistics.median(seconds[name]), peak or product)
-    report(f"Training step, {first.what}; {kind}; median of {rounds} turns", figures)
+    what = next(iter(steps_of.values())).what
+    report(f"Training step, {what}; {kind}; median of {rounds} turns", figures)
     used = (device.memory_stats() or {}).get("peak_bytes_in_use")
     if used:
         print(f"peak memory of device 0, all runs together: {used / 2**30:.2f} GiB")
@@ -124,6 +117,24 @@ def _summarize(seconds: dict[str, list[float]]) -> Iterator[Figure]:
     for other in others:
         ratio = statistics.median(b / a for a, b in zip(seconds[first], seconds[other], strict=True))
         yield Figure(first, medians[first], "ms", other, medians[other], ratio)
+
+
+def trainers(steps: Mapping[str, "CompiledStep"]) -> dict[str, Callable[[int], None]]:
+    """Returns functions that take a number of steps, by the runs' names; all of them train one state.
+
+    Raises:
+      UserError: the runs' states differ.
+    """
+    first, *others = steps.values()
+    if any(other.target != first.target for other in others):
+        raise UserError("--compare: the runs' states differ in shape or layout; measure each by itself")
+    state = first.new_state()
+
+    def train(step: CompiledStep, count: int) -> None:
+        nonlocal state
+        state = step.run(state, count)
+
+    return {name: functools.partial(train, step) for name, step in steps.items()}
 
 
 class CompiledStep:
