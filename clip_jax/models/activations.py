@@ -5,7 +5,7 @@ derivative is the gradient times the slope, which is computed from the argument 
 (`clip_jax.fences`) stands between the passes: without it that platform's compiler takes the sigmoid from the forward
 pass, and so keeps it for every block. Other compilers choose for themselves.
 
-On NVIDIA's GPUs a training step can have the derivative from a kernel of ours.
+On NVIDIA's GPUs a training step can have both from kernels of ours.
 """
 
 import functools
@@ -25,16 +25,6 @@ PALLAS_CHANNELS = 128  # that a program takes
 Function = Callable[[jax.Array], jax.Array]
 
 
-def quick_gelu(x: Float[Array, "*any"]) -> Float[Array, "*any"]:
-    """Returns x·sigmoid(1.702x), CLIP's activation (openai/CLIP `clip/model.py`, QuickGELU)."""
-    return x * jax.nn.sigmoid(1.702 * x)
-
-
-def gelu(x: Float[Array, "*any"]) -> Float[Array, "*any"]:
-    """Returns x·Φ(x), the exact GELU, as the models have that open_clip trained (Hendrycks & Gimpel, 2016)."""
-    return jax.nn.gelu(x, approximate=False)
-
-
 def _rounded_once(function: Function) -> Function:
     """Makes an activation of a function of single numbers. It has no forward-mode derivative."""
 
@@ -50,21 +40,36 @@ def _rounded_once(function: Function) -> Function:
     return functools.wraps(function)(activation)
 
 
+@_rounded_once
+def quick_gelu(x: Float[Array, "*any"]) -> Float[Array, "*any"]:
+    """Returns x·sigmoid(1.702x), CLIP's activation (openai/CLIP `clip/model.py`, QuickGELU)."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+@_rounded_once
+def gelu(x: Float[Array, "*any"]) -> Float[Array, "*any"]:
+    """Returns x·Φ(x), the exact GELU, as the models have that open_clip trained (Hendrycks & Gimpel, 2016)."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
+
+
 def activate(product: Float[Array, "b l d"], bias: Float[Array, " d"], activation: Activation) -> Float[Array, "b l d"]:
-    """Returns the activation of product + bias, by our kernel; call it where `activates_by_kernel`.
+    """Returns the activation of product + bias, by our kernels; call it where `activates_by_kernels`.
 
     Raises:
-      ConfigError: the kernel cannot be used.
+      ConfigError: the kernels cannot be used.
     """
     if lacking := _lacking(product.dtype, product.shape[-1], activation):
         raise gpu_kernels.refusal("mlp", "pallas", lacking, "xla can always be used")
     from clip_jax.models import activation_kernel  # Pallas takes a while to import, and other devices do without
 
-    return on_each_device(lambda *given: activation_kernel.activate(*given, activation), product, bias)
+    return on_each_device(activation_kernel.quick_gelu, product, bias)
 
 
 def _lacking(dtype: DTypeLike, width: int, activation: Activation) -> str:
-    """Returns what the kernel wants and a training step with such an MLP does not have; empty if nothing."""
+    """Returns what kernels want and a training step with such an MLP does not have; empty if nothing."""
     if activation != "quick_gelu":
         return f"config.model.activation is {activation}, not quick_gelu"
     if width % PALLAS_CHANNELS:
@@ -72,10 +77,6 @@ def _lacking(dtype: DTypeLike, width: int, activation: Activation) -> str:
     return gpu_kernels.lacking(dtype)
 
 
-def activates_by_kernel(kind: MLPKind) -> bool:
-    """Whether such an MLP's activation is differentiated by our kernel, which it is in a step."""
+def activates_by_kernels(kind: MLPKind) -> bool:
+    """Whether such an MLP's activation is computed by our kernels, which it is in a step."""
     return kind == "pallas" and gpu_kernels.in_a_step()
-
-
-FUNCTIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
-ACTIVATIONS = {name: _rounded_once(function) for name, function in FUNCTIONS.items()}

@@ -26,9 +26,9 @@ def lacking(dtype: DTypeLike) -> str:
     return ""
 
 
-def refusal(key: str, kind: str, lacking: str, instead: str) -> ConfigError:
+def refusal(key: str, kind: str, reason: str, instead: str) -> ConfigError:
     """Returns the error of a key of the model's config that asks for kernels which cannot be used."""
-    return ConfigError(f"config.model.{key} is {kind}, and {lacking}; {instead}")
+    return ConfigError(f"config.model.{key} is {kind}, and {reason}; {instead}")
 
 
 def capability() -> float:

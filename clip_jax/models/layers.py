@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 
 from clip_jax.array_types import Array, Float, Int, Num
 from clip_jax.fences import fence
-from clip_jax.models.activations import ACTIVATIONS, activate, activates_by_kernel
+from clip_jax.models.activations import ACTIVATIONS, activate, activates_by_kernels
 from clip_jax.models.attention import attend, attend_packed, takes_packed
 from clip_jax.models.dense import Dense, add_bias
 from clip_jax.models.norm import LayerNorm
@@ -146,7 +146,7 @@ class MLP(nn.Module):
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
         width, init = x.shape[-1], self.init_from
         first = Dense(4 * width, kernel_init=init.mlp_in, bias_init=init.mlp_in_bias, dtype=self.dtype, name="in")
-        if activates_by_kernel(self.kind):
+        if activates_by_kernels(self.kind):
             product, bias = first.summands(x)
             hidden = activate(product, bias, self.activation)
         else:
@@ -312,8 +312,10 @@ def _rematerialised(block: functools.partial, remat: Remat) -> functools.partial
 
 def _save_products(primitive: Any, *arguments: Any, **parameters: Any) -> bool:
     """Whether a value is kept: results of convolutions, of matrix products but attention's, and of its kernels."""
-    if primitive.name in ("conv_general_dilated", "pallas_call", "dot_product_attention_fwd_wrapper"):
+    if primitive.name in ("conv_general_dilated", "dot_product_attention_fwd_wrapper"):
         return True
+    if primitive.name == "pallas_call":
+        return parameters["name"].startswith("attention")
     return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *arguments, **parameters)
 
 

@@ -113,9 +113,9 @@ class ModelConfig:
         fused kernels of NVIDIA's library, for bfloat16 on GPUs since A100; the same results, to rounding, and their
         gradients' last bits can change from run to run. `pallas`: our own for the same GPUs, which need no copies
         around them; the same results, to rounding. `auto`: `cudnn` where it can be used, else `xla`.
-      mlp: what differentiates the transformers' activation in a training step. `xla`: what JAX makes of it. `pallas`: a
-        kernel of our own, for `quick_gelu` in bfloat16 on NVIDIA GPUs since A100, which also sums the gradient of the
-        bias before it; the same results, to rounding.
+      mlp: what computes the transformers' activation in a training step. `xla`: what XLA makes of it. `pallas`: kernels
+        of our own, for `quick_gelu` in bfloat16 on NVIDIA GPUs since A100, of which that of the backward pass sums the
+        gradient of the bias before it; the same results, to rounding.
     """
 
     embed_dim: int
