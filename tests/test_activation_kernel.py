@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from tiny import TINY
 
 from clip_jax.errors import ConfigError
 from clip_jax.models import activation_kernel, activations, gpu_kernels, layers
-from clip_jax.models.activation_kernel import ROWS, quick_gelu
+from clip_jax.models.activation_kernel import AT_ONCE, ROWS, quick_gelu
 from clip_jax.models.activations import ACTIVATIONS, activates_by_kernels
 from clip_jax.models.clip import CLIP, init_variables
 from clip_jax.models.dense import add_bias
@@ -56,6 +57,14 @@ def test_result_and_gradients_are_the_definitions_in_f64(shape):
             jax.jit(functools.partial(both_ways, function))(*given) for function in (by_kernels, by_definition)
         )
         assert np.max(errors(found, expected)) < 1e-14
+
+
+def test_rows_are_read_and_written_behind_a_mask():
+    """What is written behind the last row an interpreted kernel does not show."""
+    program = str(jax.make_jaxpr(functools.partial(both_ways, quick_gelu))(*operands((5, 128), jnp.bfloat16)))
+    accesses = re.findall(rf"<- \w+\[\w+:\w+\+{AT_ONCE},:\].*", program)
+    assert len(accesses) == 2 + 3
+    assert all("mask=" in access for access in accesses)
 
 
 def test_in_bf16_it_is_as_close_to_the_definition():

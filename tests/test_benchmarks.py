@@ -11,6 +11,7 @@ import pytest
 from benchmarks import beside_torch, figures, gpu, gpu_program, run, step
 from benchmarks.figures import Figure, report
 from clip_jax import gpu_compiler
+from clip_jax.errors import UserError
 
 FAST = Figure("ours", 1234.5, "pairs/s", "theirs", 0.5, 2469.0)
 ALONE = Figure("alone", 0.0123456, "s")
@@ -237,6 +238,30 @@ def test_runs_are_compared_with_ever_more_keys_changed():
     seconds = {"as configured": [2.0, 2.0], "one": [1.0, 1.0], "both": [4.0, 4.0]}
     beside = [(each.what, each.beside, each.ratio) for each in step._summarize(seconds)]
     assert beside == [("as configured", "one", 0.5), ("as configured", "both", 2.0)]
+
+
+class FakeStep:
+    """A step of a state that is a number, which it may take once."""
+
+    def __init__(self, by, target=""):
+        self.by, self.target, self.taken = by, target, []
+
+    def new_state(self):
+        return 0
+
+    def run(self, state, count):
+        self.taken.append(state)
+        return state + self.by * count
+
+
+def test_runs_that_are_compared_train_one_state():
+    one, ten = FakeStep(1), FakeStep(10)
+    train = step.trainers({"one": one, "ten": ten})
+    for name, count in (("one", 2), ("ten", 3), ("one", 1)):
+        train[name](count)
+    assert (one.taken, ten.taken) == ([0, 32], [2])
+    with pytest.raises(UserError, match="^--compare: the runs' states differ in shape or layout; measure each by"):
+        step.trainers({"one": one, "other": FakeStep(1, "split")})
 
 
 def test_a_benchmark_that_hangs_takes_no_figure_along(one_good, monkeypatch, capfd):
