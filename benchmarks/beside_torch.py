@@ -25,8 +25,8 @@ import jax
 import numpy as np
 
 from benchmarks.figures import Figure, report
-from benchmarks.step import CompiledStep, add_compare, load_runs, matmul_speed, trainers
-from benchmarks.turns import in_turns
+from benchmarks.step import CompiledStep, load_runs, matmul_speed, trainers
+from benchmarks.turns import add_compare, in_turns
 from clip_jax.chips import peak_of
 from clip_jax.command_line import load_config, one_line_errors, take_overrides
 from clip_jax.config import RunConfig

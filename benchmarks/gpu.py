@@ -24,10 +24,9 @@ import importlib.util
 from pathlib import Path
 
 from benchmarks.run import Session
-from benchmarks.step import add_compare
+from benchmarks.turns import add_compare
 
 BATCHES = {"vit_b32": 1024, "vit_b16": 256, "vit_l14": 128, "vit_l14_336": 48, "rn50": 256, "rn50x64": 24}
-
 COMPARED = ("model.attention=pallas", "model.mlp=pallas")
 
 

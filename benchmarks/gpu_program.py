@@ -23,7 +23,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # there is no GPU to start
 import jax
 
 from benchmarks.figures import Figure, report
-from benchmarks.step import add_compare, load_runs
+from benchmarks.step import load_runs
+from benchmarks.turns import add_compare
 from clip_jax import gpu_compiler
 from clip_jax.chips import parse_topology
 from clip_jax.command_line import one_line_errors, take_overrides

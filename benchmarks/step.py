@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.figures import Figure, report
-from benchmarks.turns import in_turns
+from benchmarks.turns import add_compare, in_turns
 from clip_jax.chips import peak_of
 from clip_jax.command_line import load_config, one_line_errors, take_overrides
 from clip_jax.config import RunConfig
@@ -50,12 +50,6 @@ def main() -> None:
         arguments = parser.parse_args(rest)
         runs = load_runs(arguments.config, overrides, compare=arguments.compare)
         measure(runs, rounds=arguments.rounds, steps=arguments.steps, side=arguments.matmul)
-
-
-def add_compare(parser: argparse.ArgumentParser) -> None:
-    """Adds the option whose values `load_runs` takes."""
-    changed = "also measure with this key changed; given again, with those before as well"
-    parser.add_argument("--compare", metavar="KEY=VALUE", action="append", default=[], help=changed)
 
 
 def load_runs(config: str, overrides: list[tuple[str, str]], *, compare: Sequence[str]) -> dict[str, RunConfig]:

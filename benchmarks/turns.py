@@ -1,7 +1,18 @@
-"""Contenders timed in turns, so that what else the machine does falls on all of them alike."""
+"""Contenders: how a command line names runs to compare; and timed in turns, so that what else the machine does falls on
+all of them alike.
 
+Without JAX, so that what only starts other benchmarks does without it.
+"""
+
+import argparse
 import time
 from collections.abc import Callable, Mapping
+
+
+def add_compare(parser: argparse.ArgumentParser) -> None:
+    """Adds the option whose values `benchmarks.step.load_runs` takes."""
+    changed = "also measure with this key changed; given again, with those before as well"
+    parser.add_argument("--compare", metavar="KEY=VALUE", action="append", default=[], help=changed)
 
 
 def in_turns(

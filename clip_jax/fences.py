@@ -23,7 +23,7 @@ def fence(values: T, platform: Platform = "cpu") -> T:
     return jax.lax.platform_dependent(values, **barrier, default=lambda same: same)
 
 
-def anew(function: Callable[[jax.Array], jax.Array], platform: Platform = "cpu") -> Callable[[jax.Array], jax.Array]:
+def anew(function: Callable[[jax.Array], jax.Array], platform: Platform) -> Callable[[jax.Array], jax.Array]:
     """Returns a function of the same values, which keeps its argument for its derivative.
 
     In a program for that platform a wall keeps all else apart from the forward pass, so that it is computed again;
