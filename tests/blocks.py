@@ -2,10 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+from tiny import TINY
 
 from clip_jax.config import MeshConfig
 from clip_jax.fences import compiler_options
 from clip_jax.models.layers import BlockInit, Transformer
+from clip_jax.models.variants import TextConfig
 from clip_jax.partition import make_mesh
 
 
@@ -14,7 +16,8 @@ def compiled_gradient(depth, shape):
 
     As in a training step on CPUs.
     """
-    tower = Transformer(depth, 1, False, "quick_gelu", BlockInit.scaled(8, depth), jnp.float32, "none", False, False)
+    sizes = TextConfig(width=8, heads=1, layers=depth)
+    tower = Transformer(sizes, False, BlockInit.scaled(8, depth), TINY.model)
     x, rows = jnp.ones(shape), jnp.zeros((shape[0], 1), jnp.int32)
     weights = tower.init(jax.random.key(0), x, rows)
     gradient = jax.grad(lambda weights, x: tower.apply(weights, x, rows).sum(), argnums=(0, 1))

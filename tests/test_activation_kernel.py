@@ -11,12 +11,13 @@ import pytest
 from tiny import TINY
 
 from clip_jax.errors import ConfigError
-from clip_jax.models import activation_kernel, activations, gpu_kernels, layers
+from clip_jax.models import activation_kernel, activations, gpu_kernels
 from clip_jax.models.activation_kernel import AT_ONCE, ROWS, quick_gelu
 from clip_jax.models.activations import ACTIVATIONS, activates_by_kernels
 from clip_jax.models.clip import CLIP, init_variables
 from clip_jax.models.dense import add_bias
-from clip_jax.models.layers import MLP, BlockInit
+from clip_jax.models.layers import MLP, BlockInit, Transformer
+from clip_jax.models.variants import TextConfig
 from clip_jax.partition import make_mesh
 
 
@@ -96,7 +97,8 @@ def test_a_step_computes_by_them_what_it_does_without(interpreted, devices):
         x = jax.random.normal(jax.random.key(0), (4, 7, 32), jnp.float64)
 
         def both(kind):
-            module = MLP("quick_gelu", BlockInit.torch_default(32), jnp.float64, kind)
+            model = dataclasses.replace(TINY.model, dtype="float64", mlp=kind)
+            module = MLP(BlockInit.torch_default(32), model)
             variables = jax.tree.map(jnp.float64, module.init(jax.random.key(1), x))
             with jax.set_mesh(make_mesh(TINY.mesh, devices=jax.devices()[:devices])):
                 result, pull = jax.jit(functools.partial(jax.vjp, module.apply))(variables, x)
@@ -110,7 +112,8 @@ def test_a_step_computes_by_them_what_it_does_without(interpreted, devices):
 
 def test_outside_of_a_step_they_are_not_used():
     assert not activates_by_kernels("pallas")
-    MLP("quick_gelu", BlockInit.torch_default(8), jnp.float32, "pallas").init(jax.random.key(0), jnp.ones((1, 2, 8)))
+    module = MLP(BlockInit.torch_default(8), dataclasses.replace(TINY.model, mlp="pallas"))
+    module.init(jax.random.key(0), jnp.ones((1, 2, 8)))
 
 
 @pytest.fixture
@@ -157,8 +160,9 @@ def test_jax_lowers_them_for_gpus():
 def test_what_is_cheap_is_computed_again_where_products_are_kept(interpreted):
     x, rows, found = jnp.ones((2, 6, 32), jnp.bfloat16), jnp.zeros((2, 1), jnp.int32), {}
     for remat in ("none", "dots"):
-        init = BlockInit.scaled(32, 3)
-        tower = layers.Transformer(3, 2, True, "quick_gelu", init, jnp.bfloat16, remat, False, True, mlp="pallas")
+        options = {"dtype": "bfloat16", "dead_tokens": "compute", "remat": remat, "mlp": "pallas"}
+        sizes, model = TextConfig(width=32, heads=2, layers=3), dataclasses.replace(TINY.model, **options)
+        tower = Transformer(sizes, True, BlockInit.scaled(32, 3), model)
         weights = tower.init(jax.random.key(0), x, rows)
         with jax.sharding.use_abstract_mesh(make_mesh(TINY.mesh, devices=jax.devices()[:1]).abstract_mesh):
             gradient = jax.grad(lambda weights, tower=tower: tower.apply(weights, x, rows).astype(jnp.float32).sum())

@@ -15,6 +15,7 @@ from clip_jax.models import attention, gpu_kernels
 from clip_jax.models.attention import attend, attend_packed, takes_packed
 from clip_jax.models.clip import CLIP, init_variables
 from clip_jax.models.layers import BlockInit, Transformer
+from clip_jax.models.variants import TextConfig
 from clip_jax.partition import make_mesh
 
 CUDNN = jax.nn.dot_product_attention
@@ -161,8 +162,9 @@ def test_kernels_are_run_again_only_where_whole_blocks_are(in_a_step, monkeypatc
     monkeypatch.setattr(attention, "_lacking", lambda *what: "")
     x, rows, found = jnp.ones((2, 6, 128), jnp.bfloat16), jnp.zeros((2, 1), jnp.int32), {}
     for remat in ("none", "dots", "block"):
-        init = BlockInit.scaled(128, 3)
-        tower = Transformer(3, 2, True, "quick_gelu", init, jnp.bfloat16, remat, False, True, attention=kind)
+        options = {"dtype": "bfloat16", "dead_tokens": "compute", "remat": remat, "attention": kind}
+        sizes, model = TextConfig(width=128, heads=2, layers=3), dataclasses.replace(TINY.model, **options)
+        tower = Transformer(sizes, True, BlockInit.scaled(128, 3), model)
         weights = jax.eval_shape(tower.init, jax.random.key(0), x, rows)
         gradient = jax.grad(lambda weights, tower=tower: tower.apply(weights, x, rows).astype(jnp.float32).sum())
         found[remat] = str(jax.make_jaxpr(gradient)(weights)).count(kernel)

@@ -1,5 +1,6 @@
 """Our attention kernels, interpreted, beside attention's definition; and what their compiler is given."""
 
+import dataclasses
 import functools
 
 import jax
@@ -120,7 +121,8 @@ def test_a_step_computes_by_them_what_it_does_by_the_definition(interpreted, dev
         x = jax.random.normal(jax.random.key(0), (4, last + 3, 32), jnp.float64)
 
         def both(kind):
-            module = Attention(2, True, BlockInit.scaled(32, 2), jnp.float64, kind, groups)
+            model = dataclasses.replace(TINY.model, dtype="float64", attention=kind)
+            module = Attention(2, True, BlockInit.scaled(32, 2), model, groups)
             variables = module.init(jax.random.key(1), x)
             mesh = make_mesh(TINY.mesh, devices=jax.devices()[:devices])
             with jax.set_mesh(mesh):

@@ -284,7 +284,7 @@ def test_dots_recomputes_no_product_and_no_convolution():
 
 @pytest.mark.parametrize(("platform", "walls"), [("cpu", 0), ("cuda", 2), ("tpu", 0)])
 def test_no_product_adds_to_the_stream_on_gpus(platform, walls):
-    block = Block(2, False, "quick_gelu", BlockInit.scaled(8, 1), jnp.float32)
+    block = Block(2, False, BlockInit.scaled(8, 1), SMALL)
     x = jnp.ones((2, 3, 8))
     variables = block.init(jax.random.key(0), x)
     text = jax.jit(block.apply).trace(variables, x).lower(lowering_platforms=(platform,)).as_text()

@@ -14,14 +14,14 @@ from random_weights import random_like
 from clip_jax.config import MeshConfig
 from clip_jax.errors import UserError
 from clip_jax.models.resnet import BatchNorm, ModifiedResNet, average_pool
-from clip_jax.models.variants import VARIANTS, ResNetConfig
+from clip_jax.models.variants import VARIANTS, ModelConfig, ResNetConfig, TextConfig
 from clip_jax.partition import ROWS, make_mesh
 from clip_jax.rules import leaf_paths
 from clip_jax.state import count_parameters
 
 SMALL = ResNetConfig(image_size=64, width=16, heads=8, layers=(1, 2, 1, 1))
 TINY = ResNetConfig(image_size=32, width=8, heads=4, layers=(1, 1, 1, 1))  # where several programs are compiled
-EMBED = 24
+TEXT, EMBED = TextConfig(width=32, heads=2, layers=1), 24
 KEY_BIAS = "attention_pool/key/bias"
 
 # These programs take longer to compile than to run; the sums are the same.
@@ -43,8 +43,8 @@ def x64():
         yield
 
 
-def tower(config=SMALL, dtype="float32", **options):
-    return ModifiedResNet(config, EMBED, jnp.dtype(dtype), **options)
+def tower(config=SMALL, dtype="float32", embed_dim=EMBED, **options):
+    return ModifiedResNet(config, ModelConfig(embed_dim, config, TEXT, dtype=dtype, **options))
 
 
 def image_shape(config, batch=1):
@@ -64,7 +64,7 @@ def initial(config):
 @functools.cache
 def shapes(config=SMALL, embed_dim=EMBED):
     images = jax.ShapeDtypeStruct(image_shape(config), jnp.float32)
-    return jax.eval_shape(ModifiedResNet(config, embed_dim, jnp.float32).init, jax.random.key(0), images)
+    return jax.eval_shape(tower(config, embed_dim=embed_dim).init, jax.random.key(0), images)
 
 
 def random_variables(config=SMALL, *, dtype=np.float64, seed=0):

@@ -40,36 +40,11 @@ class CLIP(nn.Module):
 
     def setup(self) -> None:
         config = self.config
-        dtype, whole = jnp.dtype(config.dtype), config.dead_tokens == "compute"
         if isinstance(config.vision, ResNetConfig):
-            self.image = ModifiedResNet(
-                config.vision, config.embed_dim, dtype, config.bn_group, config.remat, config.scan_layers
-            )
+            self.image = ModifiedResNet(config.vision, config)
         else:
-            self.image = VisionTransformer(
-                config.vision,
-                config.embed_dim,
-                config.init,
-                dtype,
-                config.activation,
-                config.remat,
-                config.scan_layers,
-                config.patch_dropout,
-                whole,
-                config.attention,
-                config.mlp,
-            )
-        self.text = TextTransformer(
-            config.text,
-            config.embed_dim,
-            dtype,
-            config.activation,
-            config.remat,
-            config.scan_layers,
-            whole,
-            config.attention,
-            config.mlp,
-        )
+            self.image = VisionTransformer(config.vision, config)
+        self.text = TextTransformer(config.text, config)
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(-math.log(config.temperature)), ())
         self.logit_bias = (
             self.param("logit_bias", nn.initializers.constant(config.initial_bias), ()) if config.logit_bias else None

@@ -22,7 +22,7 @@ from clip_jax.models.activations import ACTIVATIONS, activate, activates_by_kern
 from clip_jax.models.attention import attend, attend_packed, takes_packed
 from clip_jax.models.dense import Dense, add_bias
 from clip_jax.models.norm import LayerNorm
-from clip_jax.models.variants import Activation, AttentionKind, MLPKind, Remat
+from clip_jax.models.variants import ModelConfig, Remat, TextConfig, ViTConfig
 from clip_jax.partition import constrain_rows
 from clip_jax.text_groups import Groups
 
@@ -90,24 +90,23 @@ class Attention(nn.Module):
     heads: int
     causal: bool
     init_from: BlockInit
-    dtype: DTypeLike
-    kind: AttentionKind = "xla"
+    model: ModelConfig
     groups: Groups = ()
 
     @nn.compact
     def __call__(self, x: Float[Array, "b l d"], rows: Int[Array, "b r"] | None = None) -> Float[Array, "b r d"]:
         """Returns all rows, or those that `rows` names, one of each sequence."""
-        width = x.shape[-1]
+        width, dtype = x.shape[-1], self.model.dtype
         left = self.has_variable("params", "query_bias")
-        qkv = Dense(3 * width, use_bias=not left, kernel_init=self.init_from.qkv, dtype=self.dtype, name="qkv")(x)
+        qkv = Dense(3 * width, use_bias=not left, kernel_init=self.init_from.qkv, dtype=dtype, name="qkv")(x)
         if left:
             qkv = add_bias(qkv, self.get_variable("params", "query_bias"))
-        if rows is None and takes_packed(self.kind):
+        if rows is None and takes_packed(self.model.attention):
             mixed = attend_packed(qkv, self.heads, causal=self.causal, groups=self.groups)
         else:
             query, key, value = jnp.split(qkv, 3, axis=-1)
             mixed = self._mix(query if rows is None else pick(query, rows), key, value, rows)
-        return Dense(width, kernel_init=self.init_from.out, dtype=self.dtype, name="out")(mixed)
+        return Dense(width, kernel_init=self.init_from.out, dtype=dtype, name="out")(mixed)
 
     def _mix(self, query: jax.Array, key: jax.Array, value: jax.Array, rows: jax.Array | None) -> jax.Array:
         """Attends within each sequence of every group."""
@@ -122,7 +121,8 @@ class Attention(nn.Module):
                 starts = token + length * jnp.arange(count)
                 at = (rows[:, wanted] - starts).reshape(batch * count, 1)
             parts = (x[:, some].reshape(shape) for x, some in ((query, wanted), (key, inside), (value, inside)))
-            mixed.append(attend(*parts, causal=self.causal, at=at, kind=self.kind).reshape(batch, -1, width))
+            attended = attend(*parts, causal=self.causal, at=at, kind=self.model.attention)
+            mixed.append(attended.reshape(batch, -1, width))
             sequence, token = sequence + count, inside.stop
         return _joined(mixed, tokens if rows is None else sequence)
 
@@ -137,21 +137,19 @@ def _joined(parts: list[jax.Array], tokens: int) -> jax.Array:
 class MLP(nn.Module):
     """Two dense layers, four times as wide between them."""
 
-    activation: Activation
     init_from: BlockInit
-    dtype: DTypeLike
-    kind: MLPKind = "xla"
+    model: ModelConfig
 
     @nn.compact
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
-        width, init = x.shape[-1], self.init_from
-        first = Dense(4 * width, kernel_init=init.mlp_in, bias_init=init.mlp_in_bias, dtype=self.dtype, name="in")
-        if activates_by_kernels(self.kind):
+        width, init, dtype = x.shape[-1], self.init_from, self.model.dtype
+        first = Dense(4 * width, kernel_init=init.mlp_in, bias_init=init.mlp_in_bias, dtype=dtype, name="in")
+        if activates_by_kernels(self.model.mlp):
             product, bias = first.summands(x)
-            hidden = activate(product, bias, self.activation)
+            hidden = activate(product, bias, self.model.activation)
         else:
-            hidden = ACTIVATIONS[self.activation](first(x))
-        return Dense(width, kernel_init=init.mlp_out, bias_init=init.mlp_out_bias, dtype=self.dtype, name="out")(hidden)
+            hidden = ACTIVATIONS[self.model.activation](first(x))
+        return Dense(width, kernel_init=init.mlp_out, bias_init=init.mlp_out_bias, dtype=dtype, name="out")(hidden)
 
 
 class Block(nn.Module):
@@ -159,22 +157,19 @@ class Block(nn.Module):
 
     heads: int
     causal: bool
-    activation: Activation
     init_from: BlockInit
-    dtype: DTypeLike
-    kind: AttentionKind = "xla"
-    mlp: MLPKind = "xla"
+    model: ModelConfig
     groups: Groups = ()
 
     @nn.compact
     def __call__(self, x: Float[Array, "b l d"], rows: Int[Array, "b r"] | None = None) -> Float[Array, "b r d"]:
-        options = self.heads, self.causal, self.init_from, self.dtype, self.kind, self.groups
-        attention = Attention(*options, name="attention")
-        mixed = attention(LayerNorm(self.dtype, name="ln_1")(x), rows)
+        dtype = self.model.dtype
+        attention = Attention(self.heads, self.causal, self.init_from, self.model, self.groups, name="attention")
+        mixed = attention(LayerNorm(dtype, name="ln_1")(x), rows)
         # Without walls XLA's compiler for GPUs lets a product add to a copy of the stream, where a norm could add.
         x = (x if rows is None else pick(x, rows)) + fence(mixed, "cuda")
-        mlp = MLP(self.activation, self.init_from, self.dtype, self.mlp, name="mlp")
-        x = x + fence(mlp(LayerNorm(self.dtype, name="ln_2")(x)), "cuda")
+        mlp = MLP(self.init_from, self.model, name="mlp")
+        x = x + fence(mlp(LayerNorm(dtype, name="ln_2")(x)), "cuda")
         x = constrain_rows(x)
         record(self, "output", x)
         return x
@@ -224,53 +219,37 @@ def _take_up_bias(dense: Mapping[str, jax.Array], bias: jax.Array) -> dict[str, 
 class Transformer(nn.Module):
     """A stack of blocks, of whose result one row of each sequence is wanted.
 
-    The last block is applied to nothing else, unless `whole` asks for it. The stream after block i is the intermediate
-    `block_i/output`, with all its rows. Neither `remat` nor `scan` changes
-    a name or a value; see `ModelConfig`.
+    The last block is applied to nothing else, unless `dead_tokens` asks for it. The stream after block i is the
+    intermediate `block_i/output`, with all its rows. Neither `remat` nor `scan_layers` changes a name or a value.
+
+    Attributes:
+      sizes: layers and heads.
+      causal: a token sees no later one.
+      init_from: initializers of every block.
+      model: how all of that is computed.
+      groups: of the sequences that a row holds; none means that it is one.
     """
 
-    layers: int
-    heads: int
+    sizes: ViTConfig | TextConfig
     causal: bool
-    activation: Activation
     init_from: BlockInit
-    dtype: DTypeLike
-    remat: Remat
-    scan: bool
-    whole: bool
-    attention: AttentionKind = "xla"
-    mlp: MLPKind = "xla"
+    model: ModelConfig
     groups: Groups = ()
 
     @nn.compact
     def __call__(self, x: Float[Array, "b l d"], rows: Int[Array, "b r"]) -> Float[Array, "b r d"]:
-        block = functools.partial(
-            Block,
-            self.heads,
-            self.causal,
-            self.activation,
-            self.init_from,
-            self.dtype,
-            self.attention,
-            self.mlp,
-            self.groups,
-        )
-        last = self.layers - 1
-        x = apply_blocks(self, block, range(last), x, remat=self.remat, scan=self.scan)
-        module = _rematerialised(block, self.remat)(name=f"block_{last}")
-        if self.whole or self.is_mutable_collection("intermediates"):
+        model = self.model
+        block = functools.partial(Block, self.sizes.heads, self.causal, self.init_from, model, self.groups)
+        last = self.sizes.layers - 1
+        x = apply_blocks(self, block, range(last), x, model)
+        module = _rematerialised(block, model.remat)(name=f"block_{last}")
+        if model.dead_tokens == "compute" or self.is_mutable_collection("intermediates"):
             return pick(module(x), rows)
         return module(x, rows)
 
 
 def apply_blocks(
-    parent: nn.Module,
-    block: functools.partial,
-    numbers: range,
-    x: jax.Array,
-    *constants: Any,
-    remat: Remat,
-    scan: bool,
+    parent: nn.Module, block: functools.partial, numbers: range, x: jax.Array, model: ModelConfig, *constants: Any
 ) -> jax.Array:
     """Applies the submodules `block_i` of a compact module, one after the other.
 
@@ -279,12 +258,13 @@ def apply_blocks(
       block: what makes a block, but for its name; all blocks have the same shapes.
       numbers: of the blocks.
       x: what the first one takes, and each gives.
+      model: whether to rematerialise, and to loop over the blocks' stacked variables, which is not done where variables
+        are made or intermediates asked for.
       constants: what all of them take besides.
-      remat: as in `ModelConfig`.
-      scan: loop over the blocks' stacked variables. Not where variables are made or intermediates asked for.
     """
-    names = [f"block_{i}" for i in numbers]
-    if not scan or not names or parent.is_initializing() or parent.is_mutable_collection("intermediates"):
+    names, remat = [f"block_{i}" for i in numbers], model.remat
+    looped = model.scan_layers and len(names) > 1
+    if not looped or parent.is_initializing() or parent.is_mutable_collection("intermediates"):
         for name in names:
             x = _rematerialised(block, remat)(name=name)(x, *constants)
         return x

@@ -21,7 +21,7 @@ from clip_jax.errors import UserError
 from clip_jax.models.attention import attend
 from clip_jax.models.dense import Dense
 from clip_jax.models.layers import Initializer, apply_blocks, record, symmetric_uniform
-from clip_jax.models.variants import Remat, ResNetConfig
+from clip_jax.models.variants import ModelConfig, ResNetConfig
 from clip_jax.partition import constrain_rows
 
 EXPANSION = 4  # output channels of a bottleneck over its inner channels
@@ -36,20 +36,12 @@ class ModifiedResNet(nn.Module):
     Intermediates: `stem` [b, s/4, s/4, width] and `stage_i/output` [b, s/2^(i+1), s/2^(i+1), 2^(i+1)·width], i = 1..4.
 
     Attributes:
-      config: sizes.
-      embed_dim: size of the joint embedding.
-      dtype: dtype of activations, products and the result.
-      bn_group: samples that share BatchNorm's statistics in training; 0 means the whole batch. See `BatchNorm`.
-      remat: what the backward pass recomputes; changes no name, no value. See `ModelConfig`.
-      scan: loop over the bottlenecks of a stage but its first; changes no name, no value.
+      config: the tower's sizes.
+      model: the embedding's size, and how all of that is computed.
     """
 
     config: ResNetConfig
-    embed_dim: int
-    dtype: DTypeLike
-    bn_group: int = 0
-    remat: Remat = "none"
-    scan: bool = False
+    model: ModelConfig
 
     @nn.compact
     def __call__(
@@ -65,8 +57,8 @@ class ModifiedResNet(nn.Module):
         Raises:
           UserError: `train`, and `bn_group` does not divide the batch or leaves one value a channel.
         """
-        config, dtype = self.config, self.dtype
-        norm = functools.partial(BatchNorm, train=train, group=self.bn_group, dtype=dtype)
+        config, model, dtype = self.config, self.model, self.model.dtype
+        norm = functools.partial(BatchNorm, train=train, group=model.bn_group, dtype=dtype)
         x = images.astype(dtype)
         for i, (features, stride) in enumerate(((config.width // 2, 2), (config.width // 2, 1), (config.width, 1)), 1):
             x = conv_3x3(features, stride=stride, inputs=x.shape[-1], dtype=dtype, name=f"stem_conv_{i}")(x)
@@ -74,11 +66,11 @@ class ModifiedResNet(nn.Module):
         x = average_pool(x, 2)
         record(self, "stem", x)
 
-        stage = nn.remat(Stage) if self.remat == "full" else Stage
+        stage = nn.remat(Stage) if model.remat == "full" else Stage
         for i, blocks in enumerate(config.layers):
             width, stride = config.width * 2**i, 1 if i == 0 else 2
-            x = stage(blocks, width, stride, norm, dtype, self.remat, self.scan, name=f"stage_{i + 1}")(x, kept)
-        return AttentionPool(config.heads, self.embed_dim, dtype, name="attention_pool")(x)
+            x = stage(blocks, width, stride, norm, model, name=f"stage_{i + 1}")(x, kept)
+        return AttentionPool(config.heads, model.embed_dim, dtype, name="attention_pool")(x)
 
 
 class Stage(nn.Module):
@@ -88,17 +80,15 @@ class Stage(nn.Module):
     width: int
     stride: int
     norm: "Callable[..., BatchNorm]"
-    dtype: DTypeLike
-    remat: Remat
-    scan: bool
+    model: ModelConfig
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "b rows columns c"], kept: Bool[Array, " b"] | None
     ) -> Float[Array, "b rows_out columns_out c_out"]:
         for stride, numbers in ((self.stride, range(1)), (1, range(1, self.blocks))):
-            block = functools.partial(Bottleneck, self.width, stride, self.norm, self.dtype)
-            x = apply_blocks(self, block, numbers, x, kept, remat=self.remat, scan=self.scan and numbers.start > 0)
+            block = functools.partial(Bottleneck, self.width, stride, self.norm, self.model.dtype)
+            x = apply_blocks(self, block, numbers, x, self.model, kept)
         record(self, "output", x)
         return x
 

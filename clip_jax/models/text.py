@@ -11,14 +11,13 @@ import itertools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 
 from clip_jax.array_types import Array, Bool, Float, Int
 from clip_jax.models.dense import Dense
 from clip_jax.models.embedding import Embed
 from clip_jax.models.layers import BlockInit, Transformer, pick, record
 from clip_jax.models.norm import LayerNorm
-from clip_jax.models.variants import Activation, AttentionKind, MLPKind, Remat, TextConfig
+from clip_jax.models.variants import ModelConfig, TextConfig
 from clip_jax.partition import constrain_rows, devices_of_rows, traced_for
 from clip_jax.text_groups import Groups
 
@@ -31,17 +30,14 @@ class TextTransformer(nn.Module):
     EOT has the largest id of the vocabulary, so its first position is the row's argmax.
 
     Intermediates: `transformer/block_i/output` for every block, `pooled` (the EOT row after `ln_final`).
+
+    Attributes:
+      config: the tower's sizes.
+      model: the embedding's size, and how all of that is computed.
     """
 
     config: TextConfig
-    embed_dim: int
-    dtype: DTypeLike
-    activation: Activation = "quick_gelu"
-    remat: Remat = "none"
-    scan: bool = False
-    whole: bool = False
-    attention: AttentionKind = "xla"
-    mlp: MLPKind = "xla"
+    model: ModelConfig
 
     @nn.compact
     def __call__(self, tokens: Int[Array, "b l"], *, groups: Groups = ()) -> Float[Array, "b e"]:
@@ -52,8 +48,8 @@ class TextTransformer(nn.Module):
           groups: of each device's rows, into which they must fit (`fit`), shortest first; none means that every row is
             computed in its whole length.
         """
-        config, dtype = self.config, self.dtype
-        width = config.width
+        config, model = self.config, self.model
+        width, dtype = config.width, model.dtype
         embedding = Embed(
             config.vocab_size,
             width,
@@ -73,28 +69,15 @@ class TextTransformer(nn.Module):
         else:
             x = embedding(tokens) + positions[: tokens.shape[1]].astype(dtype)
             rows = ends[:, None]
-        transformer = nn.remat(Transformer) if self.remat == "full" else Transformer
-        x = transformer(
-            config.layers,
-            config.heads,
-            True,
-            self.activation,
-            BlockInit.scaled(width, config.layers),
-            dtype,
-            self.remat,
-            self.scan,
-            self.whole,
-            self.attention,
-            self.mlp,
-            groups,
-            name="transformer",
-        )(x, rows)
+        transformer = nn.remat(Transformer) if model.remat == "full" else Transformer
+        blocks = BlockInit.scaled(width, config.layers)
+        x = transformer(config, True, blocks, model, groups, name="transformer")(x, rows)
         x = x[:, 0] if order is None else pick(x, jnp.argsort(order, axis=1)).reshape(-1, width)
 
         pooled = LayerNorm(dtype, name="ln_final")(x)
         record(self, "pooled", pooled)
         return Dense(
-            self.embed_dim,
+            model.embed_dim,
             use_bias=False,
             kernel_init=nn.initializers.normal(width**-0.5),
             dtype=dtype,

@@ -4,18 +4,15 @@ The patch convolution has stride = kernel, so it is written as a reshape and a d
 and much faster on CPUs.
 """
 
-from typing import Literal
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 
 from clip_jax.array_types import Array, Float
 from clip_jax.models.dense import Dense
 from clip_jax.models.layers import BlockInit, Transformer, record, symmetric_uniform
 from clip_jax.models.norm import LayerNorm
-from clip_jax.models.variants import Activation, AttentionKind, MLPKind, Remat, ViTConfig
+from clip_jax.models.variants import ModelConfig, ViTConfig
 
 
 class VisionTransformer(nn.Module):
@@ -23,25 +20,20 @@ class VisionTransformer(nn.Module):
 
     Intermediates: `patches`, `transformer/block_i/output` for every block, `pooled` (the class token after
     `ln_post`, the features that linear probes use).
+
+    Attributes:
+      config: the tower's sizes.
+      model: the embedding's size, and how all of that is computed.
     """
 
     config: ViTConfig
-    embed_dim: int
-    init_scheme: Literal["released", "scaled"]
-    dtype: DTypeLike
-    activation: Activation = "quick_gelu"
-    remat: Remat = "none"
-    scan: bool = False
-    patch_dropout: float = 0.0
-    whole: bool = False
-    attention: AttentionKind = "xla"
-    mlp: MLPKind = "xla"
+    model: ModelConfig
 
     @nn.compact
     def __call__(self, images: Float[Array, "b s s 3"], *, keys: jax.Array | None = None) -> Float[Array, "b e"]:
         """Embeds normalised images; with `keys`, one for each, patches are dropped as `patch_dropout` says."""
-        config, dtype = self.config, self.dtype
-        width = config.width
+        config, model = self.config, self.model
+        width, dtype = config.width, model.dtype
         normal = nn.initializers.normal(width**-0.5)
         patches = patchify(images.astype(dtype), patch=config.patch)
         x = Dense(
@@ -55,33 +47,19 @@ class VisionTransformer(nn.Module):
 
         class_token = self.param("class_token", normal, (width,))
         positions = self.param("positions", normal, (config.tokens, width))
-        first = jnp.broadcast_to(class_token.astype(dtype), (x.shape[0], 1, width))
-        x = jnp.concatenate([first, x], axis=1) + positions.astype(dtype)
-        if self.patch_dropout and keys is not None:
-            x = jnp.concatenate([x[:, :1], drop_patches(x[:, 1:], keys, share=self.patch_dropout)], axis=1)
+        class_tokens = jnp.broadcast_to(class_token.astype(dtype), (x.shape[0], 1, width))
+        x = jnp.concatenate([class_tokens, x], axis=1) + positions.astype(dtype)
+        if model.patch_dropout and keys is not None:
+            x = jnp.concatenate([x[:, :1], drop_patches(x[:, 1:], keys, share=model.patch_dropout)], axis=1)
         x = LayerNorm(dtype, name="ln_pre")(x)
 
-        blocks = (
-            BlockInit.scaled(width, config.layers) if self.init_scheme == "scaled" else BlockInit.torch_default(width)
-        )
-        transformer = nn.remat(Transformer) if self.remat == "full" else Transformer
-        x = transformer(
-            config.layers,
-            config.heads,
-            False,
-            self.activation,
-            blocks,
-            dtype,
-            self.remat,
-            self.scan,
-            self.whole,
-            self.attention,
-            self.mlp,
-            name="transformer",
-        )(x, jnp.zeros((x.shape[0], 1), jnp.int32))
+        blocks = BlockInit.scaled(width, config.layers) if model.init == "scaled" else BlockInit.torch_default(width)
+        transformer = nn.remat(Transformer) if model.remat == "full" else Transformer
+        first = jnp.zeros((x.shape[0], 1), jnp.int32)
+        x = transformer(config, False, blocks, model, name="transformer")(x, first)
         pooled = LayerNorm(dtype, name="ln_post")(x[:, 0])
         record(self, "pooled", pooled)
-        return Dense(self.embed_dim, use_bias=False, kernel_init=normal, dtype=dtype, name="projection")(pooled)
+        return Dense(model.embed_dim, use_bias=False, kernel_init=normal, dtype=dtype, name="projection")(pooled)
 
 
 def drop_patches(patches: Float[Array, "b l d"], keys: jax.Array, *, share: float) -> Float[Array, "b kept d"]:
