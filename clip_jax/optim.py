@@ -9,6 +9,7 @@ import optax
 
 from clip_jax.config import OptimConfig
 from clip_jax.errors import ConfigError, did_you_mean
+from clip_jax.precision import widen
 from clip_jax.rules import apply_rules, leaf_paths
 
 _MATRICES = (r"/kernel$", True), (r"/embedding$", True)
@@ -109,8 +110,7 @@ def gradient_norms(gradients: dict[str, Any]) -> dict[str, jax.Array]:
     """
 
     def square(tree: Any) -> jax.Array:
-        wide = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
-        return optax.tree.norm(wide, squared=True)
+        return optax.tree.norm(jax.tree.map(widen, tree), squared=True)
 
     rest = {name: part for name, part in gradients.items() if name not in ("image", "text")}
     squares = {"image": square(gradients["image"]), "text": square(gradients["text"]), "rest": square(rest)}

@@ -31,6 +31,7 @@ from jax.sharding import Mesh, PartitionSpec
 from clip_jax.array_types import Array, Float
 from clip_jax.losses import LossOutput, shares_of
 from clip_jax.partition import AXES, ROWS
+from clip_jax.precision import wide_dtype
 
 Kind = Literal["softmax", "sigmoid"]
 
@@ -286,7 +287,7 @@ def _in_tiles(spec: _Spec, rows: Any) -> Any:
 
 def _product(sums: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """Multiplies in the operands' dtype, and adds in float32 or wider."""
-    wide = jnp.promote_types(a.dtype, jnp.float32)
+    wide = wide_dtype(a.dtype)
     return jnp.einsum(sums, a, b, precision=jax.lax.Precision.HIGHEST, preferred_element_type=wide)
 
 

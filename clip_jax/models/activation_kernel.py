@@ -18,6 +18,7 @@ from jax.experimental.pallas import triton
 
 from clip_jax.array_types import Array, Float
 from clip_jax.models.activations import PALLAS_CHANNELS
+from clip_jax.precision import wide_dtype
 
 AT_ONCE = 16  # rows
 ROWS = 16 * AT_ONCE  # of a program
@@ -70,7 +71,7 @@ def _run(function: Callable[..., jax.Array], *arrays: jax.Array, interpret: bool
     """Returns a function of the arrays' numbers, and if asked for its sums over the rows of each program."""
     shape, width = arrays[0].shape, arrays[0].shape[-1]
     rows, dtype = arrays[0].size // width, arrays[0].dtype
-    wide, programs = jnp.promote_types(dtype, jnp.float32), pl.cdiv(rows, ROWS)
+    wide, programs = wide_dtype(dtype), pl.cdiv(rows, ROWS)
 
     def kernel(*refs: Any) -> None:
         first = (pl.program_id(1) * ROWS).astype(int)

@@ -20,6 +20,7 @@ from clip_jax.fences import fence
 from clip_jax.models import gpu_kernels
 from clip_jax.models.variants import Activation, MLPKind
 from clip_jax.partition import on_each_device
+from clip_jax.precision import widen
 
 PALLAS_CHANNELS = 128  # that a program takes
 Function = Callable[[jax.Array], jax.Array]
@@ -29,7 +30,7 @@ def _rounded_once(function: Function) -> Function:
     """Makes an activation of a function of single numbers. It has no forward-mode derivative."""
 
     def apply(x: jax.Array) -> jax.Array:
-        return function(x.astype(jnp.promote_types(x.dtype, jnp.float32))).astype(x.dtype)
+        return function(widen(x)).astype(x.dtype)
 
     def pull(x: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
         (slope,) = jax.vjp(apply, fence(x))[1](jnp.ones_like(x))

@@ -15,6 +15,7 @@ from clip_jax.errors import ConfigError
 from clip_jax.models import gpu_kernels
 from clip_jax.models.variants import AttentionKind
 from clip_jax.partition import on_each_device
+from clip_jax.precision import wide_dtype
 from clip_jax.text_groups import Groups
 
 CUDNN_HEADS = range(8, 129, 8)  # channels of a head that the kernels take, on every GPU that has them
@@ -84,7 +85,7 @@ def _by_definition(
     query: jax.Array, key: jax.Array, value: jax.Array, *, causal: bool, at: jax.Array | None
 ) -> jax.Array:
     """Not `jax.nn.dot_product_attention`, whose softmax is float32 even where its arguments are float64."""
-    wide = jnp.promote_types(query.dtype, jnp.float32)
+    wide = wide_dtype(query.dtype)
     logits = jnp.einsum("bqhc,bkhc->bhqk", query, key, preferred_element_type=wide) * query.shape[-1] ** -0.5
     if causal:
         keys = jnp.arange(key.shape[1])

@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from clip_jax.array_types import Array, Float
+from clip_jax.precision import wide_dtype
 from clip_jax.text_groups import Groups
 
 WHOLE = 64  # tokens of a block
@@ -120,7 +121,7 @@ def _forward(
     packed = packed.reshape(batch, tokens, 3, heads, -1)
     mixed, sums = _result(packed[:, :, QUERY], groups), []
     for part in _parts(groups, tokens, causal):
-        of_part = jax.ShapeDtypeStruct((batch, part.count * heads, part.blocks.padded), _wide(packed.dtype))
+        of_part = jax.ShapeDtypeStruct((batch, part.count * heads, part.blocks.padded), wide_dtype(packed.dtype))
         mixed, of_part = _run(_attention_forward, part, packed, (), (mixed, of_part), interpret)
         sums.append(of_part)
     return mixed.reshape(batch, tokens, -1), (packed, mixed, sums)
@@ -241,7 +242,7 @@ def _attention_forward(
 
     def mix(rows: Block, _: tuple) -> tuple:
         query = own.load(query_ref, rows)
-        wide = _wide(query.dtype)
+        wide = wide_dtype(query.dtype)
 
         def visit(columns: Block, carry: Any) -> Any:
             mixed, top, total = carry
@@ -278,7 +279,7 @@ def _attention_backward(
 
     def rows_of(rows: Block) -> tuple:
         query, mixed, gradient = (own.load(ref, rows) for ref in (query_ref, mixed_ref, gradient_ref))
-        wide = _wide(query.dtype)
+        wide = wide_dtype(query.dtype)
         offset = (mixed.astype(wide) * gradient.astype(wide)).sum(axis=1)
         return query, gradient, offset, sums_ref[pl.ds(rows.first, rows.size)]
 
@@ -295,7 +296,7 @@ def _attention_backward(
     def pull_columns(columns: Block, of_queries: tuple) -> tuple:
         """Writes the gradients of some keys and values; returns those of all queries with what these add, if asked."""
         of_columns = columns_of(columns)
-        zeros = jnp.zeros(of_columns[0].shape, _wide(of_columns[0].dtype))
+        zeros = jnp.zeros(of_columns[0].shape, wide_dtype(of_columns[0].dtype))
 
         def visit(rows: Block, carry: Any) -> Any:
             of_key, of_value, of_queries = carry
@@ -319,7 +320,7 @@ def _attention_backward(
             of_columns = columns_of(columns)
             return of_query + _dot(pair(rows, columns, of_rows, of_columns)[1], of_columns[0])
 
-        zeros = jnp.zeros(of_rows[0].shape, _wide(of_rows[0].dtype))
+        zeros = jnp.zeros(of_rows[0].shape, wide_dtype(of_rows[0].dtype))
         own.store_packed(of_packed_ref, rows, scale * blocks.fold_seen(rows, visit, zeros), QUERY)
         return ()
 
@@ -328,7 +329,7 @@ def _attention_backward(
         blocks.fold(pull_rows, ())
         return
     every = blocks.fold(lambda block, found: (*found, block), ())
-    wide, channels = _wide(query_ref.dtype), query_ref.shape[-1]
+    wide, channels = wide_dtype(query_ref.dtype), query_ref.shape[-1]
     of_queries = tuple(jnp.zeros((rows.size, channels), wide) for rows in every)
     for rows, of_query in zip(every, blocks.fold(pull_columns, of_queries), strict=True):
         own.store_packed(of_packed_ref, rows, scale * of_query, QUERY)
@@ -345,8 +346,4 @@ def _logits(query: jax.Array, key: jax.Array, rows: Block, columns: Block, block
 def _dot(a: jax.Array, b: jax.Array, over: tuple[int, int] = (1, 0)) -> jax.Array:
     """Returns the product over an axis of each."""
     dimensions = ((over[:1], over[1:]), ((), ()))
-    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=_wide(a.dtype))
-
-
-def _wide(dtype: Any) -> Any:
-    return jnp.promote_types(dtype, jnp.float32)
+    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=wide_dtype(a.dtype))

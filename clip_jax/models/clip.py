@@ -13,6 +13,7 @@ from clip_jax.models.resnet import ModifiedResNet
 from clip_jax.models.text import TextTransformer
 from clip_jax.models.variants import ModelConfig, ResNetConfig, model_config
 from clip_jax.models.vit import VisionTransformer
+from clip_jax.precision import widen
 from clip_jax.text_groups import Groups
 
 Variables = dict[str, Any]
@@ -93,14 +94,14 @@ class CLIP(nn.Module):
         tower = self.image
         resnet = isinstance(tower, ModifiedResNet)
         features = tower(images, kept, train=train) if resnet else tower(images, keys=keys if train else None)
-        features = _at_least_f32(features)
+        features = widen(features)
         return unit(features) if normalize else features
 
     def encode_text(
         self, tokens: Int[Array, "b l"], *, normalize: bool = False, groups: Groups = ()
     ) -> Float[Array, "b e"]:
         """Embeds rows of token ids; with `normalize` the result has unit length; `groups` as in `TextTransformer`."""
-        features = _at_least_f32(self.text(tokens, groups=groups))
+        features = widen(self.text(tokens, groups=groups))
         return unit(features) if normalize else features
 
 
@@ -205,7 +206,7 @@ def probe_features(model: CLIP, variables: Variables, images: Float[Array, "b s 
     features, kept = cast(tuple[jax.Array, dict[str, Any]], applied)
     if isinstance(model.config.vision, ResNetConfig):
         return features
-    return _at_least_f32(kept["intermediates"]["image"]["pooled"])
+    return widen(kept["intermediates"]["image"]["pooled"])
 
 
 def text_features(
@@ -223,7 +224,3 @@ def scale_and_bias(model: CLIP, variables: Variables) -> tuple[Float[Array, ""],
 def unit(features: Float[Array, "*b e"]) -> Float[Array, "*b e"]:
     """Scales vectors to unit length, without an epsilon, as openai/CLIP does."""
     return features / jnp.linalg.norm(features, axis=-1, keepdims=True)
-
-
-def _at_least_f32(features: jax.Array) -> jax.Array:
-    return features.astype(jnp.promote_types(features.dtype, jnp.float32))

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from clip_jax.array_types import Array, Float
+from clip_jax.precision import wide_dtype
 
 
 def _multiply(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -53,7 +54,7 @@ def add_bias(x: Float[Array, "*rows e"], bias: Float[Array, " f"]) -> Float[Arra
 
     The bias' gradient is summed in float32 or wider, of its channels alone. JAX itself would sum it in the dtype of x.
     """
-    return _add(x, bias.astype(jnp.promote_types(x.dtype, jnp.float32)))
+    return _add(x, bias.astype(wide_dtype(x.dtype)))
 
 
 @jax.custom_vjp

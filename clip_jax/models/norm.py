@@ -25,6 +25,7 @@ from jax.typing import DTypeLike
 
 from clip_jax.array_types import Array, Float
 from clip_jax.fences import anew, fence
+from clip_jax.precision import widen
 
 EPSILON = 1e-5
 
@@ -52,7 +53,7 @@ def standardize(x: Float[Array, "*rows d"]) -> Float[Array, "*rows d"]:
 
     It has no forward-mode derivative.
     """
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = widen(x)
     deviations = wide - wide.mean(axis=-1, keepdims=True)
     return deviations * jax.lax.rsqrt(jnp.square(deviations).mean(axis=-1, keepdims=True) + EPSILON)
 
@@ -75,7 +76,7 @@ def normalize(
 
 
 def _forward(x: jax.Array, scale: jax.Array, bias: jax.Array, dtype: DTypeLike) -> tuple[jax.Array, tuple]:
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = widen(x)
     mean = wide.mean(axis=-1, keepdims=True)
     deviations = wide - mean
     inverse = jax.lax.rsqrt(jnp.square(deviations).mean(axis=-1, keepdims=True) + EPSILON)

@@ -23,6 +23,7 @@ from clip_jax.models.dense import Dense
 from clip_jax.models.layers import Initializer, apply_blocks, record, symmetric_uniform
 from clip_jax.models.variants import ModelConfig, ResNetConfig
 from clip_jax.partition import constrain_rows
+from clip_jax.precision import widen
 
 EXPANSION = 4  # output channels of a bottleneck over its inner channels
 
@@ -190,7 +191,7 @@ class BatchNorm(nn.Module):
           UserError: `train`, and `group` does not divide the batch or leaves one value a channel.
         """
         features = x.shape[-1]
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        x = widen(x)
         scale = self.param("scale", self.scale_init, (features,)).astype(x.dtype)
         bias = self.param("bias", nn.initializers.zeros, (features,)).astype(x.dtype)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (features,), jnp.float32)
