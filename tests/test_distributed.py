@@ -66,9 +66,13 @@ def lines(workdir: Path) -> list[dict]:
 
 
 def test_two_processes_are_one_run(digits_dir, tmp_path):
-    """Two processes of four devices and one of eight: the same losses, checkpoints and report, written once."""
+    """Two processes of four devices and one of eight: the same losses, checkpoints and report, written once.
+
+    By a form of the loss without reduce-scatter: behind one, Gloo adds up a step's gradients in 12 s instead of 0.04.
+    """
     data = (
         f"--config.data.data_dir={digits_dir}",
+        "--config.loss.form=ring",
         "--config.eval.held_out=split=test",
         "--config.eval.held_out_pairs=99",
     )

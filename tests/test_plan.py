@@ -344,7 +344,8 @@ def test_topologies_that_do_not_exist(text, message):
 
 
 def plan_command(*arguments):
-    command = [sys.executable, "-m", "clip_jax.cli", "plan", "--config=configs/demo.py", *arguments]
+    config = "--config=configs/demo.py:vision.layers=1,text.layers=1"
+    command = [sys.executable, "-m", "clip_jax.cli", "plan", config, *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 

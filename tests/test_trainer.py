@@ -245,16 +245,22 @@ from pathlib import Path
 from clip_jax.command_line import build_config
 from clip_jax.trainer import train
 from configs.demo import get_config
-config = get_config("source=synthetic,batch=16,samples=48,warmup_steps=1,eval.dataset=")
+config = get_config("source=synthetic,vision.layers=1,text.layers=1,batch=16,samples=48,warmup_steps=1,eval.dataset=")
 train(build_config(config, [], file="demo"), Path({workdir!r}))
 """
+
+
+def alone(code: str) -> subprocess.CompletedProcess:
+    """Runs Python code in a process of its own."""
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=ROOT, env=simulating(1), text=True, capture_output=True)
 
 
 def test_synthetic_training_needs_few_packages(tmp_path):
     absent = ["tensorflow", "tensorflow_datasets", "grain", "array_record", "torch", "tokenizers", "ftfy", "regex"]
     absent += ["simplejpeg", "PIL", "sklearn", "matplotlib", "tensorboardX", "jaxtyping", "cv2"]
     code = BARE.format(absent=absent, workdir=str(tmp_path))
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
+    result = alone(code)
     assert result.returncode == 0, result.stderr
     assert series(tmp_path)
 
@@ -266,11 +272,12 @@ from pathlib import Path
 from clip_jax.command_line import build_config
 from clip_jax.trainer import train
 from configs.demo import get_config
-config = get_config("build=false,batch=16,samples=48,warmup_steps=1,data_dir={digits_dir}")
+keys = "build=false,vision.layers=1,text.layers=1,batch=16,samples=48,warmup_steps=1,data_dir={digits_dir}"
+config = get_config(keys)
 train(build_config(config, [], file="demo"), Path({str(tmp_path)!r}))
 sys.exit("tensorflow" in sys.modules or "torch" in sys.modules)
 """
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
+    result = alone(code)
     assert result.returncode == 0, result.stderr
 
 
