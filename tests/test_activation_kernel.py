@@ -15,7 +15,7 @@ from clip_jax.models import activation_kernel, activations, gpu_kernels
 from clip_jax.models.activation_kernel import AT_ONCE, ROWS, quick_gelu
 from clip_jax.models.activations import ACTIVATIONS, activates_by_kernels
 from clip_jax.models.clip import CLIP, init_variables
-from clip_jax.models.dense import add_bias
+from clip_jax.models.dense import add_parameter
 from clip_jax.models.layers import MLP, BlockInit, Transformer
 from clip_jax.models.variants import TextConfig
 from clip_jax.partition import make_mesh
@@ -26,7 +26,7 @@ def by_kernels(product, bias):
 
 
 def by_definition(product, bias):
-    return ACTIVATIONS["quick_gelu"](add_bias(product, bias))
+    return ACTIVATIONS["quick_gelu"](add_parameter(product, bias))
 
 
 def both_ways(function, product, bias, gradient):
@@ -160,7 +160,7 @@ def test_jax_lowers_them_for_gpus():
 def test_what_is_cheap_is_computed_again_where_products_are_kept(interpreted):
     x, rows, found = jnp.ones((2, 6, 32), jnp.bfloat16), jnp.zeros((2, 1), jnp.int32), {}
     for remat in ("none", "dots"):
-        options = {"dtype": "bfloat16", "dead_tokens": "compute", "remat": remat, "mlp": "pallas"}
+        options = {"dtype": "bfloat16", "dead_tokens": "compute", "remat": remat, "attention": "xla", "mlp": "pallas"}
         sizes, model = TextConfig(width=32, heads=2, layers=3), dataclasses.replace(TINY.model, **options)
         tower = Transformer(sizes, True, BlockInit.scaled(32, 3), model)
         weights = tower.init(jax.random.key(0), x, rows)

@@ -1,5 +1,6 @@
-"""Dense layers: Flax's values and gradients, and no transposed copy of what is multiplied in programs for CPUs."""
+"""Dense layers: Flax's values and gradients, no transposed copies in programs for CPUs, no sums of narrow numbers."""
 
+import dataclasses
 import re
 
 import flax.linen as nn
@@ -9,9 +10,12 @@ import numpy as np
 import pytest
 from blocks import compiled_gradient
 from jax import export
+from tiny import TINY
 
 from clip_jax.models import layers
-from clip_jax.models.dense import Dense
+from clip_jax.models.dense import Dense, add_parameter
+from clip_jax.models.variants import ResNetConfig
+from clip_jax.plan import lower_step
 
 
 def gradients(layer, shape, dtype):
@@ -46,6 +50,36 @@ def test_a_bias_gradient_of_narrow_numbers_is_summed_in_wide_ones():
     ours, theirs = error(Dense), error(nn.Dense)
     print(f"error of a bias' gradient over 800 rows of bfloat16: {ours:.1e}, {theirs:.1e} with Flax's layer")
     assert ours < 1e-6
+
+
+@pytest.mark.parametrize("shape", [(8,), (5,), (50, 8)], ids=["bias", "of the first channels", "positions"])
+def test_so_is_what_is_added_to_all_rows(shape):
+    rng = np.random.default_rng(0)
+    gradient = jnp.asarray(rng.standard_normal((800, 50, 8)), jnp.bfloat16)
+    exact = np.asarray(gradient, np.float64)[..., : shape[-1]].sum(tuple(range(3 - len(shape))))
+
+    def error(add):
+        (found,) = jax.vjp(lambda parameter: add(jnp.zeros_like(gradient), parameter), jnp.zeros(shape))[1](gradient)
+        return float(np.abs(np.asarray(found, np.float64) - exact).max() / np.abs(exact).max())
+
+    def plainly(x, parameter):
+        missing = [(0, 0)] * (len(shape) - 1) + [(0, x.shape[-1] - shape[-1])]
+        return x + jnp.pad(parameter, missing).astype(x.dtype)
+
+    ours, theirs = error(add_parameter), error(plainly)
+    print(f"error of the gradient of what is added to 800 rows: {ours:.1e}, {theirs:.1e} as JAX sums it")
+    assert ours < 1e-6
+
+
+@pytest.mark.parametrize("groups", [(), ("4:0.25", "8:0.375")], ids=["whole rows", "groups"])
+@pytest.mark.parametrize("vision", [TINY.model.vision, ResNetConfig(32, 8, 4, (1, 1, 1, 1))], ids=["vit", "resnet"])
+def test_a_step_sums_nothing_in_narrow_numbers(vision, groups):
+    model = dataclasses.replace(TINY.model, vision=vision, dtype="bfloat16")
+    run = dataclasses.replace(TINY, model=model, batch=64, text_groups=groups)
+    text = lower_step(run, jax.devices()[:4])[1].as_text()
+    summed = re.findall(r"applies stablehlo\.add across dimensions = \[.*\] : \(tensor<\S*x(\w+)>", text)
+    assert summed.count("f32") > 50
+    assert "bf16" not in summed
 
 
 def products(layer, platform):

@@ -1,18 +1,19 @@
 """Dense layers whose kernels' gradients are computed without transposed copies on CPUs too, and whose biases' gradients
-are added up in float32.
+are added up in float32, as those of positions and class tokens.
 
 The gradient of a kernel is a sum over the tokens of all samples, which are two dimensions or three. XLA's compiler for
 CPUs multiplies matrices over one, and makes one of several by a transposed copy, of the gradient of every layer's
 result. In a program for CPUs the tokens are therefore laid in one row first, which moves nothing. Other platforms get
 what JAX itself would give: on a TPU such a row could be another layout, and a copy. No value changes.
 
-The gradient of a bias is such a sum too, and JAX would add up in the dtype of the layer's result: over 800 rows of
-bfloat16 it can be wrong by 3 % (`tests/test_dense.py`).
+The gradient of what is added to all rows is such a sum too, and JAX would add up in the dtype of the result: over 800
+rows of bfloat16 it can be wrong by 3 % (`tests/test_dense.py`).
 """
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from clip_jax.array_types import Array, Float
@@ -48,29 +49,37 @@ def _as_they_are(x: jax.Array, gradient: jax.Array) -> jax.Array:
 product.defvjp(lambda x, kernel: (_multiply(x, kernel), (x, kernel)), _backward)
 
 
-def add_bias(x: Float[Array, "*rows e"], bias: Float[Array, " f"]) -> Float[Array, "*rows e"]:
-    """Returns x + bias in the dtype of x; a bias that is shorter is of the first channels. It has no forward-mode
-    derivative.
+def add_parameter(
+    x: Float[Array, "*rows e"], parameter: Float[Array | np.ndarray, "*some f"]
+) -> Float[Array, "*rows e"]:
+    """Returns x + parameter in the dtype of x: a bias, or what else is the same for all rows of the first axes.
 
-    The bias' gradient is summed in float32 or wider, of its channels alone. JAX itself would sum it in the dtype of x.
+    Its gradient is summed over them in float32 or wider. JAX itself would sum it in the dtype of x. It has no
+    forward-mode derivative.
+
+    Args:
+      x: rows.
+      parameter: of the last axes of x; where its own last one is shorter, of the first channels.
     """
-    return _add(x, bias.astype(wide_dtype(x.dtype)))
+    return _add(x, jnp.asarray(parameter, wide_dtype(x.dtype)))
 
 
 @jax.custom_vjp
-def _add(x: jax.Array, bias: jax.Array) -> jax.Array:
-    return x + jnp.pad(bias.astype(x.dtype), (0, x.shape[-1] - len(bias)))
+def _add(x: jax.Array, parameter: jax.Array) -> jax.Array:
+    missing = x.shape[-1] - parameter.shape[-1]
+    return x + jnp.pad(parameter.astype(x.dtype), [(0, 0)] * (parameter.ndim - 1) + [(0, missing)])
 
 
-def _sum(bias: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return gradient, gradient[..., : len(bias)].sum(range(gradient.ndim - 1), dtype=bias.dtype)
+def _sum(parameter: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    first_axes = range(gradient.ndim - parameter.ndim)
+    return gradient, gradient[..., : parameter.shape[-1]].sum(first_axes, dtype=parameter.dtype)
 
 
-_add.defvjp(lambda x, bias: (_add(x, bias), bias), _sum)
+_add.defvjp(lambda x, parameter: (_add(x, parameter), parameter), _sum)
 
 
 class Dense(nn.Module):
-    """Flax's layer of that name, with `product` and `add_bias`.
+    """Flax's layer of that name, with `product` and `add_parameter`.
 
     Attributes:
       features: width of the result.
@@ -90,7 +99,7 @@ class Dense(nn.Module):
 
     def __call__(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows e"]:
         result, *bias = self.summands(x)
-        return add_bias(result, *bias) if bias else result
+        return add_parameter(result, *bias) if bias else result
 
     @nn.compact
     def summands(self, x: Float[Array, "*rows d"]) -> list[jax.Array]:

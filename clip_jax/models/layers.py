@@ -20,7 +20,7 @@ from clip_jax.array_types import Array, Float, Int, Num
 from clip_jax.fences import fence
 from clip_jax.models.activations import ACTIVATIONS, activate, activates_by_kernels
 from clip_jax.models.attention import attend, attend_packed, takes_packed
-from clip_jax.models.dense import Dense, add_bias
+from clip_jax.models.dense import Dense, add_parameter
 from clip_jax.models.norm import LayerNorm
 from clip_jax.models.variants import ModelConfig, Remat, TextConfig, ViTConfig
 from clip_jax.partition import constrain_rows
@@ -100,7 +100,7 @@ class Attention(nn.Module):
         left = self.has_variable("params", "query_bias")
         qkv = Dense(3 * width, use_bias=not left, kernel_init=self.init_from.qkv, dtype=dtype, name="qkv")(x)
         if left:
-            qkv = add_bias(qkv, self.get_variable("params", "query_bias"))
+            qkv = add_parameter(qkv, self.get_variable("params", "query_bias"))
         if rows is None and takes_packed(self.model.attention):
             mixed = attend_packed(qkv, self.heads, causal=self.causal, groups=self.groups)
         else:

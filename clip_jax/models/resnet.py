@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from clip_jax.array_types import Array, Bool, Float, Int
 from clip_jax.errors import UserError
 from clip_jax.models.attention import attend
-from clip_jax.models.dense import Dense
+from clip_jax.models.dense import Dense, add_parameter
 from clip_jax.models.layers import Initializer, apply_blocks, record, symmetric_uniform
 from clip_jax.models.variants import ModelConfig, ResNetConfig
 from clip_jax.partition import constrain_rows
@@ -141,7 +141,7 @@ class AttentionPool(nn.Module):
         dense = functools.partial(Dense, kernel_init=normal, bias_init=symmetric_uniform(width**-0.5), dtype=self.dtype)
         tokens = x.reshape(batch, rows * columns, width)
         tokens = jnp.concatenate([tokens.mean(axis=1, keepdims=True), tokens], axis=1)
-        tokens = tokens + self.param("positions", normal, (tokens.shape[1], width)).astype(self.dtype)
+        tokens = add_parameter(tokens, self.param("positions", normal, (tokens.shape[1], width)))
         query, key, value = (
             dense(width, name=name)(of).reshape(batch, -1, self.heads, width // self.heads)
             for name, of in (("query", tokens[:, :1]), ("key", tokens), ("value", tokens))

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from clip_jax.array_types import Array, Bool, Float, Int
-from clip_jax.models.dense import Dense
+from clip_jax.models.dense import Dense, add_parameter
 from clip_jax.models.embedding import Embed
 from clip_jax.models.layers import BlockInit, Transformer, pick, record
 from clip_jax.models.norm import LayerNorm
@@ -64,10 +64,10 @@ class TextTransformer(nn.Module):
             tokens, ends = (_by_device(x) for x in (tokens, ends))
             order = jnp.argsort(ends, axis=1)
             tokens, ends = pick(tokens, order), jnp.take_along_axis(ends, order, axis=1)
-            x = embedding(_packed(tokens, groups)) + _packed_positions(positions.astype(dtype), len(tokens), groups)
+            x = embedding(_packed(tokens, groups)) + _packed_positions(positions, len(tokens), groups).astype(dtype)
             rows = ends + _starts(groups)
         else:
-            x = embedding(tokens) + positions[: tokens.shape[1]].astype(dtype)
+            x = add_parameter(embedding(tokens), positions[: tokens.shape[1]])
             rows = ends[:, None]
         transformer = nn.remat(Transformer) if model.remat == "full" else Transformer
         blocks = BlockInit.scaled(width, config.layers)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from clip_jax.array_types import Array, Float
-from clip_jax.models.dense import Dense
+from clip_jax.models.dense import Dense, add_parameter
 from clip_jax.models.layers import BlockInit, Transformer, record, symmetric_uniform
 from clip_jax.models.norm import LayerNorm
 from clip_jax.models.variants import ModelConfig, ViTConfig
@@ -47,8 +47,8 @@ class VisionTransformer(nn.Module):
 
         class_token = self.param("class_token", normal, (width,))
         positions = self.param("positions", normal, (config.tokens, width))
-        class_tokens = jnp.broadcast_to(class_token.astype(dtype), (x.shape[0], 1, width))
-        x = jnp.concatenate([class_tokens, x], axis=1) + positions.astype(dtype)
+        class_tokens = add_parameter(jnp.zeros((x.shape[0], 1, width), dtype), class_token)
+        x = add_parameter(jnp.concatenate([class_tokens, x], axis=1), positions)
         if model.patch_dropout and keys is not None:
             x = jnp.concatenate([x[:, :1], drop_patches(x[:, 1:], keys, share=model.patch_dropout)], axis=1)
         x = LayerNorm(dtype, name="ln_pre")(x)
