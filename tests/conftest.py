@@ -25,7 +25,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
-gc.set_threshold(200_000)  # tracing makes many objects and little garbage: a tenth of the time of its tests
+gc.set_threshold(200_000)  # tracing makes many objects and little garbage
 settings.register_profile("untimed", deadline=None)  # a busy machine fails no test
 settings.load_profile("untimed")
 _HOOK = install_import_hook("clip_jax", "beartype.beartype")
