@@ -206,15 +206,16 @@ def test_the_configs_activation_reaches_both_towers(small):
 @pytest.mark.parametrize(
     ("vision", "wrapped"),
     [
-        (SMALL.vision, {"dots": 4, "block": 4, "full": 2 + 2 * 4}),  # in the replay of the whole, and backward
-        pytest.param(ResNetConfig(32, 8, 4, (1, 2, 1, 1)), {"dots": 7, "block": 7, "full": 5 + 2 * 7}),
+        # `full`: in the replay of the whole, and backward
+        (dataclasses.replace(SMALL.vision, layers=3), {"dots": 6, "block": 6, "full": 2 + 2 * 6}),
+        (ResNetConfig(32, 8, 4, (1, 3, 1, 1)), {"dots": 9, "block": 9, "full": 5 + 2 * 9}),
     ],
     ids=["vit", "resnet"],
 )
 @pytest.mark.parametrize("scan", [pytest.param(False, id="unrolled"), pytest.param(True, id="scan")])
 def test_memory_levers_reach_both_towers_and_change_no_name_and_no_value(vision, wrapped, scan):
     """Every transformer block and bottleneck is recomputed, with `full` every transformer and stage too."""
-    config = dataclasses.replace(SMALL, vision=vision)
+    config = dataclasses.replace(SMALL, vision=vision, text=dataclasses.replace(SMALL.text, layers=3))
     plain = CLIP(config)
     models = {
         remat: CLIP(dataclasses.replace(config, remat=remat, scan_layers=scan))
