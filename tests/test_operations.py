@@ -80,7 +80,9 @@ def preempting(run, at, *, number=signal.SIGTERM):
     return data._replace(batches=batches)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 75), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_a_stopped_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, number, code):
     handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
     straight = train(RUN, tmp_path / "straight")
@@ -255,7 +257,7 @@ def test_memory_that_is_really_too_little_names_what_to_change(tmp_path):
     assert re.match(r"error: out of memory on 1 x cpu \(.*model\.remat=.*micro_batch=", errors.splitlines()[-1]), errors
 
 
-@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("unbuffered", ["", pytest.param("1", marks=pytest.mark.slow)])
 def test_stdout_that_is_closed_stops_no_run(tmp_path, monkeypatch, unbuffered):
     monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
     process = start(*LONG, f"--workdir={tmp_path}", devices=1)
