@@ -44,7 +44,7 @@ def x64():
 
 
 def tower(config=SMALL, dtype="float32", embed_dim=EMBED, **options):
-    return ModifiedResNet(config, ModelConfig(embed_dim, config, TEXT, dtype=dtype, **options))
+    return ModifiedResNet(ModelConfig(embed_dim, config, TEXT, dtype=dtype, **options))
 
 
 def image_shape(config, batch=1):

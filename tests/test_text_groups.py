@@ -107,7 +107,7 @@ def test_ids_behind_eot_change_no_bit(x64):
 def test_on_a_gpu_a_devices_row_has_a_length_that_matrix_units_take(x64, monkeypatch):
     config = TextConfig(width=16, heads=2, layers=3, context=CONTEXT, vocab_size=128)
     tokens, groups = jnp.asarray(captions([4, 2, 12, 8, 12])), ((2, 4), (3, 12))
-    tower = TextTransformer(config, dataclasses.replace(TINY.model, embed_dim=8, dtype="float64"))
+    tower = TextTransformer(dataclasses.replace(TINY.model, text=config, embed_dim=8, dtype="float64"))
     params = tower.init(jax.random.key(0), tokens[:1])
 
     def both_ways(params):
@@ -133,7 +133,7 @@ def test_every_way_of_the_tower_gives_the_same(x64, remat, scan):
     tokens = jnp.asarray(captions(FITTING[:8]))
     groups = ((2, 4), (3, 8), (3, 12))
     options = {"dtype": "float64", "remat": remat, "scan_layers": scan}
-    tower = TextTransformer(config, dataclasses.replace(TINY.model, embed_dim=8, **options))
+    tower = TextTransformer(dataclasses.replace(TINY.model, text=config, embed_dim=8, **options))
     rng = np.random.default_rng(0)
     params = jax.tree.map(
         lambda leaf: np.asarray(leaf) + 0.1 * rng.standard_normal(leaf.shape),

@@ -42,10 +42,10 @@ class CLIP(nn.Module):
     def setup(self) -> None:
         config = self.config
         if isinstance(config.vision, ResNetConfig):
-            self.image = ModifiedResNet(config.vision, config)
+            self.image = ModifiedResNet(config)
         else:
-            self.image = VisionTransformer(config.vision, config)
-        self.text = TextTransformer(config.text, config)
+            self.image = VisionTransformer(config)
+        self.text = TextTransformer(config)
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(-math.log(config.temperature)), ())
         self.logit_bias = (
             self.param("logit_bias", nn.initializers.constant(config.initial_bias), ()) if config.logit_bias else None

@@ -10,6 +10,7 @@ collective in every layer, and "per device" would make the model depend on the m
 
 import functools
 from collections.abc import Callable
+from typing import cast
 
 import flax.linen as nn
 import jax
@@ -37,11 +38,9 @@ class ModifiedResNet(nn.Module):
     Intermediates: `stem` [b, s/4, s/4, width] and `stage_i/output` [b, s/2^(i+1), s/2^(i+1), 2^(i+1)·width], i = 1..4.
 
     Attributes:
-      config: the tower's sizes.
-      model: the embedding's size, and how all of that is computed.
+      model: the tower's sizes, the embedding's, and how all of that is computed.
     """
 
-    config: ResNetConfig
     model: ModelConfig
 
     @nn.compact
@@ -58,7 +57,7 @@ class ModifiedResNet(nn.Module):
         Raises:
           UserError: `train`, and `bn_group` does not divide the batch or leaves one value a channel.
         """
-        config, model, dtype = self.config, self.model, self.model.dtype
+        config, model, dtype = cast(ResNetConfig, self.model.vision), self.model, self.model.dtype
         norm = functools.partial(BatchNorm, train=train, group=model.bn_group, dtype=dtype)
         x = images.astype(dtype)
         for i, (features, stride) in enumerate(((config.width // 2, 2), (config.width // 2, 1), (config.width, 1)), 1):

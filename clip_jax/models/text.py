@@ -17,7 +17,7 @@ from clip_jax.models.dense import Dense, add_parameter
 from clip_jax.models.embedding import Embed
 from clip_jax.models.layers import BlockInit, Transformer, pick, record
 from clip_jax.models.norm import LayerNorm
-from clip_jax.models.variants import ModelConfig, TextConfig
+from clip_jax.models.variants import ModelConfig
 from clip_jax.partition import constrain_rows, devices_of_rows, traced_for
 from clip_jax.text_groups import Groups
 
@@ -32,11 +32,9 @@ class TextTransformer(nn.Module):
     Intermediates: `transformer/block_i/output` for every block, `pooled` (the EOT row after `ln_final`).
 
     Attributes:
-      config: the tower's sizes.
-      model: the embedding's size, and how all of that is computed.
+      model: the tower's sizes, the embedding's, and how all of that is computed.
     """
 
-    config: TextConfig
     model: ModelConfig
 
     @nn.compact
@@ -48,7 +46,7 @@ class TextTransformer(nn.Module):
           groups: of each device's rows, into which they must fit (`fit`), shortest first; none means that every row is
             computed in its whole length.
         """
-        config, model = self.config, self.model
+        config, model = self.model.text, self.model
         width, dtype = config.width, model.dtype
         embedding = Embed(
             config.vocab_size,

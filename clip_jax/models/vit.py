@@ -4,6 +4,8 @@ The patch convolution has stride = kernel, so it is written as a reshape and a d
 and much faster on CPUs.
 """
 
+from typing import cast
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -22,17 +24,15 @@ class VisionTransformer(nn.Module):
     `ln_post`, the features that linear probes use).
 
     Attributes:
-      config: the tower's sizes.
-      model: the embedding's size, and how all of that is computed.
+      model: the tower's sizes, the embedding's, and how all of that is computed.
     """
 
-    config: ViTConfig
     model: ModelConfig
 
     @nn.compact
     def __call__(self, images: Float[Array, "b s s 3"], *, keys: jax.Array | None = None) -> Float[Array, "b e"]:
         """Embeds normalised images; with `keys`, one for each, patches are dropped as `patch_dropout` says."""
-        config, model = self.config, self.model
+        config, model = cast(ViTConfig, self.model.vision), self.model
         width, dtype = config.width, model.dtype
         normal = nn.initializers.normal(width**-0.5)
         patches = patchify(images.astype(dtype), patch=config.patch)
