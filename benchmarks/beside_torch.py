@@ -17,6 +17,7 @@ import os
 import statistics
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs room beside
@@ -25,7 +26,7 @@ import jax
 import numpy as np
 
 from benchmarks.figures import Figure, report
-from benchmarks.step import CompiledStep, load_runs, matmul_speed, trainers
+from benchmarks.step import compile_steps, load_runs, matmul_speed, trainers
 from benchmarks.turns import add_compare, in_turns
 from clip_jax.chips import peak_of
 from clip_jax.command_line import load_config, one_line_errors, take_overrides
@@ -64,9 +65,10 @@ def measure(runs: dict[str, RunConfig], *, rounds: int, steps: int, compiled: bo
       compiled: use torch.compile.
     """
     run, device = runs[PLAIN], jax.devices()[0]
-    steps_of = {name: CompiledStep(each) for name, each in runs.items()}
-    contenders = trainers(steps_of)
-    contenders[THEIRS] = _open_clip(run, gpu=device.platform == "gpu", compiled=compiled)
+    with ThreadPoolExecutor(1) as pool:  # their model is made while ours compile
+        theirs = pool.submit(_open_clip, run, gpu=device.platform == "gpu", compiled=compiled)
+        steps_of, state = compile_steps(runs)
+    contenders = trainers(steps_of, state) | {THEIRS: theirs.result()}
     calls = {name: functools.partial(train, steps) for name, train in contenders.items()}
     seconds = in_turns(calls, rounds, settle=lambda name: contenders[name](1))
     peak = peak_of(device.device_kind) or matmul_speed(device, None)

@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -26,13 +27,10 @@ from clip_jax.command_line import load_config, one_line_errors, take_overrides
 from clip_jax.config import RunConfig
 from clip_jax.data.synthetic import synthetic_batches
 from clip_jax.errors import UserError
-from clip_jax.gradient_cache import check_micro_batch
-from clip_jax.models.clip import CLIP
 from clip_jax.models.variants import variant_name
-from clip_jax.optim import make_optimizer
-from clip_jax.partition import check_batch, make_mesh, place_rows
-from clip_jax.state import TrainState, abstract_state, create_state
-from clip_jax.step import make_train_step
+from clip_jax.partition import place_rows
+from clip_jax.program import Program, make_program
+from clip_jax.state import TrainState
 from clip_jax.utilization import StepFlops
 
 BATCHES = 4
@@ -86,8 +84,8 @@ def measure(runs: dict[str, RunConfig], *, rounds: int, steps: int, side: int | 
     product = matmul_speed(device, side)
     kind = f"{jax.device_count()} x {device.device_kind}, jax {jax.__version__}"
     print(f"{kind}; a matrix product: {product / 1e12:.3f} TFLOP/s", flush=True)
-    steps_of = {name: CompiledStep(config) for name, config in runs.items()}
-    train = trainers(steps_of)
+    steps_of, state = compile_steps(runs)
+    train = trainers(steps_of, state)
     calls = {name: functools.partial(each, steps) for name, each in train.items()}
     turns = in_turns(calls, rounds, settle=lambda name: train[name](1))
     seconds = {name: [each / steps for each in found] for name, found in turns.items()}
@@ -113,8 +111,17 @@ def _summarize(seconds: dict[str, list[float]]) -> Iterator[Figure]:
         yield Figure(first, medians[first], "ms", other, medians[other], ratio)
 
 
-def trainers(steps: Mapping[str, "CompiledStep"]) -> dict[str, Callable[[int], None]]:
-    """Returns functions that take a number of steps, by the runs' names; all of them train one state.
+def compile_steps(runs: Mapping[str, RunConfig]) -> tuple[dict[str, "CompiledStep"], TrainState]:
+    """Returns runs' steps, by their names, and the first one's fresh state; all of these compile at the same time."""
+    programs = {name: make_program(config) for name, config in runs.items()}
+    with ThreadPoolExecutor() as pool:
+        state = pool.submit(next(iter(programs.values())).fresh)
+        steps = dict(zip(runs, pool.map(CompiledStep, runs.values(), programs.values()), strict=True))
+    return steps, state.result()
+
+
+def trainers(steps: Mapping[str, "CompiledStep"], state: TrainState) -> dict[str, Callable[[int], None]]:
+    """Returns functions that take a number of steps, by the runs' names; all of them train that state.
 
     Raises:
       UserError: the runs' states differ.
@@ -122,7 +129,6 @@ def trainers(steps: Mapping[str, "CompiledStep"]) -> dict[str, Callable[[int], N
     first, *others = steps.values()
     if any(other.target != first.target for other in others):
         raise UserError("--compare: the runs' states differ in shape or layout; measure each by itself")
-    state = first.new_state()
 
     def train(step: CompiledStep, count: int) -> None:
         nonlocal state
@@ -136,22 +142,17 @@ class CompiledStep:
 
     Args:
       config: the run's.
+      program: what follows from it.
 
     Attributes:
       target: shapes, dtypes and shardings of the state.
       what: model, batch, devices and dtype in words.
     """
 
-    def __init__(self, config: RunConfig) -> None:
-        mesh = make_mesh(config.mesh)
-        check_batch("batch", config.batch, mesh)
-        check_micro_batch(config, mesh)
-        self._model, self._optimizer = CLIP(config.model), make_optimizer(config.optim, steps=config.steps)
-        self._config, self._devices = config, mesh.size
+    def __init__(self, config: RunConfig, program: Program) -> None:
+        self._config, self._devices, self.target = config, program.mesh.size, program.target
         name = variant_name(config.model)
-        self.what = f"{name}, {config.batch} pairs on {mesh.size} device(s), {config.model.dtype}"
-        self._layout: Any = {"mesh": mesh, "zero1": config.mesh.zero1, "ema": config.optim.ema_decay > 0}
-        self.target = abstract_state(self._model, self._optimizer, **self._layout)
+        self.what = f"{name}, {config.batch} pairs on {self._devices} device(s), {config.model.dtype}"
         stream = synthetic_batches(
             batch=config.batch,
             image_size=config.model.vision.image_size,
@@ -163,16 +164,12 @@ class CompiledStep:
         )
         names = ("image", "tokens", "weight")
         rows = [next(stream) for _ in range(BATCHES)]
-        self._batches = [place_rows({name: batch[name] for name in names}, mesh) for batch in rows]
-        step: Any = make_train_step(self._model, self._optimizer, config, mesh=mesh, state=self.target)
+        self._batches = [place_rows({name: batch[name] for name in names}, program.mesh) for batch in rows]
+        train_step: Any = program.train_step
         began = time.perf_counter()
-        self._step = step.lower(self.target, self._batches[0]).compile()
+        self._step = train_step.lower(self.target, self._batches[0]).compile()
         self._compile_seconds = time.perf_counter() - began
         self._done, self._in_groups = 0, []
-
-    def new_state(self) -> TrainState:
-        """Returns a fresh state."""
-        return create_state(self._model, self._optimizer, seed=self._config.seed, **self._layout)
 
     def run(self, state: TrainState, steps: int) -> TrainState:
         """Trains for some steps, and waits for them."""

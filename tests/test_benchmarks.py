@@ -246,9 +246,6 @@ class FakeStep:
     def __init__(self, by, target=""):
         self.by, self.target, self.taken = by, target, []
 
-    def new_state(self):
-        return 0
-
     def run(self, state, count):
         self.taken.append(state)
         return state + self.by * count
@@ -256,12 +253,12 @@ class FakeStep:
 
 def test_runs_that_are_compared_train_one_state():
     one, ten = FakeStep(1), FakeStep(10)
-    train = step.trainers({"one": one, "ten": ten})
+    train = step.trainers({"one": one, "ten": ten}, 0)
     for name, count in (("one", 2), ("ten", 3), ("one", 1)):
         train[name](count)
     assert (one.taken, ten.taken) == ([0, 32], [2])
     with pytest.raises(UserError, match="^--compare: the runs' states differ in shape or layout; measure each by"):
-        step.trainers({"one": one, "other": FakeStep(1, "split")})
+        step.trainers({"one": one, "other": FakeStep(1, "split")}, 0)
 
 
 def test_a_benchmark_that_hangs_takes_no_figure_along(one_good, monkeypatch, capfd):
