@@ -22,6 +22,7 @@ class Chip:
       per_host: chips of a host.
       near: bytes a second that a chip sends to chips of its slice (ICI) or host (NVLink); 0 means unknown.
       far: bytes a second that a chip sends to other slices or hosts, its share of the host's network; 0 means unknown.
+      capability: CUDA's, of NVIDIA's GPUs.
       overlaps: libtpu lets the SparseCores of a TPU carry collectives while its other cores compute.
     """
 
@@ -31,6 +32,7 @@ class Chip:
     per_host: int
     near: float = 0.0
     far: float = 0.0
+    capability: float = 0.0
     overlaps: bool = False
 
 
@@ -40,9 +42,9 @@ CHIPS = {
     "v5e": Chip("tpu", 16 * GIB, 197e12, 8, 200e9, 3.125e9),
     "v5p": Chip("tpu", 95 * GIB, 459e12, 4, 600e9, 6.25e9, overlaps=True),
     "v6e": Chip("tpu", 32 * GIB, 918e12, 8, 448e9, overlaps=True),
-    "a100": Chip("gpu", 80 * 10**9, 312e12, 8, 300e9, 25e9),
-    "h100": Chip("gpu", 80 * 10**9, 989e12, 8, 450e9, 50e9),
-    "h200": Chip("gpu", 141 * 10**9, 989e12, 8, 450e9, 50e9),
+    "a100": Chip("gpu", 80 * 10**9, 312e12, 8, 300e9, 25e9, capability=8.0),
+    "h100": Chip("gpu", 80 * 10**9, 989e12, 8, 450e9, 50e9, capability=9.0),
+    "h200": Chip("gpu", 141 * 10**9, 989e12, 8, 450e9, 50e9, capability=9.0),
     "cpu": Chip("cpu", 0, 0.0, 1),
 }
 _DEVICE_KINDS = {

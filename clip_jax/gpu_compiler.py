@@ -22,17 +22,17 @@ COMPILER_OPTIONS: dict[str, bool | str] = {"xla_gpu_enable_triton_gemm": False}
 # Of each kind what the compiler asks a GPU for (CUDA's device properties; XLA's gpu_device_info), with the SXM socket.
 _TARGETS = {
     "a100": """
-        core_count: 108 fpus_per_core: 64 clock_rate_ghz: 1.41 cuda_compute_capability { major: 8 minor: 0 }
+        core_count: 108 fpus_per_core: 64 clock_rate_ghz: 1.41
         memory_bandwidth: 2039000000000 l2_cache_size: 41943040 device_memory_size: 85094105088
         shared_memory_per_core: 167936 shared_memory_per_block_optin: 166912
     """,
     "h100": """
-        core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98 cuda_compute_capability { major: 9 minor: 0 }
+        core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
         memory_bandwidth: 3352320000000 l2_cache_size: 52428800 device_memory_size: 84978434048
         shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
     """,
     "h200": """
-        core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98 cuda_compute_capability { major: 9 minor: 0 }
+        core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
         memory_bandwidth: 4814000000000 l2_cache_size: 62914560 device_memory_size: 150110011392
         shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
     """,
@@ -69,8 +69,9 @@ def gpus(topology: Topology) -> Sequence[Any]:
     chips = topology.chips // topology.slices
     hosts = chips // math.gcd(chips, topology.chip.per_host)
     major, minor, patch = _CUDNN
+    capability = "major: {} minor: {}".format(*str(topology.chip.capability).split("."))
     target = f"""
-        gpu_device_info {{ {_TARGETS[topology.kind]} {_ALL_HAVE} }}
+        gpu_device_info {{ {_TARGETS[topology.kind]} cuda_compute_capability {{ {capability} }} {_ALL_HAVE} }}
         platform_name: "CUDA" device_description_str: "NVIDIA {topology.kind.upper()}"
         dnn_version_info {{ major: {major} minor: {minor} patch: {patch} }}
     """

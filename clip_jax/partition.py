@@ -188,6 +188,12 @@ def traced_for() -> str:
     return device.platform if device else ""
 
 
+def traced_kind() -> str:
+    """Returns the kind of those devices as JAX names it, such as `NVIDIA H100 80GB HBM3`."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.device_kind if device else ""
+
+
 def devices_of_rows() -> int:
     """Returns into how many parts rows are split where a step is traced for a mesh; 1 elsewhere."""
     mesh = jax.sharding.get_abstract_mesh()

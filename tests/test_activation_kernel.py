@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxprs import runs_of
 from tiny import TINY
 
 from clip_jax.errors import ConfigError
@@ -111,7 +112,8 @@ def test_a_step_computes_by_them_what_it_does_without(interpreted, devices):
 
 
 def test_outside_of_a_step_they_are_not_used():
-    assert not activates_by_kernels("pallas")
+    assert not activates_by_kernels("pallas", jnp.bfloat16, 128, "quick_gelu")
+    assert not activates_by_kernels("auto", jnp.bfloat16, 128, "quick_gelu")
     module = MLP(BlockInit.torch_default(8), dataclasses.replace(TINY.model, mlp="pallas"))
     module.init(jax.random.key(0), jnp.ones((1, 2, 8)))
 
@@ -132,8 +134,28 @@ def in_a_step():
     ],
 )
 def test_where_they_cannot_be_used_they_are_refused(in_a_step, width, dtype, activation, reason):
-    with pytest.raises(ConfigError, match=f"^config.model.mlp is pallas, and {reason}; xla can always be used$"):
+    with pytest.raises(ConfigError, match=f"^config.model.mlp is pallas, and {reason}; auto uses what can be used$"):
         activations.activate(jnp.ones((1, 2, width), dtype), jnp.zeros(width), activation)
+
+
+@pytest.mark.parametrize(
+    ("used", "given"),
+    [
+        (True, {}),
+        (False, {"width": 192}),
+        (False, {"dtype": "float32"}),
+        (False, {"activation": "gelu"}),
+        (False, {"capability": 8.0}),  # no such card has timed them
+    ],
+)
+def test_auto_uses_them_where_they_have_been_timed(in_a_step, monkeypatch, used, given):
+    settings = {"dtype": "bfloat16", "width": 128, "activation": "quick_gelu", "capability": 9.0} | given
+    capability = settings.pop("capability")
+    monkeypatch.setattr(gpu_kernels, "traced_for", lambda: "gpu")
+    monkeypatch.setattr(gpu_kernels, "capability", lambda: capability)
+    assert activates_by_kernels("auto", **settings) == used
+    assert activates_by_kernels("pallas", **settings)
+    assert not activates_by_kernels("xla", **settings)
 
 
 @pytest.mark.parametrize("method", ["encode_image", "encode_text"])
@@ -148,10 +170,11 @@ def test_the_config_reaches_both_towers(in_a_step, method):
 
 
 def test_jax_lowers_them_for_gpus():
+    """Each once, however many blocks a tower has."""
     product, bias, _ = jax.eval_shape(lambda: operands((2, 50, 3072), jnp.bfloat16))
 
     def value(product, bias):
-        return quick_gelu(product, bias).astype(jnp.float32).sum()
+        return sum(quick_gelu(x, bias).astype(jnp.float32).sum() for x in (product, 2 * product))
 
     text = jax.jit(jax.value_and_grad(value, argnums=(0, 1))).trace(product, bias).lower(lowering_platforms=("cuda",))
     assert text.as_text().count("custom_call @__gpu$xla.gpu.triton(") == 2
@@ -166,5 +189,5 @@ def test_what_is_cheap_is_computed_again_where_products_are_kept(interpreted):
         weights = tower.init(jax.random.key(0), x, rows)
         with jax.sharding.use_abstract_mesh(make_mesh(TINY.mesh, devices=jax.devices()[:1]).abstract_mesh):
             gradient = jax.grad(lambda weights, tower=tower: tower.apply(weights, x, rows).astype(jnp.float32).sum())
-            found[remat] = str(jax.make_jaxpr(gradient)(weights)).count("name=quick_gelu_forward\n")
+            found[remat] = runs_of("quick_gelu_forward", jax.make_jaxpr(gradient)(weights).jaxpr)
     assert found == {"none": 3, "dots": 6}

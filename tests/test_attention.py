@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxprs import runs_of
 from tiny import TINY
 
 from clip_jax.errors import ConfigError
@@ -98,8 +99,33 @@ def test_where_cudnn_cannot_be_used_auto_takes_the_definition(gpu, monkeypatch):
 def test_outside_of_a_step_kernels_are_not_used(monkeypatch):
     monkeypatch.setattr(attention, "_lacking", lambda *what: "")
     monkeypatch.delattr(jax.nn, "dot_product_attention")
+    monkeypatch.setattr(gpu_kernels, "capability", lambda: 9.0)
     attend(*operands(6), causal=True, kind="cudnn")
-    assert not takes_packed("pallas")
+    packed = jnp.ones((2, 6, 3 * 64), jnp.bfloat16)
+    assert not takes_packed("pallas", packed, 1)
+    assert not takes_packed("auto", packed, 1)
+
+
+@pytest.mark.parametrize(
+    ("asked", "given"),
+    [
+        (True, {}),
+        (True, {"tokens": 1_000, "groups": ((10, 77), (2, 16))}),
+        (False, {"tokens": 258}),  # cuDNN's are faster
+        (False, {"tokens": 1_000, "groups": ((10, 16), (2, 258))}),
+        (False, {"capability": 8.0}),  # no such card has timed them
+        (False, {"capability": 10.0}),
+        (False, {"dtype": jnp.float32}),
+        (False, {"head": 80}),
+    ],
+)
+def test_auto_takes_our_kernels_where_they_are_the_fastest(gpu, monkeypatch, asked, given):
+    settings = {"tokens": 257, "groups": (), "capability": 9.0, "dtype": jnp.bfloat16, "head": 64} | given
+    monkeypatch.setattr(gpu_kernels, "capability", lambda: settings["capability"])
+    packed = jnp.ones((1, settings["tokens"], 3 * 2 * settings["head"]), settings["dtype"])
+    assert takes_packed("auto", packed, 2, settings["groups"]) == asked
+    assert takes_packed("pallas", packed, 2, settings["groups"])
+    assert not takes_packed("cudnn", packed, 2, settings["groups"])
 
 
 @pytest.mark.parametrize(
@@ -155,7 +181,7 @@ def test_jax_lowers_it_and_its_gradient_for_gpus(in_a_step, monkeypatch, tokens,
 
 
 @pytest.mark.parametrize(
-    ("kind", "kernel"), [("cudnn", "dot_product_attention_fwd_wrapper["), ("pallas", "name=attention_forward\n")]
+    ("kind", "kernel"), [("cudnn", "dot_product_attention_fwd_wrapper"), ("pallas", "attention_forward")]
 )
 def test_kernels_are_run_again_only_where_whole_blocks_are(in_a_step, monkeypatch, kind, kernel):
     monkeypatch.setattr(PRIVATE, types.SimpleNamespace(cudnn_get_version=lambda: 91_000))
@@ -167,8 +193,18 @@ def test_kernels_are_run_again_only_where_whole_blocks_are(in_a_step, monkeypatc
         tower = Transformer(sizes, True, BlockInit.scaled(128, 3), model)
         weights = jax.eval_shape(tower.init, jax.random.key(0), x, rows)
         gradient = jax.grad(lambda weights, tower=tower: tower.apply(weights, x, rows).astype(jnp.float32).sum())
-        found[remat] = str(jax.make_jaxpr(gradient)(weights)).count(kernel)
+        found[remat] = runs_of(kernel, jax.make_jaxpr(gradient)(weights).jaxpr)
     assert found == {"none": 3, "dots": 3, "block": 6}
+
+
+@pytest.mark.parametrize(("kind", "capability"), [("NVIDIA A100-SXM4-80GB", 8.0), ("NVIDIA H100 80GB HBM3", 9.0)])
+def test_a_step_is_for_the_gpus_of_its_mesh(monkeypatch, kind, capability):
+    monkeypatch.setattr(jax, "local_devices", lambda backend: [types.SimpleNamespace(compute_capability="12.0")])
+    mesh = make_mesh(TINY.mesh, devices=jax.devices()[:1]).abstract_mesh
+    device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=None, platform="gpu")
+    with jax.sharding.use_abstract_mesh(mesh.update(abstract_device=device)):
+        assert gpu_kernels.capability() == capability
+    assert gpu_kernels.capability() == 12.0
 
 
 @pytest.mark.parametrize(("found", "capability"), [("9.0", 9.0), ("gfx942", 0.0), (None, 0.0)])

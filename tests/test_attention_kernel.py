@@ -137,10 +137,11 @@ def test_a_step_computes_by_them_what_it_does_by_the_definition(interpreted, dev
 
 @pytest.mark.parametrize(("tokens", "causal"), [(50, False), (77, True), (257, False)])
 def test_jax_lowers_them_for_gpus(tokens, causal):
+    """Each once, however many blocks a tower has."""
     given = jax.ShapeDtypeStruct((2, tokens, 3 * 128), jnp.bfloat16)
 
     def value(packed):
-        return attend_packed(packed, 2, causal).astype(jnp.float32).sum()
+        return sum(attend_packed(x, 2, causal).astype(jnp.float32).sum() for x in (packed, 2 * packed))
 
     text = jax.jit(jax.grad(value)).trace(given).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("custom_call @__gpu$xla.gpu.triton(") == 2

@@ -20,7 +20,7 @@ from clip_jax.array_types import Array, Float
 from clip_jax.models.activations import PALLAS_CHANNELS
 from clip_jax.precision import wide_dtype
 
-AT_ONCE = 16  # rows
+AT_ONCE = 8  # rows
 ROWS = 16 * AT_ONCE  # of a program
 
 
@@ -40,11 +40,13 @@ def quick_gelu(
     return _forward(product, bias, interpret)[0]
 
 
+@functools.partial(jax.jit, static_argnums=(2,))  # so that a tower's blocks lower them once
 def _forward(product: jax.Array, bias: jax.Array, interpret: bool) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     x = product + bias.astype(product.dtype)
     return _run(_quick_gelu_forward, x, interpret=interpret)[0], (x, bias)
 
 
+@functools.partial(jax.jit, static_argnums=(0,))
 def _backward(interpret: bool, kept: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, bias = kept
     of_x, sums = _run(_quick_gelu_backward, x, gradient, summed=True, interpret=interpret)

@@ -63,7 +63,7 @@ def activate(product: Float[Array, "b l d"], bias: Float[Array, " d"], activatio
       ConfigError: the kernels cannot be used.
     """
     if lacking := _lacking(product.dtype, product.shape[-1], activation):
-        raise gpu_kernels.refusal("mlp", "pallas", lacking, "xla can always be used")
+        raise gpu_kernels.refusal("mlp", "pallas", lacking)
     from clip_jax.models import activation_kernel  # Pallas takes a while to import, and other devices do without
 
     return on_each_device(activation_kernel.quick_gelu, product, bias)
@@ -78,6 +78,8 @@ def _lacking(dtype: DTypeLike, width: int, activation: Activation) -> str:
     return gpu_kernels.lacking(dtype)
 
 
-def activates_by_kernels(kind: MLPKind) -> bool:
-    """Whether such an MLP's activation is computed by our kernels, which it is in a step."""
-    return kind == "pallas" and gpu_kernels.in_a_step()
+def activates_by_kernels(kind: MLPKind, dtype: DTypeLike, width: int, activation: Activation) -> bool:
+    """Whether the activation of such an MLP, of so many channels, is computed by our kernels, which it is in a step."""
+    if kind != "auto":
+        return kind == "pallas" and gpu_kernels.in_a_step()
+    return gpu_kernels.in_a_step() and not _lacking(dtype, width, activation) and gpu_kernels.are_timed()

@@ -20,6 +20,7 @@ from clip_jax.text_groups import Groups
 
 CUDNN_HEADS = range(8, 129, 8)  # channels of a head that the kernels take, on every GPU that has them
 PALLAS_HEADS = (16, 32, 64, 128)
+PALLAS_TOKENS = 257  # on an H200 our kernels were faster at 50 to 257, cuDNN's at 577 (docs/results.md)
 
 
 def attend(
@@ -76,9 +77,13 @@ def attend_packed(
     return on_each_device(lambda rows: attention_kernel.attend_packed(rows, heads, causal, groups), packed)
 
 
-def takes_packed(kind: AttentionKind) -> bool:
+def takes_packed(kind: AttentionKind, packed: Float[Array, "b l qkv"], heads: int, groups: Groups = ()) -> bool:
     """Whether such attention is computed from queries, keys and values in one array: by our kernels, in a step."""
-    return kind == "pallas" and gpu_kernels.in_a_step()
+    if kind != "auto":
+        return kind == "pallas" and gpu_kernels.in_a_step()
+    tokens = max((length for _, length in groups), default=packed.shape[1])
+    lacking = _lacking(packed.dtype, packed.shape[-1] // 3 // heads, "pallas")
+    return gpu_kernels.in_a_step() and not lacking and gpu_kernels.are_timed() and tokens <= PALLAS_TOKENS
 
 
 def _by_definition(
@@ -109,7 +114,7 @@ def _by_cudnn(query: jax.Array, key: jax.Array, value: jax.Array, *, causal: boo
 
 
 def _refusal(kind: AttentionKind, lacking: str) -> ConfigError:
-    return gpu_kernels.refusal("attention", kind, lacking, "auto uses what can be used")
+    return gpu_kernels.refusal("attention", kind, lacking)
 
 
 def _lacking(dtype: DTypeLike, channels: int, kind: Literal["cudnn", "pallas"]) -> str:

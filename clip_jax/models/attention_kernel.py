@@ -71,6 +71,11 @@ class Blocks(NamedTuple):
     def few(self) -> bool:
         return self.whole + bool(self.rest) <= 2
 
+    @property
+    def stages(self) -> int:
+        """Blocks of a loop that are read or computed at a time; of few, more cost what they save."""
+        return 3 if self.whole > 3 else 2
+
     def fold(self, visit: Callable[[Block, Any], Any], carry: Any) -> Any:
         """Returns what `visit` makes of one block after the other, given what it made of those before."""
         return self._fold(visit, carry, 0, self.whole, rest=True)
@@ -114,6 +119,7 @@ def attend_packed(
     return _forward(packed, heads, causal, groups, interpret)[0]
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))  # so that a tower's blocks lower them once
 def _forward(
     packed: jax.Array, heads: int, causal: bool, groups: Groups, interpret: bool
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, list[jax.Array]]]:
@@ -127,6 +133,7 @@ def _forward(
     return mixed.reshape(batch, tokens, -1), (packed, mixed, sums)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _backward(
     heads: int, causal: bool, groups: Groups, interpret: bool, kept: tuple, gradient: jax.Array
 ) -> tuple[jax.Array]:
@@ -202,7 +209,7 @@ def _run(
         out_specs=tuple(by_rank[x.ndim] for x in results),
         out_shape=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in results),
         input_output_aliases={given + n: i for n, i in enumerate(written)},
-        compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=2),
+        compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=part.blocks.stages),
         interpret=interpret,
         name=kernel.__name__.strip("_"),
     )(packed, packed, packed, *others, *written.values())

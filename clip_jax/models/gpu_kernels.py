@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from clip_jax.chips import chip_of
 from clip_jax.errors import ConfigError
-from clip_jax.partition import traced_for
+from clip_jax.partition import traced_for, traced_kind
 
 FIRST_CAPABILITY = 8.0  # of the GPUs that have them: A100
+HOPPER = 9  # the whole part of the capability of H100 and H200
 
 
 def in_a_step() -> bool:
@@ -19,23 +21,31 @@ def in_a_step() -> bool:
 
 def lacking(dtype: DTypeLike) -> str:
     """Returns what all kernels want and a step in that dtype does not have; empty if nothing."""
-    if dtype not in (jnp.bfloat16, jnp.float16):
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return f"config.model.dtype is {dtype}, not bfloat16"
     if traced_for() != "gpu" or capability() < FIRST_CAPABILITY:
         return "the devices are not NVIDIA GPUs since A100"
     return ""
 
 
-def refusal(key: str, kind: str, reason: str, instead: str) -> ConfigError:
+def are_timed() -> bool:
+    """Whether a step is for GPUs of the only kind that has timed our own kernels, which is what `auto` goes by."""
+    return int(capability()) == HOPPER
+
+
+def refusal(key: str, kind: str, reason: str) -> ConfigError:
     """Returns the error of a key of the model's config that asks for kernels which cannot be used."""
-    return ConfigError(f"config.model.{key} is {kind}, and {reason}; {instead}")
+    return ConfigError(f"config.model.{key} is {kind}, and {reason}; auto uses what can be used")
 
 
 def capability() -> float:
-    """Returns the CUDA compute capability of this process's GPUs; 0 for other makers'.
+    """Returns the CUDA compute capability of the GPUs that a step is traced for; 0 for other makers'.
 
-    Where it has none, a step is compiled for GPUs that are elsewhere, and is taken for one of the first that will do.
+    Where they are of no kind that `clip_jax.chips` knows, that of this process's GPUs; where it has none, they are
+    elsewhere, and are taken for some of the first that will do.
     """
+    if chip := chip_of(traced_kind()):
+        return chip.capability
     try:
         found = getattr(jax.local_devices(backend="gpu")[0], "compute_capability", "")
     except RuntimeError:

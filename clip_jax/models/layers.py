@@ -101,7 +101,7 @@ class Attention(nn.Module):
         qkv = Dense(3 * width, use_bias=not left, kernel_init=self.init_from.qkv, dtype=dtype, name="qkv")(x)
         if left:
             qkv = add_parameter(qkv, self.get_variable("params", "query_bias"))
-        if rows is None and takes_packed(self.model.attention):
+        if rows is None and takes_packed(self.model.attention, qkv, self.heads, self.groups):
             mixed = attend_packed(qkv, self.heads, causal=self.causal, groups=self.groups)
         else:
             query, key, value = jnp.split(qkv, 3, axis=-1)
@@ -142,13 +142,14 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
-        width, init, dtype = x.shape[-1], self.init_from, self.model.dtype
+        width, init, model = x.shape[-1], self.init_from, self.model
+        dtype, activation = model.dtype, model.activation
         first = Dense(4 * width, kernel_init=init.mlp_in, bias_init=init.mlp_in_bias, dtype=dtype, name="in")
-        if activates_by_kernels(self.model.mlp):
+        if activates_by_kernels(model.mlp, dtype, 4 * width, activation):
             product, bias = first.summands(x)
-            hidden = activate(product, bias, self.model.activation)
+            hidden = activate(product, bias, activation)
         else:
-            hidden = ACTIVATIONS[self.model.activation](first(x))
+            hidden = ACTIVATIONS[activation](first(x))
         return Dense(width, kernel_init=init.mlp_out, bias_init=init.mlp_out_bias, dtype=dtype, name="out")(hidden)
 
 

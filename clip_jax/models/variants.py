@@ -10,7 +10,7 @@ from clip_jax.errors import UserError, did_you_mean
 
 Activation = Literal["quick_gelu", "gelu"]
 AttentionKind = Literal["auto", "xla", "cudnn", "pallas"]
-MLPKind = Literal["xla", "pallas"]
+MLPKind = Literal["auto", "xla", "pallas"]
 Remat = Literal["none", "dots", "block", "full"]
 REMATS: tuple[Remat, ...] = get_args(Remat)
 """From what keeps most for the backward pass to what keeps least."""
@@ -112,10 +112,12 @@ class ModelConfig:
       attention: what computes the transformers' attention in a training step. `xla`: as it is defined. `cudnn`: the
         fused kernels of NVIDIA's library, for bfloat16 on GPUs since A100; the same results, to rounding, and their
         gradients' last bits can change from run to run. `pallas`: our own for the same GPUs, which need no copies
-        around them; the same results, to rounding. `auto`: `cudnn` where it can be used, else `xla`.
+        around them; the same results, to rounding. `auto`: `pallas` where it is the fastest, on Hopper's GPUs for up
+        to 257 tokens; else `cudnn` where it can be used, else `xla`.
       mlp: what computes the transformers' activation in a training step. `xla`: what XLA makes of it. `pallas`: kernels
         of our own, for `quick_gelu` in bfloat16 on NVIDIA GPUs since A100, of which that of the backward pass sums the
-        gradient of the bias before it; the same results, to rounding.
+        gradient of the bias before it; the same results, to rounding. `auto`: `pallas` on Hopper's GPUs where it can be
+        used, else `xla`.
     """
 
     embed_dim: int
@@ -133,7 +135,7 @@ class ModelConfig:
     patch_dropout: float = 0.0
     dead_tokens: Literal["skip", "compute"] = "skip"
     attention: AttentionKind = "auto"
-    mlp: MLPKind = "xla"
+    mlp: MLPKind = "auto"
 
 
 # fmt: off
