@@ -1,5 +1,5 @@
 """Attention by cuDNN's kernels and by ours beside its definition, forward and backward: time and error, at the towers'
-lengths.
+lengths, and of captions in groups as they are by default.
 
   python -m benchmarks.attention [--rows=256] [--rounds=5]
 
@@ -10,7 +10,8 @@ Needs an NVIDIA GPU.
 
 import argparse
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from clip_jax.config import MeshConfig
 from clip_jax.models.attention import attend, attend_packed
 from clip_jax.models.variants import AttentionKind
 from clip_jax.partition import make_mesh
+from clip_jax.text_groups import DEFAULT, Groups, groups_of
 
 
 class Shape(NamedTuple):
@@ -33,6 +35,7 @@ class Shape(NamedTuple):
     tokens: int
     heads: int
     causal: bool = False
+    groups: Groups = ()
 
 
 SHAPES = (
@@ -44,6 +47,7 @@ SHAPES = (
 )
 HEAD = 64
 CALLS = 10
+SOME = 8  # rows, of which errors are measured
 
 
 def main() -> None:
@@ -51,45 +55,59 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=256, help="images or texts")
     parser.add_argument("--rounds", type=int, default=5, help="turns; the median counts")
     arguments = parser.parse_args()
-    with (
-        one_line_errors(),
-        jax.sharding.use_abstract_mesh(make_mesh(MeshConfig(), devices=jax.devices()[:1]).abstract_mesh),
-    ):
-        figures = [figure for shape in SHAPES for figure in measure(shape, arguments.rows, arguments.rounds)]
+    shapes = [*SHAPES, _in_groups(arguments.rows)]
+    with one_line_errors():
+        figures = measure(shapes, arguments.rows, arguments.rounds)
     report(f"Attention of {arguments.rows}, forward and backward; {jax.devices()[0].device_kind}", figures)
 
 
-def measure(shape: Shape, rows: int, rounds: int) -> list[Figure]:
-    """Returns time and error of a shape."""
-    given = [
-        jax.random.normal(jax.random.key(key), (rows, shape.tokens, parts * shape.heads * HEAD), jnp.bfloat16)
-        for key, parts in enumerate((3, 1))
-    ]
-    by = {name: jax.jit(functools.partial(_both_ways, shape, kind)) for name, kind in KINDS.items()}
+def measure(shapes: Sequence[Shape], rows: int, rounds: int) -> list[Figure]:
+    """Returns time and error of each shape."""
+    mesh = make_mesh(MeshConfig(), devices=jax.devices()[:1]).abstract_mesh
+    programs = {}
+    with jax.sharding.use_abstract_mesh(mesh), ThreadPoolExecutor() as pool:
+        for shape in shapes:
+            given = jax.eval_shape(functools.partial(_given, shape, rows))
+            for name, kind in KINDS.items():
+                lowered = jax.jit(functools.partial(_both_ways, shape, kind)).lower(*given)
+                programs[shape.name, name] = pool.submit(lowered.compile)
+        return [
+            figure
+            for shape in shapes
+            for figure in _measure(shape, rows, rounds, {name: programs[shape.name, name].result() for name in KINDS})
+        ]
+
+
+def _measure(shape: Shape, rows: int, rounds: int, by: Mapping[str, Callable[..., Any]]) -> Iterator[Figure]:
+    given = _given(shape, rows)
     with jax.default_matmul_precision("highest"):
-        exact = by[DEFINITION](*(x[:8].astype(jnp.float32) for x in given))
-    errors = {name: _error(function(*(x[:8] for x in given)), exact) for name, function in by.items()}
+        exact = jax.jit(functools.partial(_both_ways, shape, "xla"))(*(x[:SOME].astype(jnp.float32) for x in given))
+    errors = {name: _error([x[:SOME] for x in function(*given)], exact) for name, function in by.items()}
 
     def repeat(function: Callable[..., Any]) -> None:
         jax.block_until_ready([function(*given) for _ in range(CALLS)])
 
     seconds = in_turns({name: functools.partial(repeat, function) for name, function in by.items()}, rounds)
     times = {name: 1e3 * median(found) / CALLS for name, found in seconds.items()}
+    for name in KINDS:
+        if name != DEFINITION:
+            ratio = times[DEFINITION] / times[name]
+            yield Figure(f"{shape.name}: {name}, time", times[name], "ms", DEFINITION, times[DEFINITION], ratio)
+            yield Figure(f"{shape.name}: {name}, error", errors[name], "", DEFINITION, errors[DEFINITION])
+
+
+def _in_groups(texts: int) -> Shape:
+    groups = groups_of(DEFAULT, rows=texts, context=77)
+    return Shape("ViT-B/32, texts in groups", sum(count * length for count, length in groups), 8, True, groups)
+
+
+def _given(shape: Shape, rows: int) -> list[jax.Array]:
+    """Returns what one product leaves, and a gradient; in groups all texts are one row."""
     return [
-        figure
-        for name in KINDS
-        if name != DEFINITION
-        for figure in (
-            Figure(
-                f"{shape.name}: {name}, time",
-                times[name],
-                "ms",
-                DEFINITION,
-                times[DEFINITION],
-                times[DEFINITION] / times[name],
-            ),
-            Figure(f"{shape.name}: {name}, error", errors[name], "", DEFINITION, errors[DEFINITION]),
+        jax.random.normal(
+            jax.random.key(key), (1 if shape.groups else rows, shape.tokens, parts * shape.heads * HEAD), jnp.bfloat16
         )
+        for key, parts in enumerate((3, 1))
     ]
 
 
@@ -104,9 +122,14 @@ def _both_ways(shape: Shape, kind: AttentionKind, packed: jax.Array, gradient: j
 
 def _mix(shape: Shape, kind: AttentionKind, packed: jax.Array) -> jax.Array:
     if kind == "pallas":
-        return attend_packed(packed, shape.heads, causal=shape.causal)
-    parts = (x.reshape(*x.shape[:2], shape.heads, HEAD) for x in jnp.split(packed, 3, axis=-1))
-    return attend(*parts, causal=shape.causal, kind=kind).reshape(*packed.shape[:2], -1)
+        return attend_packed(packed, shape.heads, causal=shape.causal, groups=shape.groups)
+    rows, mixed, first = len(packed), [], 0
+    for count, length in shape.groups or ((1, shape.tokens),):
+        part = packed[:, first : first + count * length].reshape(rows * count, length, 3, shape.heads, HEAD)
+        parts = (part[:, :, i] for i in range(3))
+        mixed.append(attend(*parts, causal=shape.causal, kind=kind).reshape(rows, count * length, -1))
+        first += count * length
+    return jnp.concatenate(mixed, axis=1)
 
 
 def _error(found: list[jax.Array], exact: list[jax.Array]) -> float:

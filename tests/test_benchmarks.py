@@ -205,7 +205,7 @@ def test_a_gpu_is_asked_for_the_same_work_as_open_clip(monkeypatch, asked_of_a_g
     options = asked[1][1]
     same = {"--config=configs/rn50.py:batch=8", "--config.model.dead_tokens=compute"}
     assert same < set(options)
-    assert options[-2:] == ("--compare=model.attention=pallas", "--compare=model.mlp=pallas")
+    assert options[-2:] == ("--compare=model.attention=cudnn", "--compare=model.mlp=xla")
     assert ("--compile" in options) == installed
 
 
@@ -215,7 +215,7 @@ def test_a_changed_key_with_which_a_gpu_fails_costs_no_model(asked_of_a_gpu):
         (options[0][17:].partition(".py")[0], *(each[10:] for each in options if each.startswith("--compare=")))
         for _, options in asked[1:]
     ]
-    attention, mlp = "model.attention=pallas", "model.mlp=pallas"
+    attention, mlp = "model.attention=cudnn", "model.mlp=xla"
     changed = [("vit_b32", attention, mlp), ("vit_b16", attention, mlp), ("vit_b16", attention)]
     assert models == [*changed, ("vit_b16",), ("rn50",)]
 
