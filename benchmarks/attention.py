@@ -22,7 +22,7 @@ from benchmarks.figures import Figure, report
 from benchmarks.turns import in_turns
 from clip_jax.command_line import one_line_errors
 from clip_jax.config import MeshConfig
-from clip_jax.models.attention import attend, attend_packed
+from clip_jax.kernel_check import attend_by, both_ways, relative_error
 from clip_jax.models.variants import AttentionKind
 from clip_jax.partition import make_mesh
 from clip_jax.text_groups import DEFAULT, Groups, groups_of
@@ -45,6 +45,8 @@ SHAPES = (
     Shape("ViT-L/14@336, images", 577, 16),
     Shape("ViT-B/32, texts", 77, 8, causal=True),
 )
+DEFINITION = "the definition"
+KINDS: dict[str, AttentionKind] = {"cuDNN": "cudnn", "ours": "pallas", DEFINITION: "xla"}
 HEAD = 64
 CALLS = 10
 SOME = 8  # rows, of which errors are measured
@@ -69,7 +71,7 @@ def measure(shapes: Sequence[Shape], rows: int, rounds: int) -> list[Figure]:
         for shape in shapes:
             given = jax.eval_shape(functools.partial(_given, shape, rows))
             for name, kind in KINDS.items():
-                lowered = jax.jit(functools.partial(_both_ways, shape, kind)).lower(*given)
+                lowered = _program(shape, kind).lower(*given)
                 programs[shape.name, name] = pool.submit(lowered.compile)
         return [
             figure
@@ -81,8 +83,8 @@ def measure(shapes: Sequence[Shape], rows: int, rounds: int) -> list[Figure]:
 def _measure(shape: Shape, rows: int, rounds: int, by: Mapping[str, Callable[..., Any]]) -> Iterator[Figure]:
     given = _given(shape, rows)
     with jax.default_matmul_precision("highest"):
-        exact = jax.jit(functools.partial(_both_ways, shape, "xla"))(*(x[:SOME].astype(jnp.float32) for x in given))
-    errors = {name: _error([x[:SOME] for x in function(*given)], exact) for name, function in by.items()}
+        exact = _program(shape, "xla")(*(x[:SOME].astype(jnp.float32) for x in given))
+    errors = {name: relative_error([x[:SOME] for x in function(*given)], exact) for name, function in by.items()}
 
     def repeat(function: Callable[..., Any]) -> None:
         jax.block_until_ready([function(*given) for _ in range(CALLS)])
@@ -94,6 +96,14 @@ def _measure(shape: Shape, rows: int, rounds: int, by: Mapping[str, Callable[...
             ratio = times[DEFINITION] / times[name]
             yield Figure(f"{shape.name}: {name}, time", times[name], "ms", DEFINITION, times[DEFINITION], ratio)
             yield Figure(f"{shape.name}: {name}, error", errors[name], "", DEFINITION, errors[DEFINITION])
+
+
+def _program(shape: Shape, kind: AttentionKind) -> Any:
+    def compute(packed: jax.Array, gradient: jax.Array) -> list[jax.Array]:
+        mix = functools.partial(attend_by, kind, heads=shape.heads, causal=shape.causal, groups=shape.groups)
+        return both_ways(mix, [packed], gradient)
+
+    return jax.jit(compute)
 
 
 def _in_groups(texts: int) -> Shape:
@@ -109,32 +119,6 @@ def _given(shape: Shape, rows: int) -> list[jax.Array]:
         )
         for key, parts in enumerate((3, 1))
     ]
-
-
-DEFINITION = "the definition"
-KINDS: dict[str, AttentionKind] = {"cuDNN": "cudnn", "ours": "pallas", DEFINITION: "xla"}
-
-
-def _both_ways(shape: Shape, kind: AttentionKind, packed: jax.Array, gradient: jax.Array) -> list[jax.Array]:
-    mixed, pull = jax.vjp(functools.partial(_mix, shape, kind), packed)
-    return [mixed, *pull(gradient)]
-
-
-def _mix(shape: Shape, kind: AttentionKind, packed: jax.Array) -> jax.Array:
-    if kind == "pallas":
-        return attend_packed(packed, shape.heads, causal=shape.causal, groups=shape.groups)
-    rows, mixed, first = len(packed), [], 0
-    for count, length in shape.groups or ((1, shape.tokens),):
-        part = packed[:, first : first + count * length].reshape(rows * count, length, 3, shape.heads, HEAD)
-        parts = (part[:, :, i] for i in range(3))
-        mixed.append(attend(*parts, causal=shape.causal, kind=kind).reshape(rows, count * length, -1))
-        first += count * length
-    return jnp.concatenate(mixed, axis=1)
-
-
-def _error(found: list[jax.Array], exact: list[jax.Array]) -> float:
-    pairs = zip(found, exact, strict=True)
-    return float(jnp.max(jnp.array([jnp.linalg.norm(a.astype(b.dtype) - b) / jnp.linalg.norm(b) for a, b in pairs])))
 
 
 if __name__ == "__main__":

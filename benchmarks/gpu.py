@@ -7,8 +7,8 @@ bfloat16 over float32 weights, all tokens computed, so that both do the same wor
 sheet's (H100 and H200 with the SXM socket). Batches are sizes of which ours and theirs should fit into 80 GB together;
 one that does not fit is named, and the rest go on. Without open_clip, ours alone. Before, attention by itself; and
 each model with one key changed besides, and with one more: attention by cuDNN's kernels, and what XLA makes of the
-MLPs, unless others are named, or none. If a model fails, the last of them is left out, there and behind it. The table is
-written after each.
+MLPs, unless others are named, or none. If a model fails, the last of them is left out, there and behind it. The table
+is written after each.
 XLA_FLAGS=--xla_gpu_enable_triton_gemm=false shortens compiling, and --xla_gpu_autotune_level=2 that of ResNets more.
 What is aimed at:
 

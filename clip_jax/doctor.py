@@ -80,6 +80,7 @@ def _devices(config: RunConfig | None) -> Iterator[Finding]:
     memory = (devices[0].memory_stats() or {}).get("bytes_limit", 0)
     size = f", {memory / 2**30:,.1f} GiB each" if memory else ""
     yield Finding("ok", "devices here", f"{len(devices)} x {devices[0].device_kind}{size}")
+    yield from _kernels()
     if devices[0].platform == "cpu" and shutil.which("nvidia-smi"):
         yield Finding("wrong", "GPU", 'there is one, and JAX does not see it: pip install "jax[cuda12]"')
     if config is None:
@@ -92,6 +93,23 @@ def _devices(config: RunConfig | None) -> Iterator[Finding]:
         yield Finding("ok", "mesh here", " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items()))
     except UserError as error:
         yield Finding("wrong", "mesh here", str(error))
+
+
+def _kernels() -> Iterator[Finding]:
+    from clip_jax.kernel_check import check_kernels
+
+    try:
+        checks = check_kernels()
+    except Exception as error:  # of JAX, or of the compiler
+        without = "train with config.model.attention=xla and mlp=xla"
+        yield Finding("wrong", "kernels", f"they cannot be computed, {without}: {one_line(error)}")
+        return
+    for each in checks:
+        found = f"{each.what}: errs by {each.error:.1e}, its definition by {each.usual:.1e}"
+        if each.has_passed:
+            yield Finding("ok", "kernel", found)
+        else:
+            yield Finding("wrong", "kernel", f"{found}; train with config.model.{each.key}=xla")
 
 
 def _host() -> Iterator[Finding]:
