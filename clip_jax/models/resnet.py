@@ -3,9 +3,6 @@
 Unlike torchvision's ResNet it has three convolutions in the stem, average pools instead of strided convolutions, and
 attention instead of the last average pool. 1x1 convolutions are written as dense layers: the same sum, with gradients
 about three times as fast on CPUs.
-
-BatchNorm is our own, because its statistics may be over groups of samples: over the whole batch they cost a
-collective in every layer, and "per device" would make the model depend on the mesh.
 """
 
 import functools
@@ -17,14 +14,14 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from clip_jax.array_types import Array, Bool, Float, Int
-from clip_jax.errors import UserError
+from clip_jax.array_types import Array, Bool, Float
+from clip_jax.fences import fence
 from clip_jax.models.attention import attend
+from clip_jax.models.batch_norm import BatchNorm
 from clip_jax.models.dense import Dense, add_parameter
-from clip_jax.models.layers import Initializer, apply_blocks, record, symmetric_uniform
+from clip_jax.models.layers import apply_blocks, record, symmetric_uniform
 from clip_jax.models.variants import ModelConfig, ResNetConfig
 from clip_jax.partition import constrain_rows
-from clip_jax.precision import widen
 
 EXPANSION = 4  # output channels of a bottleneck over its inner channels
 
@@ -62,7 +59,7 @@ class ModifiedResNet(nn.Module):
         x = images.astype(dtype)
         for i, (features, stride) in enumerate(((config.width // 2, 2), (config.width // 2, 1), (config.width, 1)), 1):
             x = conv_3x3(features, stride=stride, inputs=x.shape[-1], dtype=dtype, name=f"stem_conv_{i}")(x)
-            x = nn.relu(norm(name=f"stem_bn_{i}")(x, kept))
+            x = norm(relu=True, name=f"stem_bn_{i}")(x, kept)
         x = average_pool(x, 2)
         record(self, "stem", x)
 
@@ -79,7 +76,7 @@ class Stage(nn.Module):
     blocks: int
     width: int
     stride: int
-    norm: "Callable[..., BatchNorm]"
+    norm: Callable[..., BatchNorm]
     model: ModelConfig
 
     @nn.compact
@@ -101,7 +98,7 @@ class Bottleneck(nn.Module):
 
     width: int
     stride: int
-    norm: "Callable[..., BatchNorm]"
+    norm: Callable[..., BatchNorm]
     dtype: DTypeLike
 
     @nn.compact
@@ -111,15 +108,15 @@ class Bottleneck(nn.Module):
         norm, dtype, width = self.norm, self.dtype, self.width
         channels, outputs = x.shape[-1], EXPANSION * width
         branch = conv_1x1(width, inputs=channels, dtype=dtype, name="conv_1")(x)
-        branch = nn.relu(norm(name="bn_1")(branch, kept))
+        branch = norm(relu=True, name="bn_1")(branch, kept)
         branch = conv_3x3(width, stride=1, inputs=width, dtype=dtype, name="conv_2")(branch)
-        branch = average_pool(nn.relu(norm(name="bn_2")(branch, kept)), self.stride)
+        branch = average_pool(norm(relu=True, name="bn_2")(branch, kept), self.stride)
         branch = conv_1x1(outputs, inputs=width, dtype=dtype, name="conv_3")(branch)
         branch = norm(scale_init=nn.initializers.zeros, name="bn_3")(branch, kept)
         if self.stride > 1 or channels != outputs:
             x = average_pool(x, self.stride)
             x = norm(name="shortcut_bn")(conv_1x1(outputs, inputs=channels, dtype=dtype, name="shortcut_conv")(x), kept)
-        return constrain_rows(nn.relu(x + branch))
+        return constrain_rows(relu(x + branch))
 
 
 class AttentionPool(nn.Module):
@@ -149,69 +146,6 @@ class AttentionPool(nn.Module):
         return dense(self.embed_dim, name="out")(pooled)
 
 
-class BatchNorm(nn.Module):
-    """Batch normalisation over groups of samples; statistics in float32 or wider, epsilon 1e-5, momentum 0.9.
-
-    In training, consecutive groups of `group` samples are normalised each with its own mean and biased variance
-    (two passes: E[x²]-E[x]² loses digits where the mean is large). The result does not depend on how the batch is
-    sharded. The running statistics take a tenth of the batch's, which are the means over its groups of the mean and
-    of the *unbiased* variance, as in torch (momentum 0.1 there); Flax's own BatchNorm keeps the biased one.
-
-    Samples that are not kept are in no statistic: those of the others, and all that follows from them, are as if the
-    batch were without them. Their own values become the channel's mean, so that they stay finite. A group that has
-    fewer than two values left leaves its share of the running statistics as it was.
-
-    Variables: parameters `scale`, `bias`, and `mean`, `var` in `batch_stats`, all float32 [c]. An update keeps the
-    dtype that the running statistics came with.
-
-    Attributes:
-      train: use and update from the batch's statistics; else use the running ones.
-      group: samples in a group, a divisor of the batch; 0 means one group of all.
-      dtype: dtype of the result.
-      scale_init: initializer of `scale`.
-    """
-
-    train: bool
-    group: int
-    dtype: DTypeLike
-    scale_init: Initializer = nn.initializers.ones
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "b rows columns c"], kept: Bool[Array, " b"] | None = None
-    ) -> Float[Array, "b rows columns c"]:
-        """Normalises every channel.
-
-        Args:
-          x: of any float dtype.
-          kept: which samples count, in training; None means all.
-
-        Raises:
-          UserError: `train`, and `group` does not divide the batch or leaves one value a channel.
-        """
-        features = x.shape[-1]
-        x = widen(x)
-        scale = self.param("scale", self.scale_init, (features,)).astype(x.dtype)
-        bias = self.param("bias", nn.initializers.zeros, (features,)).astype(x.dtype)
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (features,), jnp.float32)
-        running_var = self.variable("batch_stats", "var", jnp.ones, (features,), jnp.float32)
-        if not self.train:
-            centred = x - running_mean.value
-            return (centred * (scale * jax.lax.rsqrt(running_var.value + 1e-5)) + bias).astype(self.dtype)
-
-        group, area = self.group or x.shape[0], x.shape[1] * x.shape[2]
-        _check_group(self.group, batch=x.shape[0], values=group * area)
-        kept = jnp.ones(x.shape[0], bool) if kept is None else kept
-        mean = _group_means(x, kept, group)
-        centred = jnp.where(kept[:, None, None, None], x - _to_samples(mean, group), 0)
-        var = _group_means(centred**2, kept, group)
-        if not self.is_initializing():
-            values = area * _kept_samples(kept, group).astype(x.dtype)
-            _move(running_mean, mean, values)
-            _move(running_var, var * values / jnp.maximum(values - 1, 1), values)
-        return (centred * _to_samples(scale * jax.lax.rsqrt(var + 1e-5), group) + bias).astype(self.dtype)
-
-
 def conv_3x3(features: int, *, stride: int, inputs: int, dtype: DTypeLike, name: str) -> nn.Conv:
     """Returns a 3x3 convolution without bias, with torch's default initialisation.
 
@@ -234,6 +168,23 @@ def conv_1x1(features: int, *, inputs: int, dtype: DTypeLike, name: str) -> Dens
     return Dense(features, use_bias=False, kernel_init=symmetric_uniform(inputs**-0.5), dtype=dtype, name=name)
 
 
+@jax.custom_vjp
+def relu(x: Float[Array, "*any"]) -> Float[Array, "*any"]:
+    """Returns max(x, 0); its derivative reads the result, which the next layer keeps anyway, not the argument.
+
+    It has no forward-mode derivative.
+    """
+    return jnp.maximum(x, 0)
+
+
+def _relu_backward(result: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+    result, gradient = fence((result, gradient), "cuda")
+    return (jnp.where(result > 0, gradient, 0),)
+
+
+relu.defvjp(lambda x: (relu(x),) * 2, _relu_backward)
+
+
 def average_pool(
     x: Float[Array, "b rows columns c"], stride: int
 ) -> Float[Array, "b rows//{stride} columns//{stride} c"]:
@@ -242,40 +193,3 @@ def average_pool(
         return x
     batch, rows, columns, channels = x.shape
     return x.reshape(batch, rows // stride, stride, columns // stride, stride, channels).mean(axis=(2, 4))
-
-
-def _group_means(x: Float[Array, "b rows columns c"], kept: Bool[Array, " b"], group: int) -> Float[Array, "groups c"]:
-    """Averages over the kept samples of each group; 0 where there is none.
-
-    Only [b, c] is regrouped, so that no activation leaves its device.
-    """
-    each = jnp.where(kept[:, None], x.mean(axis=(1, 2)), 0)
-    return each.reshape(-1, group, x.shape[-1]).sum(axis=1) / jnp.maximum(_kept_samples(kept, group), 1)
-
-
-def _kept_samples(kept: Bool[Array, " b"], group: int) -> Int[Array, "groups 1"]:
-    return kept.reshape(-1, group).sum(axis=1, keepdims=True)
-
-
-def _to_samples(statistic: Float[Array, "groups c"], group: int) -> Float[Array, "b 1 1 c"]:
-    return jnp.repeat(statistic, group, axis=0)[:, None, None]
-
-
-def _move(running: nn.Variable, batch: Float[Array, "groups c"], values: Float[Array, "groups 1"]) -> None:
-    """Moves a running statistic by that of each group which has two values or more.
-
-    The mean is over all groups, of what each would make of it: then it is also the mean over micro-batches.
-    """
-    moved = jnp.where(values > 1, 0.9 * running.value + 0.1 * batch, running.value)
-    running.value = moved.mean(axis=0).astype(running.value.dtype)
-
-
-def _check_group(group: int, *, batch: int, values: int) -> None:
-    if group < 0 or (group and batch % group):
-        divisors = ", ".join(str(n) for n in range(1, batch + 1) if batch % n == 0)
-        raise UserError(f"bn group is {group}, and the batch has {batch} samples; use 0 (all of them) or {divisors}")
-    if values < 2:
-        raise UserError(
-            f"bn group {group} of a batch of {batch} leaves one value a channel, whose variance is 0; "
-            "use a larger group or batch"
-        )
