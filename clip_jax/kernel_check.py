@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from clip_jax.array_types import Array, Float
 from clip_jax.config import MeshConfig
 from clip_jax.models import activations, gpu_kernels
-from clip_jax.models.attention import attend, attend_packed
+from clip_jax.models.attention import attend_in_groups, attend_packed
 from clip_jax.models.variants import AttentionKind
 from clip_jax.partition import make_mesh
 from clip_jax.text_groups import Groups
@@ -71,14 +71,8 @@ def attend_by(
     """
     if kind == "pallas":
         return attend_packed(packed, heads, causal=causal, groups=groups)
-    rows, tokens, _ = packed.shape
-    mixed, first = [], 0
-    for count, length in groups or ((1, tokens),):
-        part = packed[:, first : first + count * length].reshape(rows * count, length, 3, heads, -1)
-        query, key, value = (part[:, :, i] for i in range(3))
-        mixed.append(attend(query, key, value, causal=causal, kind=kind).reshape(rows, count * length, -1))
-        first += count * length
-    return jnp.concatenate(mixed, axis=1)
+    query, key, value = jnp.split(packed, 3, axis=-1)
+    return attend_in_groups(query, key, value, heads, causal=causal, groups=groups, kind=kind)
 
 
 def both_ways(

@@ -80,6 +80,4 @@ def _lacking(dtype: DTypeLike, width: int, activation: Activation) -> str:
 
 def activates_by_kernels(kind: MLPKind, dtype: DTypeLike, width: int, activation: Activation) -> bool:
     """Whether the activation of such an MLP, of so many channels, is computed by our kernels, which it is in a step."""
-    if kind != "auto":
-        return kind == "pallas" and gpu_kernels.in_a_step()
-    return gpu_kernels.in_a_step() and not _lacking(dtype, width, activation) and gpu_kernels.are_timed()
+    return gpu_kernels.are_used(kind, best=not _lacking(dtype, width, activation))

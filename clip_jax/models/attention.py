@@ -55,6 +55,46 @@ def attend(
     return _by_definition(query, key, value, causal=causal, at=at)
 
 
+def attend_in_groups(
+    query: Float[Array, "b q d"],
+    key: Float[Array, "b l d"],
+    value: Float[Array, "b l d"],
+    heads: int,
+    *,
+    causal: bool,
+    groups: Groups = (),
+    rows: Int[Array, "b q"] | None = None,
+    kind: AttentionKind = "xla",
+) -> Float[Array, "b q d"]:
+    """Returns what `attend` would within each sequence of every group, and zeros for tokens behind the last one.
+
+    Args:
+      query: of all tokens, or of `rows`.
+      key: each of its heads' channels one after the other, as those of the others.
+      value: of all tokens.
+      heads: how many.
+      causal: a query sees no later position than its own.
+      groups: (sequences, length) that follow one another in a row; none means that it is one sequence.
+      rows: the queries' tokens, one of each sequence; None means all.
+      kind: see `attend`.
+    """
+    batch, tokens, width = key.shape
+    mixed, sequence, token = [], 0, 0
+    for count, length in groups or ((1, tokens),):
+        shape = (batch * count, -1, heads, width // heads)
+        inside = slice(token, token + count * length)
+        wanted, at = inside, None
+        if rows is not None:
+            wanted = slice(sequence, sequence + count)
+            starts = token + length * jnp.arange(count)
+            at = (rows[:, wanted] - starts).reshape(batch * count, 1)
+        parts = (x[:, some].reshape(shape) for x, some in ((query, wanted), (key, inside), (value, inside)))
+        mixed.append(attend(*parts, causal=causal, at=at, kind=kind).reshape(batch, -1, width))
+        sequence, token = sequence + count, inside.stop
+    missing = 0 if rows is not None else tokens - token
+    return jnp.concatenate([*mixed, jnp.zeros((batch, missing, width), mixed[0].dtype)], axis=1)
+
+
 def attend_packed(
     packed: Float[Array, "b l qkv"], heads: int, *, causal: bool, groups: Groups = ()
 ) -> Float[Array, "b l d"]:
@@ -79,11 +119,9 @@ def attend_packed(
 
 def takes_packed(kind: AttentionKind, packed: Float[Array, "b l qkv"], heads: int, groups: Groups = ()) -> bool:
     """Whether such attention is computed from queries, keys and values in one array: by our kernels, in a step."""
-    if kind != "auto":
-        return kind == "pallas" and gpu_kernels.in_a_step()
     tokens = max((length for _, length in groups), default=packed.shape[1])
     lacking = _lacking(packed.dtype, packed.shape[-1] // 3 // heads, "pallas")
-    return gpu_kernels.in_a_step() and not lacking and gpu_kernels.are_timed() and tokens <= PALLAS_TOKENS
+    return gpu_kernels.are_used(kind, best=not lacking and tokens <= PALLAS_TOKENS)
 
 
 def _by_definition(

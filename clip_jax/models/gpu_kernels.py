@@ -28,9 +28,15 @@ def lacking(dtype: DTypeLike) -> str:
     return ""
 
 
-def are_timed() -> bool:
-    """Whether a step is for GPUs of the only kind that has timed our own kernels, which is what `auto` goes by."""
-    return int(capability()) == HOPPER
+def are_used(kind: str, *, best: bool) -> bool:
+    """Whether our own kernels compute what a key of the model's config is about: in a step, where they are asked for.
+
+    Args:
+      kind: the key's value. `auto` asks for them on GPUs of the only kind that has timed them.
+      best: whether they can be used, and were the fastest there.
+    """
+    asked_for = kind == "pallas" or (kind == "auto" and best and int(capability()) == HOPPER)
+    return asked_for and in_a_step()
 
 
 def refusal(key: str, kind: str, reason: str) -> ConfigError:

@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from clip_jax.array_types import Array, Float, Int, Num
 from clip_jax.fences import fence
 from clip_jax.models.activations import ACTIVATIONS, activate, activates_by_kernels
-from clip_jax.models.attention import attend, attend_packed, takes_packed
+from clip_jax.models.attention import attend_in_groups, attend_packed, takes_packed
 from clip_jax.models.dense import Dense, add_parameter
 from clip_jax.models.norm import LayerNorm
 from clip_jax.models.variants import ModelConfig, Remat, TextConfig, ViTConfig
@@ -96,42 +96,20 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b l d"], rows: Int[Array, "b r"] | None = None) -> Float[Array, "b r d"]:
         """Returns all rows, or those that `rows` names, one of each sequence."""
-        width, dtype = x.shape[-1], self.model.dtype
+        width, dtype, kind = x.shape[-1], self.model.dtype, self.model.attention
         left = self.has_variable("params", "query_bias")
         qkv = Dense(3 * width, use_bias=not left, kernel_init=self.init_from.qkv, dtype=dtype, name="qkv")(x)
         if left:
             qkv = add_parameter(qkv, self.get_variable("params", "query_bias"))
-        if rows is None and takes_packed(self.model.attention, qkv, self.heads, self.groups):
+        if rows is None and takes_packed(kind, qkv, self.heads, self.groups):
             mixed = attend_packed(qkv, self.heads, causal=self.causal, groups=self.groups)
         else:
             query, key, value = jnp.split(qkv, 3, axis=-1)
-            mixed = self._mix(query if rows is None else pick(query, rows), key, value, rows)
+            query = query if rows is None else pick(query, rows)
+            mixed = attend_in_groups(
+                query, key, value, self.heads, causal=self.causal, groups=self.groups, rows=rows, kind=kind
+            )
         return Dense(width, kernel_init=self.init_from.out, dtype=dtype, name="out")(mixed)
-
-    def _mix(self, query: jax.Array, key: jax.Array, value: jax.Array, rows: jax.Array | None) -> jax.Array:
-        """Attends within each sequence of every group."""
-        batch, tokens, width = key.shape
-        mixed, sequence, token = [], 0, 0
-        for count, length in self.groups or ((1, tokens),):
-            shape = (batch * count, -1, self.heads, width // self.heads)
-            inside = slice(token, token + count * length)
-            wanted, at = inside, None
-            if rows is not None:
-                wanted = slice(sequence, sequence + count)
-                starts = token + length * jnp.arange(count)
-                at = (rows[:, wanted] - starts).reshape(batch * count, 1)
-            parts = (x[:, some].reshape(shape) for x, some in ((query, wanted), (key, inside), (value, inside)))
-            attended = attend(*parts, causal=self.causal, at=at, kind=self.model.attention)
-            mixed.append(attended.reshape(batch, -1, width))
-            sequence, token = sequence + count, inside.stop
-        return _joined(mixed, tokens if rows is None else sequence)
-
-
-def _joined(parts: list[jax.Array], tokens: int) -> jax.Array:
-    """Returns the groups' rows one after the other, and zeros for tokens behind the last group."""
-    missing = tokens - sum(part.shape[1] for part in parts)
-    batch, _, width = parts[0].shape
-    return jnp.concatenate([*parts, jnp.zeros((batch, missing, width), parts[0].dtype)], axis=1)
 
 
 class MLP(nn.Module):
