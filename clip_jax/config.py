@@ -25,6 +25,7 @@ NOT_SIZES = (
     "temperature",
     "initial_bias",
     "dtype",
+    "reduce_dtype",
     "bn_group",
     "remat",
     "scan_layers",

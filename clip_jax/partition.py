@@ -13,6 +13,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from clip_jax.config import MeshConfig
 from clip_jax.errors import ConfigError
@@ -176,6 +177,23 @@ def on_each_device(function: Callable[..., jax.Array], x: jax.Array, *weights: j
         return function(x, *weights)
     whole = [PartitionSpec()] * len(weights)
     return jax.shard_map(function, in_specs=(ROWS, *whole), out_specs=ROWS, check_vma=False)(x, *weights)
+
+
+def sum_over_rows(function: Callable[..., jax.Array], *rows: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Returns a sum over all rows, such as a weight's gradient: of each device's rows by itself, then between devices.
+
+    Args:
+      function: of a device's rows to their sum.
+      rows: arrays whose first axis is the batch, or the devices.
+      dtype: in which the devices' sums are added up; the result's.
+    """
+
+    def summed(*rows: jax.Array) -> jax.Array:
+        return jax.lax.psum(function(*rows).astype(dtype), AXES)
+
+    if devices_of_rows() == 1:
+        return function(*rows).astype(dtype)
+    return jax.shard_map(summed, in_specs=(ROWS,) * len(rows), out_specs=PartitionSpec(), check_vma=False)(*rows)
 
 
 def _row_major(x: jax.Array) -> jax.Array:

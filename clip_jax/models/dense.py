@@ -8,7 +8,14 @@ what JAX itself would give: on a TPU such a row could be another layout, and a c
 
 The gradient of what is added to all rows is such a sum too, and JAX would add up in the dtype of the result: over 800
 rows of bfloat16 it can be wrong by 3 % (`tests/test_dense.py`).
+
+Where the rows lie on several devices, each has a part of a kernel's gradient, in the dtype of the product, and the
+partitioner adds them up in that; with `reduce_dtype="float32"` they are widened before.
 """
+
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -17,6 +24,8 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from clip_jax.array_types import Array, Float
+from clip_jax.models.variants import ModelConfig, ReduceDtype
+from clip_jax.partition import sum_over_rows
 from clip_jax.precision import wide_dtype
 
 
@@ -24,16 +33,39 @@ def _multiply(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
 
 
-@jax.custom_vjp
-def product(x: Float[Array, "*rows d"], kernel: Float[Array, "d e"]) -> Float[Array, "*rows e"]:
-    """Returns x·kernel, in their dtype. It has no forward-mode derivative."""
-    return _multiply(x, kernel)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def product(
+    x: Float[Array, "*rows d"], kernel: Float[Array, "d e"], reduce_dtype: ReduceDtype = "same"
+) -> Float[Array, "*rows e"]:
+    """Returns x·kernel, in the dtype of x. It has no forward-mode derivative.
+
+    Args:
+      x: rows.
+      kernel: of any float dtype, which its gradient has too.
+      reduce_dtype: in which devices add up that gradient, see `ModelConfig`.
+    """
+    return _multiply(x, kernel.astype(x.dtype))
 
 
-def _backward(kept: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _backward(
+    reduce_dtype: ReduceDtype, kept: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     x, kernel = kept
-    of_x = jax.lax.dot_general(gradient, kernel, (((gradient.ndim - 1,), (1,)), ((), ())))
-    return of_x, jax.lax.platform_dependent(x, gradient, cpu=_in_one_row, default=_as_they_are)
+    of_x = jax.lax.dot_general(gradient, kernel.astype(x.dtype), (((gradient.ndim - 1,), (1,)), ((), ())))
+    return of_x, kernel_gradient(_of_kernel, x, gradient, reduce_dtype).astype(kernel.dtype)
+
+
+def kernel_gradient(
+    function: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, gradient: jax.Array, reduce_dtype: ReduceDtype
+) -> jax.Array:
+    """Returns a kernel's gradient, which is `function(x, gradient)` of any rows, added up as `reduce_dtype` says."""
+    if reduce_dtype == "same":
+        return function(x, gradient)
+    return sum_over_rows(function, x, gradient, dtype=wide_dtype(x.dtype))
+
+
+def _of_kernel(x: jax.Array, gradient: jax.Array) -> jax.Array:
+    return jax.lax.platform_dependent(x, gradient, cpu=_in_one_row, default=_as_they_are)
 
 
 def _in_one_row(x: jax.Array, gradient: jax.Array) -> jax.Array:
@@ -46,7 +78,7 @@ def _as_they_are(x: jax.Array, gradient: jax.Array) -> jax.Array:
     return jax.lax.dot_general(gradient, x, ((rows, rows), ((), ()))).T
 
 
-product.defvjp(lambda x, kernel: (_multiply(x, kernel), (x, kernel)), _backward)
+product.defvjp(lambda x, kernel, reduce_dtype: (product(x, kernel, reduce_dtype), (x, kernel)), _backward)
 
 
 def add_parameter(
@@ -78,6 +110,11 @@ def _sum(parameter: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Arra
 _add.defvjp(lambda x, parameter: (_add(x, parameter), parameter), _sum)
 
 
+def dense_of(model: ModelConfig, **options: Any) -> functools.partial["Dense"]:
+    """Returns `Dense` as a model computes it, which lacks its features and its name."""
+    return functools.partial(Dense, dtype=model.dtype, reduce_dtype=model.reduce_dtype, **options)
+
+
 class Dense(nn.Module):
     """Flax's layer of that name, with `product` and `add_parameter`.
 
@@ -85,6 +122,7 @@ class Dense(nn.Module):
       features: width of the result.
       use_bias: add a bias.
       dtype: of the product and the result.
+      reduce_dtype: in which devices add up the gradient of the kernel, see `ModelConfig`.
       param_dtype: of the weights.
       kernel_init: initializer of the kernel.
       bias_init: initializer of the bias.
@@ -93,6 +131,7 @@ class Dense(nn.Module):
     features: int
     use_bias: bool = True
     dtype: DTypeLike = jnp.float32
+    reduce_dtype: ReduceDtype = "same"
     param_dtype: DTypeLike = jnp.float32
     kernel_init: nn.initializers.Initializer = nn.linear.default_kernel_init
     bias_init: nn.initializers.Initializer = nn.initializers.zeros
@@ -105,7 +144,7 @@ class Dense(nn.Module):
     def summands(self, x: Float[Array, "*rows d"]) -> list[jax.Array]:
         """Returns the product [*rows, e], and the bias [e] if there is one, for what adds them by itself."""
         kernel = self._weight("kernel", self.kernel_init, (x.shape[-1], self.features))
-        result = product(x.astype(self.dtype), kernel.astype(self.dtype))
+        result = product(x.astype(self.dtype), kernel, self.reduce_dtype)
         return [result, self._weight("bias", self.bias_init, (self.features,))] if self.use_bias else [result]
 
     def _weight(self, name: str, init: nn.initializers.Initializer, shape: tuple[int, ...]) -> jax.Array:

@@ -20,7 +20,7 @@ from clip_jax.array_types import Array, Float, Int, Num
 from clip_jax.fences import fence
 from clip_jax.models.activations import ACTIVATIONS, activate, activates_by_kernels
 from clip_jax.models.attention import attend_in_groups, attend_packed, takes_packed
-from clip_jax.models.dense import Dense, add_parameter
+from clip_jax.models.dense import add_parameter, dense_of
 from clip_jax.models.norm import LayerNorm
 from clip_jax.models.variants import ModelConfig, Remat, TextConfig, ViTConfig
 from clip_jax.partition import constrain_rows
@@ -96,9 +96,10 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b l d"], rows: Int[Array, "b r"] | None = None) -> Float[Array, "b r d"]:
         """Returns all rows, or those that `rows` names, one of each sequence."""
-        width, dtype, kind = x.shape[-1], self.model.dtype, self.model.attention
+        width, kind = x.shape[-1], self.model.attention
+        dense = dense_of(self.model)
         left = self.has_variable("params", "query_bias")
-        qkv = Dense(3 * width, use_bias=not left, kernel_init=self.init_from.qkv, dtype=dtype, name="qkv")(x)
+        qkv = dense(3 * width, use_bias=not left, kernel_init=self.init_from.qkv, name="qkv")(x)
         if left:
             qkv = add_parameter(qkv, self.get_variable("params", "query_bias"))
         if rows is None and takes_packed(kind, qkv, self.heads, self.groups):
@@ -109,7 +110,7 @@ class Attention(nn.Module):
             mixed = attend_in_groups(
                 query, key, value, self.heads, causal=self.causal, groups=self.groups, rows=rows, kind=kind
             )
-        return Dense(width, kernel_init=self.init_from.out, dtype=dtype, name="out")(mixed)
+        return dense(width, kernel_init=self.init_from.out, name="out")(mixed)
 
 
 class MLP(nn.Module):
@@ -121,14 +122,14 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
         width, init, model = x.shape[-1], self.init_from, self.model
-        dtype, activation = model.dtype, model.activation
-        first = Dense(4 * width, kernel_init=init.mlp_in, bias_init=init.mlp_in_bias, dtype=dtype, name="in")
-        if activates_by_kernels(model.mlp, dtype, 4 * width, activation):
+        dense = dense_of(model)
+        first = dense(4 * width, kernel_init=init.mlp_in, bias_init=init.mlp_in_bias, name="in")
+        if activates_by_kernels(model.mlp, model.dtype, 4 * width, model.activation):
             product, bias = first.summands(x)
-            hidden = activate(product, bias, activation)
+            hidden = activate(product, bias, model.activation)
         else:
-            hidden = ACTIVATIONS[activation](first(x))
-        return Dense(width, kernel_init=init.mlp_out, bias_init=init.mlp_out_bias, dtype=dtype, name="out")(hidden)
+            hidden = ACTIVATIONS[model.activation](first(x))
+        return dense(width, kernel_init=init.mlp_out, bias_init=init.mlp_out_bias, name="out")(hidden)
 
 
 class Block(nn.Module):

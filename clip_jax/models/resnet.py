@@ -12,13 +12,13 @@ from typing import cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 
 from clip_jax.array_types import Array, Bool, Float
 from clip_jax.fences import fence
 from clip_jax.models.attention import attend
 from clip_jax.models.batch_norm import BatchNorm
-from clip_jax.models.dense import Dense, add_parameter
+from clip_jax.models.convolution import Conv3x3
+from clip_jax.models.dense import Dense, add_parameter, dense_of
 from clip_jax.models.layers import apply_blocks, record, symmetric_uniform
 from clip_jax.models.variants import ModelConfig, ResNetConfig
 from clip_jax.partition import constrain_rows
@@ -58,7 +58,7 @@ class ModifiedResNet(nn.Module):
         norm = functools.partial(BatchNorm, train=train, group=model.bn_group, dtype=dtype)
         x = images.astype(dtype)
         for i, (features, stride) in enumerate(((config.width // 2, 2), (config.width // 2, 1), (config.width, 1)), 1):
-            x = conv_3x3(features, stride=stride, inputs=x.shape[-1], dtype=dtype, name=f"stem_conv_{i}")(x)
+            x = conv_3x3(features, stride=stride, inputs=x.shape[-1], model=model, name=f"stem_conv_{i}")(x)
             x = norm(relu=True, name=f"stem_bn_{i}")(x, kept)
         x = average_pool(x, 2)
         record(self, "stem", x)
@@ -67,7 +67,7 @@ class ModifiedResNet(nn.Module):
         for i, blocks in enumerate(config.layers):
             width, stride = config.width * 2**i, 1 if i == 0 else 2
             x = stage(blocks, width, stride, norm, model, name=f"stage_{i + 1}")(x, kept)
-        return AttentionPool(config.heads, model.embed_dim, dtype, name="attention_pool")(x)
+        return AttentionPool(config.heads, model, name="attention_pool")(x)
 
 
 class Stage(nn.Module):
@@ -84,7 +84,7 @@ class Stage(nn.Module):
         self, x: Float[Array, "b rows columns c"], kept: Bool[Array, " b"] | None
     ) -> Float[Array, "b rows_out columns_out c_out"]:
         for stride, numbers in ((self.stride, range(1)), (1, range(1, self.blocks))):
-            block = functools.partial(Bottleneck, self.width, stride, self.norm, self.model.dtype)
+            block = functools.partial(Bottleneck, self.width, stride, self.norm, self.model)
             x = apply_blocks(self, block, numbers, x, self.model, kept)
         record(self, "output", x)
         return x
@@ -99,23 +99,23 @@ class Bottleneck(nn.Module):
     width: int
     stride: int
     norm: Callable[..., BatchNorm]
-    dtype: DTypeLike
+    model: ModelConfig
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "b rows columns c"], kept: Bool[Array, " b"] | None
     ) -> Float[Array, "b rows_out columns_out c_out"]:
-        norm, dtype, width = self.norm, self.dtype, self.width
+        norm, model, width = self.norm, self.model, self.width
         channels, outputs = x.shape[-1], EXPANSION * width
-        branch = conv_1x1(width, inputs=channels, dtype=dtype, name="conv_1")(x)
+        branch = conv_1x1(width, inputs=channels, model=model, name="conv_1")(x)
         branch = norm(relu=True, name="bn_1")(branch, kept)
-        branch = conv_3x3(width, stride=1, inputs=width, dtype=dtype, name="conv_2")(branch)
+        branch = conv_3x3(width, stride=1, inputs=width, model=model, name="conv_2")(branch)
         branch = average_pool(norm(relu=True, name="bn_2")(branch, kept), self.stride)
-        branch = conv_1x1(outputs, inputs=width, dtype=dtype, name="conv_3")(branch)
+        branch = conv_1x1(outputs, inputs=width, model=model, name="conv_3")(branch)
         branch = norm(scale_init=nn.initializers.zeros, name="bn_3")(branch, kept)
         if self.stride > 1 or channels != outputs:
             x = average_pool(x, self.stride)
-            x = norm(name="shortcut_bn")(conv_1x1(outputs, inputs=channels, dtype=dtype, name="shortcut_conv")(x), kept)
+            x = norm(name="shortcut_bn")(conv_1x1(outputs, inputs=channels, model=model, name="shortcut_conv")(x), kept)
         return constrain_rows(relu(x + branch))
 
 
@@ -127,14 +127,13 @@ class AttentionPool(nn.Module):
     """
 
     heads: int
-    embed_dim: int
-    dtype: DTypeLike
+    model: ModelConfig
 
     @nn.compact
     def __call__(self, x: Float[Array, "b rows columns d"]) -> Float[Array, "b e"]:
         batch, rows, columns, width = x.shape
-        normal = nn.initializers.normal(width**-0.5)
-        dense = functools.partial(Dense, kernel_init=normal, bias_init=symmetric_uniform(width**-0.5), dtype=self.dtype)
+        normal, uniform = nn.initializers.normal(width**-0.5), symmetric_uniform(width**-0.5)
+        dense = dense_of(self.model, kernel_init=normal, bias_init=uniform)
         tokens = x.reshape(batch, rows * columns, width)
         tokens = jnp.concatenate([tokens.mean(axis=1, keepdims=True), tokens], axis=1)
         tokens = add_parameter(tokens, self.param("positions", normal, (tokens.shape[1], width)))
@@ -143,29 +142,18 @@ class AttentionPool(nn.Module):
             for name, of in (("query", tokens[:, :1]), ("key", tokens), ("value", tokens))
         )
         pooled = attend(query, key, value, causal=False).reshape(batch, width)
-        return dense(self.embed_dim, name="out")(pooled)
+        return dense(self.model.embed_dim, name="out")(pooled)
 
 
-def conv_3x3(features: int, *, stride: int, inputs: int, dtype: DTypeLike, name: str) -> nn.Conv:
-    """Returns a 3x3 convolution without bias, with torch's default initialisation.
-
-    Padding is explicit, one pixel on every side: "SAME" would pad a stride of 2 at the end only.
-    """
-    return nn.Conv(
-        features,
-        (3, 3),
-        strides=stride,
-        padding=((1, 1), (1, 1)),
-        use_bias=False,
-        kernel_init=symmetric_uniform((9 * inputs) ** -0.5),
-        dtype=dtype,
-        name=name,
-    )
+def conv_3x3(features: int, *, stride: int, inputs: int, model: ModelConfig, name: str) -> Conv3x3:
+    """Returns a 3x3 convolution with torch's default initialisation."""
+    init = symmetric_uniform((9 * inputs) ** -0.5)
+    return Conv3x3(features, stride, model.dtype, model.reduce_dtype, kernel_init=init, name=name)
 
 
-def conv_1x1(features: int, *, inputs: int, dtype: DTypeLike, name: str) -> Dense:
+def conv_1x1(features: int, *, inputs: int, model: ModelConfig, name: str) -> Dense:
     """Returns a 1x1 convolution without bias, as a dense layer, with torch's default initialisation."""
-    return Dense(features, use_bias=False, kernel_init=symmetric_uniform(inputs**-0.5), dtype=dtype, name=name)
+    return dense_of(model, use_bias=False, kernel_init=symmetric_uniform(inputs**-0.5))(features, name=name)
 
 
 @jax.custom_vjp

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from clip_jax.array_types import Array, Bool, Float, Int
-from clip_jax.models.dense import Dense, add_parameter
+from clip_jax.models.dense import add_parameter, dense_of
 from clip_jax.models.embedding import Embed
 from clip_jax.models.layers import BlockInit, Transformer, pick, record
 from clip_jax.models.norm import LayerNorm
@@ -53,6 +53,7 @@ class TextTransformer(nn.Module):
             width,
             embedding_init=nn.initializers.normal(0.02),
             dtype=dtype,
+            reduce_dtype=model.reduce_dtype,
             name="token_embedding",
         )
         positions = self.param("positions", nn.initializers.normal(0.01), (config.context, width))
@@ -74,13 +75,8 @@ class TextTransformer(nn.Module):
 
         pooled = LayerNorm(dtype, name="ln_final")(x)
         record(self, "pooled", pooled)
-        return Dense(
-            model.embed_dim,
-            use_bias=False,
-            kernel_init=nn.initializers.normal(width**-0.5),
-            dtype=dtype,
-            name="projection",
-        )(pooled)
+        dense = dense_of(model, use_bias=False, kernel_init=nn.initializers.normal(width**-0.5))
+        return dense(model.embed_dim, name="projection")(pooled)
 
 
 def fit(tokens: Int[Array, "b l"], groups: Groups) -> Bool[Array, ""]:

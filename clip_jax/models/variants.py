@@ -11,6 +11,7 @@ from clip_jax.errors import UserError, did_you_mean
 Activation = Literal["quick_gelu", "gelu"]
 AttentionKind = Literal["auto", "xla", "cudnn", "pallas"]
 MLPKind = Literal["auto", "xla", "pallas"]
+ReduceDtype = Literal["same", "float32"]
 Remat = Literal["none", "dots", "block", "full"]
 REMATS: tuple[Remat, ...] = get_args(Remat)
 """From what keeps most for the backward pass to what keeps least."""
@@ -97,6 +98,9 @@ class ModelConfig:
       initial_bias: what that bias starts at.
       dtype: dtype of activations and products. Parameters, norm statistics and logits stay float32 or wider.
         `float64` serves proofs and needs `jax_enable_x64`.
+      reduce_dtype: in which devices add up what each has of a kernel's gradient, on TPUs of the token table's too:
+        `same`, that of the products it comes from, which is `dtype`; or `float32`, as torch's DistributedDataParallel,
+        for twice the bytes between devices. All other gradients are added up in float32 either way.
       activation: of the transformers: `quick_gelu`, as in the paper's models, or `gelu`, the exact one, as in most
         models that open_clip trained.
       bn_group: samples that share BatchNorm's statistics in training, for ResNets; 0 means the whole batch.
@@ -128,6 +132,7 @@ class ModelConfig:
     logit_bias: bool = False
     initial_bias: float = -10.0
     dtype: Literal["bfloat16", "float32", "float64"] = "float32"
+    reduce_dtype: ReduceDtype = "same"
     activation: Activation = "quick_gelu"
     bn_group: int = 0
     remat: Remat = "none"

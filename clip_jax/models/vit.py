@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from clip_jax.array_types import Array, Float
-from clip_jax.models.dense import Dense, add_parameter
+from clip_jax.models.dense import add_parameter, dense_of
 from clip_jax.models.layers import BlockInit, Transformer, record, symmetric_uniform
 from clip_jax.models.norm import LayerNorm
 from clip_jax.models.variants import ModelConfig, ViTConfig
@@ -36,13 +36,8 @@ class VisionTransformer(nn.Module):
         width, dtype = config.width, model.dtype
         normal = nn.initializers.normal(width**-0.5)
         patches = patchify(images.astype(dtype), patch=config.patch)
-        x = Dense(
-            width,
-            use_bias=False,
-            kernel_init=symmetric_uniform(patches.shape[-1] ** -0.5),
-            dtype=dtype,
-            name="patch_embedding",
-        )(patches)
+        dense = dense_of(model, use_bias=False)
+        x = dense(width, kernel_init=symmetric_uniform(patches.shape[-1] ** -0.5), name="patch_embedding")(patches)
         record(self, "patches", x)
 
         class_token = self.param("class_token", normal, (width,))
@@ -59,7 +54,7 @@ class VisionTransformer(nn.Module):
         x = transformer(config, False, blocks, model, name="transformer")(x, first)
         pooled = LayerNorm(dtype, name="ln_post")(x[:, 0])
         record(self, "pooled", pooled)
-        return Dense(model.embed_dim, use_bias=False, kernel_init=normal, dtype=dtype, name="projection")(pooled)
+        return dense(model.embed_dim, kernel_init=normal, name="projection")(pooled)
 
 
 def drop_patches(patches: Float[Array, "b l d"], keys: jax.Array, *, share: float) -> Float[Array, "b kept d"]:
