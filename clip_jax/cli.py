@@ -102,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--layout", required=True, help="openai, open_clip, hugging_face or stablehlo")
     export.add_argument("--classes", type=Path, help="stablehlo: a text file of class names, one a line")
     export.add_argument("--prompts", default="photo", help="stablehlo: template set for the classes")
+    export.add_argument("--activation", choices=("quick_gelu", "gelu"), help="of a .pt file, which does not say it")
     export.add_argument("--image-size", type=int, help="resize positions for images of this side in pixels")
     export.set_defaults(run=_export)
 
@@ -360,7 +361,7 @@ def _export(arguments: argparse.Namespace) -> None:
     from clip_jax.interop.export import classes_of, export
     from clip_jax.interop.read import read_weights
 
-    weights = read_weights(arguments.source, image_size=arguments.image_size)
+    weights = read_weights(arguments.source, image_size=arguments.image_size, activation=arguments.activation)
     classes = None
     if arguments.classes is not None:
         classes = classes_of(weights, _read_lines(arguments.classes), templates(arguments.prompts))

@@ -20,7 +20,7 @@ from clip_jax.interop.read import read_weights
 from clip_jax.interop.weights import Weights
 from clip_jax.models.clip import CLIP, unit
 from clip_jax.models.norm import LayerNorm
-from clip_jax.models.variants import ModelConfig, ResNetConfig, model_config
+from clip_jax.models.variants import Activation, ModelConfig, ResNetConfig, model_config
 from clip_jax.rules import leaf_paths
 
 
@@ -153,6 +153,7 @@ def load(
     *,
     model: str | None = None,
     image_size: int | None = None,
+    activation: Activation | None = None,
     dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> Pretrained:
     """Loads trained weights: OpenAI's, open_clip's, Hugging Face's, or those of a run.
@@ -164,6 +165,8 @@ def load(
       model: refuse any other model than this one of the paper's.
       image_size: side of the images in pixels, where it is to differ; positions are then resized, before `model` is
         compared.
+      activation: `quick_gelu` or `gelu`, where the source is a `.pt` file, which does not say it. A trainer's
+        checkpoint (open_clip's `epoch_32.pt`) is refused without; any other is taken to have OpenAI's, `quick_gelu`.
       dtype: of activations and products; parameters are float32.
 
     Raises:
@@ -173,7 +176,8 @@ def load(
       >>> model = clip_jax.load("ViT-B/32")
       >>> features = model.encode_image(model.preprocess(["cat.jpg"]), normalize=True)
     """
-    weights = read_weights(source, expect=None if model is None else model_config(model), image_size=image_size)
+    expect = None if model is None else model_config(model)
+    weights = read_weights(source, expect=expect, image_size=image_size, activation=activation)
     config = dataclasses.replace(weights.config, dtype=dtype)
     return Pretrained(dataclasses.replace(weights, config=config))
 

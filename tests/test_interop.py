@@ -124,6 +124,24 @@ def test_half_precision_archives_of_openai(kind, tmp_path):
     assert_same(read_weights(tmp_path / "p.pt"), expected)
 
 
+def test_a_trainers_checkpoint_wants_its_activation(tmp_path):
+    """open_clip's has GELU unless the model's name says otherwise, and the file has neither."""
+    torch = pytest.importorskip("torch")
+    weights = weights_of("vit")
+    state = {f"module.{name}": torch.tensor(value) for name, value in to_torch(weights.variables, "openai").items()}
+    path = tmp_path / "epoch_1.pt"
+    torch.save({"epoch": 1, "name": "run", "state_dict": state, "optimizer": {}}, path)
+    with pytest.raises(UserError, match=r"epoch_1.pt is a trainer's checkpoint.* --activation=gelu"):
+        read_weights(path)
+    for activation in ("gelu", "quick_gelu"):
+        config = dataclasses.replace(weights.config, activation=activation)
+        assert_same(read_weights(path, activation=activation), dataclasses.replace(weights, config=config))
+    cli.main(["export", str(path), str(tmp_path / "folder"), "--layout=open_clip", "--activation=gelu"])
+    assert read_weights(tmp_path / "folder").config.activation == "gelu"
+    with pytest.raises(UserError, match="folder says that its activation is gelu, not quick_gelu"):
+        read_weights(tmp_path / "folder", activation="quick_gelu")
+
+
 @pytest.mark.parametrize(
     ("layout", "name"), [("open_clip", "open_clip_pytorch_model.bin"), ("hugging_face", "pytorch_model.bin")]
 )

@@ -3,6 +3,7 @@
 Layout: openai/CLIP `clip/clip.py` (load) and `clip/model.py` (build_model).
 """
 
+import dataclasses
 import math
 import re
 from pathlib import Path
@@ -10,21 +11,33 @@ from typing import Any
 
 from clip_jax.data.images import preprocess_of
 from clip_jax.interop.names import Tensors, WeightsError, from_torch, to_torch
-from clip_jax.interop.torch_file import read_torch_file, write_torch_file
+from clip_jax.interop.torch_file import is_training_checkpoint, read_torch_file, write_torch_file
 from clip_jax.interop.weights import HEAD_WIDTH, Weights, checked_model, default_heads
-from clip_jax.models.variants import ModelConfig
+from clip_jax.models.variants import Activation, ModelConfig
 
 
-def read_openai(path: Path) -> Weights:
+def read_openai(path: Path, activation: Activation | None = None) -> Weights:
     """Reads a `.pt` file without running any of its code; torch is not needed.
 
-    The activation is QuickGELU and the preprocessing OpenAI's: the file says nothing of them.
+    The file says nothing of activation and preprocessing. The latter is taken to be OpenAI's.
+
+    Args:
+      path: the file.
+      activation: the model's; None means QuickGELU, as in all that OpenAI released. For a trainer's checkpoint it must
+        be given: open_clip's own models have GELU unless their name says otherwise.
 
     Raises:
-      WeightsError, TorchFileError: not such a file, or not the weights of a CLIP model.
+      WeightsError, TorchFileError: not such a file, or not the weights of a CLIP model, or one whose activation must be
+        given.
     """
+    if activation is None and is_training_checkpoint(path):
+        raise WeightsError(
+            f"{path} is a trainer's checkpoint, which does not say whether the model has quick_gelu or gelu (of "
+            "open_clip's, those with -quickgelu in their names have the former); say it with activation= of "
+            f"clip_jax.load, or once: clip-jax export {path} FOLDER --layout=open_clip --activation=gelu"
+        )
     tensors = read_torch_file(path)
-    config = infer_config(tensors, where=path)
+    config = dataclasses.replace(infer_config(tensors, where=path), activation=activation or "quick_gelu")
     _check_sizes(tensors, config, path)
     variables = from_torch(tensors, config, "openai", where=path)
     return Weights(config, variables, preprocess_of(config))

@@ -15,10 +15,16 @@ from clip_jax.interop.open_clip import read_open_clip
 from clip_jax.interop.openai import read_openai
 from clip_jax.interop.weights import Weights, checked_model, describe, read_json
 from clip_jax.models.resolution import change_resolution
-from clip_jax.models.variants import VARIANTS, ModelConfig, model_config, variant_name
+from clip_jax.models.variants import VARIANTS, Activation, ModelConfig, model_config, variant_name
 
 
-def read_weights(source: str | Path, *, expect: ModelConfig | None = None, image_size: int | None = None) -> Weights:
+def read_weights(
+    source: str | Path,
+    *,
+    expect: ModelConfig | None = None,
+    image_size: int | None = None,
+    activation: Activation | None = None,
+) -> Weights:
     """Reads a model's weights, whatever their layout.
 
     Args:
@@ -27,11 +33,14 @@ def read_weights(source: str | Path, *, expect: ModelConfig | None = None, image
         whose weights by OpenAI are downloaded; `hf-hub:owner/name`.
       expect: refuse another architecture or activation than this.
       image_size: side of the images in pixels, where it is to differ; image positions are then resized.
+      activation: the model's, where the source is a file, which does not say it; see `read_openai`.
 
     Raises:
       UserError: nothing there, damaged, or another model; the line says which and where.
     """
-    weights = _read(source)
+    weights = _read(source, activation)
+    if activation not in (None, weights.config.activation):
+        raise WeightsError(f"{source} says that its activation is {weights.config.activation}, not {activation}")
     if image_size is not None:
         weights = resized(weights, image_size)
     if expect is not None:
@@ -39,10 +48,10 @@ def read_weights(source: str | Path, *, expect: ModelConfig | None = None, image
     return weights
 
 
-def _read(source: str | Path) -> Weights:
+def _read(source: str | Path, activation: Activation | None) -> Weights:
     path = Path(source).expanduser()
     if path.is_file():
-        return _read_file(path)
+        return _read_file(path, activation)
     if path.is_dir():
         return _read_folder(path)
     if str(source).startswith(HUB_PREFIX):
@@ -55,10 +64,10 @@ def _read(source: str | Path) -> Weights:
     )
 
 
-def _read_file(path: Path) -> Weights:
+def _read_file(path: Path, activation: Activation | None) -> Weights:
     if path.suffix == ".safetensors" or path.name in (open_clip.TORCH, hugging_face.TORCH):
         raise WeightsError(f"{path} alone does not say which model it is; give its folder, with the config beside it")
-    return read_openai(path)
+    return read_openai(path, activation)
 
 
 def _read_folder(folder: Path) -> Weights:

@@ -92,13 +92,30 @@ def read_torch_file(path: Path) -> dict[str, np.ndarray]:
     Raises:
       TorchFileError: not such a file, damaged, in an older format, or asking for more than data.
     """
+    with _opened(path) as (archive, records, value):
+        tensors = _named_tensors(value)
+        _check_sizes(tensors.values(), records, _size(path))
+        return _read_tensors(archive, records, tensors)
+
+
+def is_training_checkpoint(path: Path) -> bool:
+    """Returns whether a PyTorch file holds its state dict as `{"state_dict": ...}`, as trainers write it.
+
+    Raises:
+      TorchFileError: as for `read_torch_file`.
+    """
+    with _opened(path) as (_, _, value):
+        return _wrapped(value) is not None
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo], Any]]:
+    """Opens a file and gives it, its records, and what its pickle describes; refusals get the path in front."""
     try:
         with _open_zip(path) as archive:
             records = _records(archive)
             _check_byte_order(archive, records)
-            tensors = _named_tensors(_interpret(_read_record(archive, records["data.pkl"], limit=_MAX_PICKLE)))
-            _check_sizes(tensors.values(), records, _size(path))
-            return _read_tensors(archive, records, tensors)
+            yield archive, records, _interpret(_read_record(archive, records["data.pkl"], limit=_MAX_PICKLE))
     except _RefusalError as refusal:
         raise TorchFileError(f"{path} {refusal}") from None
 
@@ -585,8 +602,7 @@ def _named_tensors(value: Any) -> dict[str, _Tensor]:
     if isinstance(value, _Module):
         tensors = dict(_module_tensors(value))
     elif type(value) is dict:
-        inner = value.get("state_dict")
-        tensors = dict(_dict_tensors(inner if type(inner) is dict else value))
+        tensors = dict(_dict_tensors(_wrapped(value) or value))
     else:
         raise _RefusalError("holds no state dict", _RESAVE)
     if not tensors:
@@ -595,6 +611,12 @@ def _named_tensors(value: Any) -> dict[str, _Tensor]:
     if all(name.startswith("module.") for name in tensors):  # DistributedDataParallel's
         tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
     return tensors
+
+
+def _wrapped(value: Any) -> dict[Any, Any] | None:
+    """Returns the state dict within a training checkpoint; None where it is none."""
+    inner = value.get("state_dict") if type(value) is dict else None
+    return inner if type(inner) is dict else None
 
 
 def _dict_tensors(state: dict[Any, Any]) -> Iterator[tuple[str, _Tensor]]:
