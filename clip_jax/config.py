@@ -222,6 +222,12 @@ class OptimConfig:
     Attributes:
       lr: peak learning rate.
       warmup_steps: steps from 0 to the peak.
+      schedule: of the learning rate behind the warm-up: `cosine`, which ends with the run; or what does not depend on
+        the run's length, so that a run can be made longer, or cooled down from any of its checkpoints: `constant`, and
+        `rsqrt`, lr · √(warmup_steps / step) (Vaswani et al., 2017, §5.3).
+      cooldown_steps: last steps of a run, over which `constant` and `rsqrt` fall linearly to `end_lr` (Zhai et al.,
+        2022, §3.5).
+      end_lr: learning rate at the run's end.
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added to the root of the second moment.
@@ -241,6 +247,9 @@ class OptimConfig:
 
     lr: float = 5e-4
     warmup_steps: int = 2_000
+    schedule: Literal["cosine", "constant", "rsqrt"] = "cosine"
+    cooldown_steps: int = 0
+    end_lr: float = 0.0
     b1: float = 0.9
     b2: float = 0.98
     eps: float = 1e-6
@@ -618,6 +627,7 @@ def _contradictions(config: RunConfig) -> Iterator[tuple[bool, str]]:
         f"config.optim.warmup_steps is {optim.warmup_steps}; it must be at least 0 and less than the run's "
         f"{config.steps} steps (config.samples / config.batch)",
     )
+    yield from _schedule_contradictions(optim, steps=config.steps)
     for name in ("b1", "b2", "ema_decay"):
         value = getattr(optim, name)
         yield not 0 <= value < 1, f"config.optim.{name} is {value}; it must be at least 0 and less than 1"
@@ -649,6 +659,33 @@ def _must_be_positive(config: RunConfig) -> Iterator[tuple[bool, str]]:
     names += " health.max_skipped health.max_rewinds health.spike_deviations health.clamp_steps health.hang_minutes"
     for key in names.split():
         yield values[key] < 0, f"config.{key} is {values[key]}; it must not be negative"
+
+
+def _schedule_contradictions(optim: OptimConfig, *, steps: int) -> Iterator[tuple[bool, str]]:
+    cooldown, most = optim.cooldown_steps, steps - optim.warmup_steps
+    yield (
+        optim.schedule == "cosine" and cooldown != 0,
+        f"config.optim.cooldown_steps is {cooldown}, and config.optim.schedule 'cosine' falls by itself; use constant "
+        "or rsqrt",
+    )
+    yield (
+        not 0 <= cooldown <= most,
+        f"config.optim.cooldown_steps is {cooldown}; it must be at least 0 and at most the {most} steps behind "
+        "config.optim.warmup_steps",
+    )
+    yield (
+        optim.schedule == "rsqrt" and optim.warmup_steps == 0,
+        "config.optim.schedule is 'rsqrt', which falls by the length of the warm-up; set config.optim.warmup_steps",
+    )
+    yield (
+        not 0 <= optim.end_lr <= optim.lr,
+        f"config.optim.end_lr is {optim.end_lr}; it must be at least 0 and at most config.optim.lr ({optim.lr})",
+    )
+    yield (
+        optim.end_lr > 0 and optim.schedule != "cosine" and not cooldown,
+        f"config.optim.end_lr is {optim.end_lr}, and config.optim.schedule {optim.schedule!r} falls to it in "
+        "config.optim.cooldown_steps alone; set these",
+    )
 
 
 def _optim_rule_contradictions(optim: OptimConfig) -> Iterator[tuple[bool, str]]:

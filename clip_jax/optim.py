@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from clip_jax.config import OptimConfig
 from clip_jax.errors import ConfigError, did_you_mean
@@ -29,8 +30,20 @@ DECAY_RULES = {
 
 
 def learning_rate(config: OptimConfig, *, steps: int) -> optax.Schedule:
-    """Returns linear warm-up from 0 to `lr`, then a cosine to 0 at the run's last step."""
-    return optax.warmup_cosine_decay_schedule(0.0, config.lr, config.warmup_steps, steps, 0.0)
+    """Returns linear warm-up from 0 to `lr`, then what `schedule` says, and the fall to `end_lr` at the run's end."""
+    warmup, cooldown = config.warmup_steps, config.cooldown_steps
+    if config.schedule == "cosine":
+        return optax.warmup_cosine_decay_schedule(0.0, config.lr, warmup, steps, config.end_lr)
+
+    def plateau(behind: ArrayLike) -> ArrayLike:  # the warm-up; negative before its end
+        if config.schedule == "constant":
+            return config.lr
+        return config.lr * jnp.sqrt(warmup / (warmup + jnp.maximum(behind, 0)))
+
+    begins = steps - cooldown
+    falling = optax.linear_schedule(plateau(begins - warmup), config.end_lr, max(1, cooldown))
+    rising = optax.linear_schedule(0.0, config.lr, max(1, warmup))
+    return optax.join_schedules([rising, plateau, falling], [warmup, begins])
 
 
 def is_schedule(node: Any) -> bool:

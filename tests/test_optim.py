@@ -1,5 +1,7 @@
 """Rules, decay mask, schedule, clamp, clipping, freezing, multipliers and averages."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,6 +68,35 @@ def test_schedule():
     assert float(rate(60)) == pytest.approx(1.0)
     assert float(rate(110)) == pytest.approx(0, abs=1e-7)
     assert float(learning_rate(OptimConfig(lr=2.0, warmup_steps=0), steps=10)(0)) == 2.0
+
+
+def rates(steps, **changes):
+    rate = learning_rate(OptimConfig(lr=2.0, warmup_steps=10, **changes), steps=steps)
+    return np.array([float(rate(step)) for step in range(steps)])
+
+
+@pytest.mark.parametrize("cooldown", [0, 30])
+def test_a_constant_rate_cools_down_as_in_open_clip(cooldown):
+    schedulers = pytest.importorskip("open_clip_train.scheduler")
+    optimizer = SimpleNamespace(param_groups=[{}])
+    theirs = schedulers.const_lr_cooldown(optimizer, 2.0, 10, 110, cooldown, cooldown_end_lr=0.5)
+    found = rates(110, schedule="constant", cooldown_steps=cooldown, end_lr=0.5 if cooldown else 0.0)
+    np.testing.assert_allclose(found[10:], [theirs(step) for step in range(10, 110)], rtol=1e-6)
+    np.testing.assert_allclose(found[:10], 0.2 * np.arange(10), rtol=1e-6)  # theirs is a step ahead
+
+
+@pytest.mark.parametrize("schedule", ["constant", "rsqrt"])
+def test_what_is_before_the_cooldown_does_not_depend_on_the_length(schedule):
+    short, long = (rates(steps, schedule=schedule, cooldown_steps=20) for steps in (80, 160))
+    np.testing.assert_array_equal(short[:61], long[:61])
+    assert np.all(np.diff(short[60:]) < 0)
+    assert short[-1] == pytest.approx(short[60] / 20)
+    assert long[40] == (2.0 if schedule == "constant" else pytest.approx(2.0 * (10 / 40) ** 0.5))
+
+
+def test_a_cosine_ends_where_it_is_told():
+    rate = learning_rate(OptimConfig(lr=2.0, warmup_steps=10, end_lr=0.5), steps=110)
+    assert [float(rate(step)) for step in (10, 60, 110)] == pytest.approx([2.0, 1.25, 0.5])
 
 
 def test_adamw_is_the_papers():
