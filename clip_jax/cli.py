@@ -593,7 +593,7 @@ def _extra(name: str, *modules: str) -> Iterator[None]:
         if error.name not in modules:
             raise
         raise UserError(
-            f"this needs the package {error.name}; install it with: pip install 'clip-jax-pretrain[{name}]'"
+            f"this needs the package {error.name}; install it with: pip install '.[{name}]', in a clone of this project"
         ) from None
 
 

@@ -1,6 +1,6 @@
 """RN101: 120 M parameters, 224 px.
 
-  python train.py --config=configs/rn101.py:fsdp=8 --workdir=runs/rn101 --config.data.dataset=my_pairs
+  python train.py --config=configs/rn101.py --workdir=runs/rn101 --config.data.dataset=my_pairs
 
 Published zero-shot ImageNet top-1 of OpenAI's weights: 62.28 %.
 """

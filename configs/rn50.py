@@ -1,6 +1,6 @@
 """RN50: 102 M parameters, 224 px.
 
-  python train.py --config=configs/rn50.py:fsdp=8 --workdir=runs/rn50 --config.data.dataset=my_pairs
+  python train.py --config=configs/rn50.py --workdir=runs/rn50 --config.data.dataset=my_pairs
 
 Published zero-shot ImageNet top-1 of OpenAI's weights: 59.82 %.
 """

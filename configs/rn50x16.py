@@ -1,6 +1,6 @@
 """RN50x16: 291 M parameters, 384 px.
 
-  python train.py --config=configs/rn50x16.py:fsdp=8 --workdir=runs/rn50x16 --config.data.dataset=my_pairs
+  python train.py --config=configs/rn50x16.py --workdir=runs/rn50x16 --config.data.dataset=my_pairs
 
 Published zero-shot ImageNet top-1 of OpenAI's weights: 70.72 %.
 """

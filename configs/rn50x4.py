@@ -1,6 +1,6 @@
 """RN50x4: 178 M parameters, 288 px.
 
-  python train.py --config=configs/rn50x4.py:fsdp=8 --workdir=runs/rn50x4 --config.data.dataset=my_pairs
+  python train.py --config=configs/rn50x4.py --workdir=runs/rn50x4 --config.data.dataset=my_pairs
 
 Published zero-shot ImageNet top-1 of OpenAI's weights: 66.27 %.
 """

@@ -1,6 +1,6 @@
 """ViT-B/16: 150 M parameters, 224 px in patches of 16.
 
-  python train.py --config=configs/vit_b16.py:fsdp=8 --workdir=runs/vit_b16 --config.data.dataset=my_pairs
+  python train.py --config=configs/vit_b16.py --workdir=runs/vit_b16 --config.data.dataset=my_pairs
 
 Published zero-shot ImageNet top-1 of OpenAI's weights: 68.34 %.
 """

@@ -1,6 +1,6 @@
 """ViT-B/32: 151 M parameters, 224 px in patches of 32.
 
-  python train.py --config=configs/vit_b32.py:fsdp=8 --workdir=runs/vit_b32 --config.data.dataset=my_pairs
+  python train.py --config=configs/vit_b32.py --workdir=runs/vit_b32 --config.data.dataset=my_pairs
 
 Published zero-shot ImageNet top-1 of OpenAI's weights: 63.32 %.
 """

@@ -1,6 +1,6 @@
 """ViT-L/14: 428 M parameters, 224 px in patches of 14.
 
-  python train.py --config=configs/vit_l14.py:fsdp=8 --workdir=runs/vit_l14 --config.data.dataset=my_pairs
+  python train.py --config=configs/vit_l14.py --workdir=runs/vit_l14 --config.data.dataset=my_pairs
 
 The paper's run took 12 days on 256 V100. Published zero-shot ImageNet top-1 of OpenAI's weights: 75.54 %.
 """

@@ -1,6 +1,6 @@
 """ViT-L/14@336: 428 M parameters, 336 px in patches of 14; one epoch more from a trained ViT-L/14.
 
-  python train.py --config=configs/vit_l14_336.py:fsdp=8 --workdir=runs/vit_l14_336 --config.data.dataset=my_pairs \\
+  python train.py --config=configs/vit_l14_336.py --workdir=runs/vit_l14_336 --config.data.dataset=my_pairs \\
     --config.init_from=runs/vit_l14
 
 Published zero-shot ImageNet top-1 of OpenAI's weights: 76.56 %. `init_from` is the trained ViT-L/14, whose 16 x 16

@@ -589,7 +589,7 @@ def test_a_worker_that_dies_is_one_line():
         (("--tars=ok.tar", "--address=auto"), "--address=auto is for --runner=ray"),
         (("--tars=ok.tar", "--runner=ray", "--workers=2"), "--workers=2 is for --runner=pool"),
         (("--tars=ok.tar", "--runner=rays"), "no runner 'rays'; did you mean 'ray'"),
-        (("--tars=ok.tar", "--runner=ray"), r'needs Ray .*pip install "clip-jax-pretrain\[ray\]"'),
+        (("--tars=ok.tar", "--runner=ray"), r'needs Ray .*pip install "ray>=2.60"'),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, options, message):

@@ -1,4 +1,4 @@
-"""Calls of one function over the machines of a Ray cluster (an extra: `pip install "clip-jax-pretrain[ray]"`).
+"""Calls of one function over the machines of a Ray cluster (the extra `ray`).
 
 A task is a call. Ray gives the tasks of a node that goes away to others, so that only work is lost. The machines must
 see the same files under the same paths, and have this package. Ray's usage reports are off.
@@ -40,7 +40,7 @@ def run_ray(function: Callable[[T], R], tasks: Sequence[T], *, address: str = ""
     try:
         import ray
     except ImportError as error:
-        raise UserError(f'--runner=ray needs Ray ({one_line(error)}); pip install "clip-jax-pretrain[ray]"') from None
+        raise UserError(f'--runner=ray needs Ray ({one_line(error)}); pip install "ray>=2.60"') from None
     return _run(ray, function, tasks, address)
 
 
