@@ -1,5 +1,6 @@
 """The table of tokens: Flax's values and gradients, but for how those of many rows are summed."""
 
+import functools
 import re
 
 import flax.linen as nn
@@ -51,8 +52,12 @@ def test_a_row_that_is_read_often_loses_nothing():
     assert theirs[0, 0] < 4096
 
 
-@pytest.mark.parametrize(("platform", "summed"), [("cuda", "f32"), ("cpu", "f32"), ("tpu", "bf16")])
-def test_only_programs_for_tpus_sum_in_the_results_dtype(platform, summed):
-    function, variables = result_and_gradient(Embed, jnp.bfloat16)
+@pytest.mark.parametrize(
+    ("platform", "reduce_dtype", "summed"),
+    [("cuda", "same", "f32"), ("cpu", "same", "f32"), ("tpu", "same", "bf16"), ("tpu", "float32", "f32")],
+)
+def test_only_programs_for_tpus_sum_in_the_results_dtype(platform, reduce_dtype, summed):
+    layer = functools.partial(Embed, reduce_dtype=reduce_dtype)
+    function, variables = result_and_gradient(layer, jnp.bfloat16)
     text = export.export(function, platforms=[platform])(variables).mlir_module()
     assert re.findall(r"-> tensor<5x4x(\w+)>", text[text.index("stablehlo.scatter") :])[0] == summed

@@ -20,13 +20,13 @@ from clip_jax.models.variants import ReduceDtype
 
 
 class Embed(nn.Module):
-    """Flax's layer of that name, with `look_up`; its result has `dtype`."""
+    """Flax's layer of that name, with `look_up`; its result has `dtype`. See `ModelConfig` for `reduce_dtype`."""
 
     num_embeddings: int
     features: int
     embedding_init: Initializer
     dtype: DTypeLike
-    reduce_dtype: ReduceDtype
+    reduce_dtype: ReduceDtype = "same"
 
     @nn.compact
     def __call__(self, rows: Int[Array, "*rows"]) -> Float[Array, "*rows d"]:
