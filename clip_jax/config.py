@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from clip_jax import text_groups
 from clip_jax.errors import ConfigError, UserError, did_you_mean
+from clip_jax.evals.prompts import default_templates
 from clip_jax.models.variants import ModelConfig, ViTConfig, model_config
 from clip_jax.typed import convert, flatten, leaf_types, parse, resolve_key, split_outside_brackets
 
@@ -348,8 +349,9 @@ class EvalConfig:
       image_key: feature that holds the image.
       label_key: feature that holds the class label.
       classes: names of the classes instead of the dataset's own: `open_clip` (ImageNet's), `clip_benchmark`, or a
-        .txt or .json file.
-      prompts: template sets, see `clip_jax/evals/prompts.py`; each gives a row of the result.
+        .txt or .json file; empty means ImageNet's for a dataset of that name, else the dataset's own.
+      prompts: template sets, see `clip_jax/evals/prompts.py`; each gives a row of the result. Empty means `open_clip`,
+        ImageNet's 80, for a dataset of that name, else `photo`.
       held_out: pairs whose contrastive loss is measured, said as what differs from config.data: `split=val`,
         `shards=/data/val/{00..03}.tar`, `table=val.csv`; as in `data.mixture`, `key=value,...`. Empty means none.
       held_out_pairs: their number, one batch for the loss, always the same pairs; 0 means config.batch. Where there are
@@ -363,16 +365,21 @@ class EvalConfig:
     image_key: str = "image"
     label_key: str = "label"
     classes: str = ""
-    prompts: tuple[str, ...] = ("photo",)
+    prompts: tuple[str, ...] = ()
     held_out: str = ""
     held_out_pairs: int = 0
     every: int = 0
     batch: int = 256
 
     @property
+    def template_sets(self) -> tuple[str, ...]:
+        """The template sets of `prompts`, or the one that the dataset has without being told."""
+        return self.prompts or (default_templates(self.dataset),)
+
+    @property
     def metrics(self) -> tuple[str, ...]:
         """Names of the numbers that an evaluation gives."""
-        zero_shot = tuple(f"zero_shot/{name}/top1" for name in self.prompts) if self.dataset else ()
+        zero_shot = tuple(f"zero_shot/{name}/top1" for name in self.template_sets) if self.dataset else ()
         return zero_shot + (HELD_OUT_METRICS if self.held_out else ())
 
 
@@ -833,10 +840,6 @@ def _data_contradictions(data: DataConfig, evaluation: EvalConfig) -> Iterator[t
     for name in ("color_jitter_prob", "grayscale", "max_bad_share"):
         value = getattr(data, name)
         yield not 0 <= value <= 1, f"config.data.{name} is {value}; it must be from 0 to 1"
-    yield (
-        bool(evaluation.dataset) and not evaluation.prompts,
-        f"config.eval.prompts is empty, and config.eval.dataset={evaluation.dataset!r} needs at least one template set",
-    )
     if evaluation.held_out:
         held_out = held_out_source(data, evaluation)
         yield (

@@ -163,7 +163,6 @@ def test_overrides_that_are_refused(key, text, message):
         ({"optim": {"lrr": 1.0}}, "unknown key config.optim.lrr; the nearest is config.optim.lr"),
         ({"data": {"dataset": ""}}, "config.data.dataset is empty"),
         ({"data": {"crop_scale": (0.9, 0.5), "dataset": "x"}}, "config.data.crop_scale is"),
-        ({"eval": {"dataset": "x", "prompts": ()}}, "config.eval.prompts is empty"),
         ({"model": {"vision": {"kind": "mlp"}}}, "config.model.embed_dim is missing; it is an int"),
         ({"model": VIT | {"vision": {"kind": "mlp"}}}, "config.model.vision.kind is 'mlp'; it must be one"),
     ],

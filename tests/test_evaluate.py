@@ -3,19 +3,26 @@
 import dataclasses
 import io
 import json
+import shutil
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 from references import import_open_clip
 from tars import add
+from tiny import TINY
 
 from clip_jax import cli
+from clip_jax.config import EvalConfig
 from clip_jax.data.labelled import ClassFolders, open_labelled
 from clip_jax.data.tfds_source import TfdsSource
 from clip_jax.errors import UserError
+from clip_jax.evals import prompts
+from clip_jax.evals.evaluation import Evaluation, scalars
 from clip_jax.evals.evaluator import Evaluator
 from clip_jax.evals.job import EvalJob
 from clip_jax.evals.prompts import class_names, templates
@@ -23,6 +30,7 @@ from clip_jax.evals.published import PUBLISHED, published
 from clip_jax.evals.results import check, parse_target
 from clip_jax.evals.tasks import evaluate
 from clip_jax.evals.zero_shot import class_weights
+from clip_jax.partition import make_mesh, replicated
 
 SCANS = 37  # divided by no batch, and by no number of devices
 
@@ -141,6 +149,52 @@ def test_every_kind_of_dataset_gives_the_same_figures(evaluator, job, result, fo
 def test_templates_beside_shards_are_taken(evaluator, job, shards):
     own = evaluate(evaluator, dataclasses.replace(job, dataset=shards, templates=""))
     assert own.details["templates"] == ["a photo of a {}."]
+
+
+def test_training_knows_imagenet_as_the_command_does(evaluator, model, folders, tmp_path, monkeypatch):
+    """By the dataset's name alone: class names, templates, and what the figure is called."""
+    names = [f"thing number {label}" for label in range(10)]
+    wordings = [lambda name: f"a scan of a {name}.", lambda name: f"the {name}"]
+    tables = SimpleNamespace(IMAGENET_CLASSNAMES=names, OPENAI_IMAGENET_TEMPLATES=wordings)
+    monkeypatch.setattr(prompts, "_open_clip_tables", lambda: tables)
+    shutil.copytree(folders, tmp_path / "imagenet_v2")
+    config = dataclasses.replace(
+        TINY, model=model.config, eval=EvalConfig(dataset=f"{tmp_path}/imagenet_v2/", every=1, batch=16)
+    )
+    mesh = make_mesh(config.mesh)
+    evaluation = Evaluation(config, model.model, mesh=mesh)
+    found = evaluation.run(jax.device_put(model.variables, replicated(mesh)))
+    expected = evaluate(evaluator, EvalJob(config.eval.dataset))
+    assert evaluation.templates == {"open_clip": ("a scan of a {}.", "the {}")}
+    assert list(evaluation.templates["open_clip"]) == expected.details["templates"]
+    assert list(found.results[0].classes) == expected.details["classes"] == names
+    assert scalars(found) == {"zero_shot/open_clip/top1": expected.metrics["acc1"]}
+    assert config.eval.metrics == tuple(scalars(found))  # what config.checkpoint.best_metric may be
+
+
+@pytest.mark.parametrize(
+    ("dataset", "known"),
+    [
+        ("imagenet2012:5.1.0", True),
+        ("imagenet_v2/matched-frequency:3.0.0", True),
+        ("/data/imagenet/", True),
+        ("s3://bucket/imagenet1k/{0..9}.tar", True),
+        ("/data/imagenet/val", False),
+        ("/data/val/imagenet.tar", False),
+        ("digits", False),
+    ],
+)
+def test_imagenet_is_known_by_its_name(dataset, known):
+    assert prompts.is_imagenet(dataset) == known
+    assert EvalConfig(dataset=dataset).template_sets == (("open_clip",) if known else ("photo",))
+
+
+def test_a_split_without_labels_is_refused(digits_dir, monkeypatch):
+    """As ImageNet's `test` is, before 100,000 images are embedded."""
+    read = TfdsSource.__getitem__
+    monkeypatch.setattr(TfdsSource, "__getitem__", lambda source, i: read(source, i)._replace(label=-1))
+    with pytest.raises(UserError, match=r"digits:1\.0\.0 \(test\) has no labels .* such as validation, with --split"):
+        open_labelled("digits", data_dir=str(digits_dir))
 
 
 def test_json_is_clip_benchmarks(result, tmp_path, model_dir):
@@ -306,8 +360,6 @@ def test_mistakes_are_one_line(arguments, message, folders, model_dir, tmp_path,
 
 
 def test_an_image_that_cannot_be_read_is_named(evaluator, folders, tmp_path):
-    import shutil
-
     shutil.copytree(folders, tmp_path / "damaged")
     broken = next((tmp_path / "damaged" / "3").iterdir())
     broken.write_bytes(b"\xff\xd8\xff damaged")

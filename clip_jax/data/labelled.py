@@ -50,7 +50,7 @@ def open_labelled(
         `json.key` one in the `.json`.
 
     Raises:
-      UserError: nothing there, or no classes.
+      UserError: nothing there, no classes, or a split without labels, such as ImageNet's `test`.
     """
     if dataset.endswith(".tar"):
         return ClassTars(dataset, label_key="cls" if label_key == "label" else label_key)
@@ -58,7 +58,13 @@ def open_labelled(
         return ClassFolders(Path(dataset))
     if dataset.startswith((os.sep, ".", "~")) or dataset.endswith(os.sep):
         raise UserError(f"{dataset} is not a folder")
-    return TfdsSource(dataset, split, data_dir=data_dir, image_key=image_key, caption_key="", label_key=label_key)
+    source = TfdsSource(dataset, split, data_dir=data_dir, image_key=image_key, caption_key="", label_key=label_key)
+    if len(source) and source[0].label < 0:
+        raise UserError(
+            f"{source} has no labels (the first is {source[0].label}); name another split, such as validation, with "
+            "--split or config.eval.split"
+        )
+    return source
 
 
 class ClassFolders:

@@ -35,7 +35,7 @@ def open_classes(job: EvalJob) -> tuple[LabelledSource, tuple[str, ...]]:
       UserError: as `evaluate`.
     """
     source = open_job(job)
-    named = job.classes or ("open_clip" if prompts.is_imagenet(job.called) else "")
+    named = job.classes or prompts.default_classes(job.called)
     given = prompts.class_names(named, dataset=job.called, language=job.language) if named else ()
     return source, named_classes(given, source)
 
@@ -58,7 +58,7 @@ def open_templates(job: EvalJob, source: LabelledSource) -> tuple[str, ...]:
     own: tuple[str, ...] = getattr(source, "templates", ())
     if own and not job.templates:
         return prompts.checked(own, str(source))
-    named = job.templates or ("open_clip" if prompts.is_imagenet(job.called) else "photo")
+    named = job.templates or prompts.default_templates(job.called)
     return prompts.templates(named, dataset=job.called, language=job.language)
 
 

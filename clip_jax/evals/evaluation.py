@@ -8,12 +8,13 @@ from jax.sharding import Mesh
 
 from clip_jax.config import RunConfig
 from clip_jax.data.images import preprocess_of
-from clip_jax.data.labelled import open_labelled
 from clip_jax.data.pipeline import EvalTransform
+from clip_jax.evals.classification import open_classes
 from clip_jax.evals.embedding import Embedder, ImageFeatures
-from clip_jax.evals.prompts import class_names, templates
+from clip_jax.evals.job import EvalJob
+from clip_jax.evals.prompts import templates
 from clip_jax.evals.retrieval import nearest
-from clip_jax.evals.zero_shot import ZeroShotResult, class_weights, classify, named_classes
+from clip_jax.evals.zero_shot import ZeroShotResult, class_weights, classify
 from clip_jax.models.clip import CLIP, Variables
 from clip_jax.partition import check_batch
 
@@ -58,18 +59,18 @@ class Evaluation:
 
         check_batch("eval.batch", config.eval.batch, mesh)
         evaluation = config.eval
-        self.templates = {name: templates(name, dataset=evaluation.dataset) for name in evaluation.prompts}
-        self._mesh = mesh
-        self._transform = EvalTransform(preprocess_of(config.model))
-        self._source = open_labelled(
+        job = EvalJob(
             evaluation.dataset,
             split=evaluation.split,
             data_dir=config.data.data_dir,
             image_key=evaluation.image_key,
             label_key=evaluation.label_key,
+            classes=evaluation.classes,
         )
-        given = class_names(evaluation.classes, dataset=evaluation.dataset) if evaluation.classes else ()
-        self._classes = named_classes(given, self._source)
+        self.templates = {name: templates(name, dataset=job.called) for name in evaluation.template_sets}
+        self._mesh = mesh
+        self._transform = EvalTransform(preprocess_of(config.model))
+        self._source, self._classes = open_classes(job)
         self._embedder = Embedder(model, Tokenizer(), mesh=mesh, batch=evaluation.batch)
 
     @classmethod

@@ -6,6 +6,7 @@ whose code is not run for it, open_clip's tables of prompts apart.
 
 import importlib.util
 import json
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ OPEN_CLIP = {"open_clip": "OPENAI_IMAGENET_TEMPLATES", "open_clip_simple": "SIMP
 CLIP_BENCHMARK = "clip_benchmark"
 IMAGENET = ("imagenet1k", "imagenet2012", "imagenet_v2", "imagenetv2", "imagenet")
 """What datasets with ImageNet's thousand classes are called."""
+_VERSION = re.compile(r":[\d.]+$")
 
 
 def templates(name: str, *, dataset: str = "", language: str = "en") -> tuple[str, ...]:
@@ -75,8 +77,18 @@ def class_names(name: str, *, dataset: str = "", language: str = "en") -> tuple[
 
 
 def is_imagenet(dataset: str) -> bool:
-    """Returns whether a dataset has ImageNet's thousand classes, by its name."""
+    """Returns whether a dataset has ImageNet's thousand classes, by its name or that of the folder it is in."""
     return dataset.split(":")[0].split("/")[0] in IMAGENET or _base(dataset) in IMAGENET
+
+
+def default_classes(dataset: str) -> str:
+    """Returns which `class_names` a dataset has without being told: ImageNet's; empty means its own."""
+    return "open_clip" if is_imagenet(dataset) else ""
+
+
+def default_templates(dataset: str) -> str:
+    """Returns which set of `templates` a dataset has without being told."""
+    return "open_clip" if is_imagenet(dataset) else "photo"
 
 
 def checked(found: tuple[str, ...], where: str) -> tuple[str, ...]:
@@ -123,8 +135,9 @@ def _of_dataset(values: Mapping[str, Any], dataset: str, where: str) -> Any:
 
 
 def _base(dataset: str) -> str:
-    """Returns a dataset's name without what is before it (`tfds/`, `wds/`) and its version behind."""
-    return dataset.split(":")[0].rpartition("/")[2]
+    """Returns a dataset's name without what is before it (`tfds/`, `wds/`) and its version or its shards behind."""
+    name = _VERSION.sub("", dataset).rstrip("/")
+    return (name.rpartition("/")[0] if name.endswith(".tar") else name).rpartition("/")[2]
 
 
 def _of_benchmark(what: str, dataset: str, language: str) -> tuple[str, ...]:
