@@ -1,14 +1,17 @@
 """Retrieval: the exact nearest over all devices beside a full sort, and recalls by their definition."""
 
 import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from devices import start_script
-from search_fixtures import write_pictures
+from search_fixtures import picture, write_pictures
+from tars import add
 
-from clip_jax.config import MeshConfig
+from clip_jax.config import MeshConfig, RunConfig
+from clip_jax.data.loader import open_named
 from clip_jax.distributed import free_port
 from clip_jax.errors import UserError
 from clip_jax.evals.evaluator import Evaluator
@@ -107,6 +110,28 @@ def test_a_folder_with_several_captions_an_image(model, model_dir, captioned):
     hits = order == np.repeat(np.arange(13), 2)[:, None]
     for k in (1, 5, 10):
         assert result.metrics[f"image_retrieval_recall@{k}"] == hits[:, :k].any(axis=1).mean()
+
+
+def test_lines_beside_an_image_in_tar_shards_are_captions(model, model_dir, tmp_path, monkeypatch):
+    """As CLIP_benchmark exports them: the same figures as the same captions in a folder; training sees one text."""
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for number in range(5):
+            add(tar, f"{number}.png", picture(number))
+            add(tar, f"{number}.txt", f"picture {number}\n\n another of {number}\r\nthe last\n".encode())
+            add(tar, f"{number}.json", json.dumps({"caption": "not this one"}).encode())
+    for number in range(5):
+        captions = [f"picture {number}", f" another of {number}", "the last"]
+        (tmp_path / f"{number}.png").write_bytes(picture(number))
+        (tmp_path / f"{number}.json").write_text(json.dumps({"caption": captions}))
+    evaluator = Evaluator(model, str(model_dir), batch=8, threads=2)
+    monkeypatch.setenv("HOME", str(tmp_path))  # where the shard's index goes
+    shards = str(tmp_path / "0.tar")
+    in_shards = evaluate(evaluator, EvalJob(shards, task="zeroshot_retrieval"))
+    in_folder = evaluate(evaluator, EvalJob(str(tmp_path), task="zeroshot_retrieval"))
+    assert (in_shards.details["images"], in_shards.details["texts"]) == (5, 15)
+    assert in_shards.metrics == in_folder.metrics
+    [whole] = open_named(shards, RunConfig(model.config))[3].captions
+    assert whole == "picture 3\n\n another of 3\r\nthe last\n"
 
 
 def test_an_image_without_a_caption_is_named(model, model_dir, tmp_path):

@@ -25,13 +25,14 @@ class CaptionFields:
         often it is drawn, as in `("txt=0.3", "json.synthetic=0.7")`; without, equally often. A list shares its field's
         part; fields that a sample lacks are left out. Empty: `txt`, or where there is none, `json.caption`.
       needed: refuse a sample without a caption, or with one that cannot be read.
+      by_line: every line of a `.txt` is a caption, as in CLIP_benchmark's exports for retrieval; else all of it is one.
 
     Raises:
       ConfigError: not such a field.
     """
 
-    def __init__(self, fields: tuple[str, ...] = (), *, needed: bool = True) -> None:
-        self._needed = needed
+    def __init__(self, fields: tuple[str, ...] = (), *, needed: bool = True, by_line: bool = False) -> None:
+        self._needed, self._by_line = needed, by_line
         self._fields = [_parse(field) for field in fields or DEFAULT]
         self._first_only = not fields
 
@@ -59,6 +60,7 @@ class CaptionFields:
         for place, share in self._fields:
             if place == "txt":
                 found = [decode_caption(text)] if text is not None else []
+                found = [line for caption in found for line in caption.splitlines()] if self._by_line else found
             elif metadata is None:
                 found = []
             else:

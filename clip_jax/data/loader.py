@@ -81,18 +81,21 @@ def open_part(config: RunConfig, data: DataConfig, source: Source | None = None)
     return Part(source, order, data.weight)
 
 
-def open_source(config: RunConfig, data: DataConfig, *, need_captions: bool = True) -> Source:
+def open_source(
+    config: RunConfig, data: DataConfig, *, need_captions: bool = True, captions_by_line: bool = False
+) -> Source:
     """Opens one source; a TFDS dataset of ours is built first if the config says so.
 
     Args:
       config: the run's.
       data: the source's section.
       need_captions: refuse a source, or a sample of tar shards, that has none.
+      captions_by_line: in tar shards, every line of a `.txt` is a caption.
     """
     if data.source == "synthetic":
         return SyntheticSource(_SYNTHETIC_RECORDS, config.model.vision.image_size, config.seed)
     if data.source == "tars":
-        return open_tars(data, need_captions=need_captions)
+        return open_tars(data, need_captions=need_captions, captions_by_line=captions_by_line)
     if data.source == "table":
         return TableSource(
             Path(data.table), image_key=data.image_key, caption_key=data.caption_key, image_root=data.image_root
@@ -111,7 +114,7 @@ def open_source(config: RunConfig, data: DataConfig, *, need_captions: bool = Tr
     )
 
 
-def open_named(data: str, config: RunConfig, *, need_captions: bool = True) -> Source:
+def open_named(data: str, config: RunConfig, *, need_captions: bool = True, captions_by_line: bool = False) -> Source:
     """Opens data that a person names on a command line.
 
     Args:
@@ -119,6 +122,7 @@ def open_named(data: str, config: RunConfig, *, need_captions: bool = True) -> S
         source of `config.data`, such as `source=tfds,dataset=digits,split=test`.
       config: for the size of synthetic images.
       need_captions: refuse a source, or a sample of tar shards, that has none.
+      captions_by_line: in tar shards, every line of a `.txt` is a caption.
 
     Raises:
       UserError: nothing there, or another kind of thing.
@@ -131,10 +135,12 @@ def open_named(data: str, config: RunConfig, *, need_captions: bool = True) -> S
         section = DataConfig(source="tars", shards=data)
     else:
         return FolderSource(Path(data))
-    return open_source(config, section, need_captions=need_captions)
+    return open_source(config, section, need_captions=need_captions, captions_by_line=captions_by_line)
 
 
-def open_tars(data: DataConfig, *, index: bool = False, need_captions: bool = True) -> TarSource:
+def open_tars(
+    data: DataConfig, *, index: bool = False, need_captions: bool = True, captions_by_line: bool = False
+) -> TarSource:
     """Opens tar shards; with `index`, after looking into all whose number of samples is not known."""
     keep = Filter(data.filters, data.uids)
     return TarSource(
@@ -147,6 +153,7 @@ def open_tars(data: DataConfig, *, index: bool = False, need_captions: bool = Tr
         threads=data.connections,
         index=index,
         need_captions=need_captions,
+        captions_by_line=captions_by_line,
     )
 
 

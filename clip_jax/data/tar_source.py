@@ -62,6 +62,7 @@ class TarSource:
         threads: int = 8,
         index: bool = False,
         need_captions: bool = True,
+        captions_by_line: bool = False,
     ) -> None:
         """Finds the shards and how many samples each has.
 
@@ -76,6 +77,7 @@ class TarSource:
           threads: shards looked at at the same time.
           index: look into however many shards whose number of samples is not known, remote ones too.
           need_captions: a sample without one cannot be used.
+          captions_by_line: every line of a `.txt` is a caption.
 
         Raises:
           UserError: no shards, or their counts are neither known nor to be found out.
@@ -83,7 +85,8 @@ class TarSource:
         self._storage = Storage(retry_s)
         self._sidecars = Sidecars(self._storage, index_dir)
         self._patterns = shards
-        self._captions, self._keep = CaptionFields(captions, needed=need_captions), keep or None
+        self._captions = CaptionFields(captions, needed=need_captions, by_line=captions_by_line)
+        self._keep = keep or None
         self._paths = expand(shards)
         digest = keep.digest if keep else ""
         with ThreadPoolExecutor(threads) as pool:

@@ -31,7 +31,7 @@ class Captioned(NamedTuple):
 
 
 def open_captioned(job: EvalJob, config: RunConfig) -> Source:
-    """Opens images with captions.
+    """Opens images with captions; in tar shards, every line of a `.txt` is one, as CLIP_benchmark reads its exports.
 
     Raises:
       UserError: nothing there, or no captions.
@@ -39,7 +39,7 @@ def open_captioned(job: EvalJob, config: RunConfig) -> Source:
     data = job.dataset
     is_path = data.endswith((".csv", ".tsv", ".parquet", ".tar")) or Path(data).expanduser().is_dir()
     if is_path or "=" in data:
-        return open_named(data, config)
+        return open_named(data, config, captions_by_line=True)
     section = DataConfig(
         dataset=data, split=job.split, data_dir=job.data_dir, image_key=job.image_key, caption_key=job.caption_key
     )
