@@ -1,5 +1,6 @@
 """The linear probe beside scikit-learn's, on real images; its features, its cache, its search."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
@@ -85,9 +87,40 @@ def test_of_equally_good_c_the_smallest_is_taken(mesh, monkeypatch):
 
 
 def test_every_class_gives_to_the_validation_split():
-    labels = np.repeat([0, 1, 2], [50, 10, 5])
+    sizes = [50, 10, 9, 5, 4, 3, 2, 1]
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(sizes)), sizes))
     chosen = split_off(labels)
-    assert [int(chosen[labels == label].sum()) for label in range(3)] == [10, 2, 1]
+    assert np.bincount(labels[chosen], minlength=len(sizes)).tolist() == [10, 2, 1, 1, 1, 1, 1, 0]
+    assert set(labels[~chosen]) == set(range(len(sizes)))  # and every class is fitted on
+
+
+def write_scans(folder, numbers):
+    """Writes scans of the digits into a folder for every class."""
+    found = load_digits()
+    for number in numbers:
+        path = folder / str(found.target[number]) / f"{number:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((found.images[number] * 15).astype(np.uint8)).save(path)
+
+
+def test_c_is_chosen_from_few_images(model, model_dir, tmp_path):
+    """Two of a class: one is held out; and none of one, where something else must be named."""
+    labels = load_digits().target
+    of_class = [np.flatnonzero(labels == label) for label in range(10)]
+    write_scans(tmp_path / "test", np.concatenate([numbers[10:13] for numbers in of_class]))
+    write_scans(tmp_path / "two", np.concatenate([numbers[:2] for numbers in of_class]))
+    write_scans(tmp_path / "one", [numbers[0] for numbers in of_class])
+    evaluator = Evaluator(model, str(model_dir), batch=16, threads=2, devices=jax.devices()[:1])
+    job = EvalJob(str(tmp_path / "test"), task="linear_probe", train=str(tmp_path / "two"))
+    result = evaluate(evaluator, job)
+    accuracies = result.details["validation_accuracy"]
+    assert accuracies[f"{result.details['c']:.6g}"] == max(accuracies.values()) > min(accuracies.values())
+    assert result.details["train_images"] == 20
+    result.write(tmp_path)  # JSON has no NaN
+    alone = dataclasses.replace(job, train=str(tmp_path / "one"))
+    with pytest.raises(UserError, match=r"no class of --train=.*one has two images, .* --validation"):
+        evaluate(evaluator, alone)
+    assert evaluate(evaluator, dataclasses.replace(alone, validation=job.train)).details["train_images"] == 30
 
 
 def test_features_are_a_vits_before_the_projection(model):

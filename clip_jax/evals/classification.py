@@ -94,7 +94,11 @@ def about(found: ZeroShotResult, source: LabelledSource) -> dict[str, Any]:
 
 
 def linear_probe_classification(evaluator: Evaluator, job: EvalJob) -> Found:
-    """Returns the accuracy of a logistic regression on features, fitted on other images of the same classes."""
+    """Returns the accuracy of a logistic regression on features, fitted on other images of the same classes.
+
+    Raises:
+      UserError: as `evaluate`; or no class has two images, so that none can be held out to choose C.
+    """
     source, classes = open_classes(job)
     train = _embedded_beside(evaluator, job, job.train, source)
     test = evaluator.images(source, kind="probe")
@@ -103,6 +107,11 @@ def linear_probe_classification(evaluator: Evaluator, job: EvalJob) -> Found:
     else:
         features, labels = train
         held_out = linear_probe.split_off(labels)
+        if not held_out.any():
+            raise UserError(
+                f"no class of --train={job.train} has two images, so none can be held out to choose C on; name some "
+                "with --validation"
+            )
         train, validation = (features[~held_out], labels[~held_out]), (features[held_out], labels[held_out])
     # Every process has all features, and fits by itself: L-BFGS asks for sums over the devices at every step.
     options: dict[str, Any] = {"classes": len(classes), "mesh": evaluator.own_mesh}

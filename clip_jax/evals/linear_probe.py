@@ -133,10 +133,14 @@ def choose_c(
 
 
 def split_off(labels: np.ndarray, *, every: int = 5) -> np.ndarray:
-    """Returns which images are for validation, bool [n]: of each class every fifth, in the images' order."""
+    """Returns which images are for validation, bool [n]: of each class every fifth, in the images' order.
+
+    Of a class with fewer it is the last one; an only image is not taken away.
+    """
     chosen = np.zeros(len(labels), bool)
     for label in np.unique(labels):
-        chosen[np.flatnonzero(labels == label)[every - 1 :: every]] = True
+        images = np.flatnonzero(labels == label)
+        chosen[images[every - 1 :: every] if len(images) >= every else images[1:][-1:]] = True
     return chosen
 
 
