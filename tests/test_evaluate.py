@@ -27,7 +27,7 @@ from clip_jax.evals.evaluator import Evaluator
 from clip_jax.evals.job import EvalJob
 from clip_jax.evals.prompts import class_names, templates
 from clip_jax.evals.published import PUBLISHED, published
-from clip_jax.evals.results import check, parse_target
+from clip_jax.evals.results import check, parse_target, write_table
 from clip_jax.evals.tasks import evaluate
 from clip_jax.evals.zero_shot import class_weights
 from clip_jax.partition import make_mesh, replicated
@@ -207,6 +207,46 @@ def test_json_is_clip_benchmarks(result, tmp_path, model_dir):
     for name, (low, high) in found["details"]["intervals"].items():
         assert low <= found["metrics"][name] <= high
     assert found["details"]["data"]["records"] == SCANS
+
+
+def test_no_evaluation_replaces_another(result, tmp_path):
+    """What a name does not say is told by a number; the same evaluation again has the same file."""
+
+    def asked(found, **values):
+        return dataclasses.replace(found, details=found.details | {"job": found.details["job"] | values})
+
+    narrow = result.details | {"model": result.details["model"] | {"dtype": "bfloat16"}}
+    different = [
+        result,
+        asked(result, split="train"),
+        asked(result, templates="photo"),
+        dataclasses.replace(result, pretrained="elsewhere/small"),
+        dataclasses.replace(result, details=narrow),
+    ]
+    files = [found.write(tmp_path) for found in different]
+    assert len(set(files)) == len(different)
+    plain = "benchmark_digits_small_custom_en_zeroshot_classification"
+    assert [file.name for file in files[:3]] == [f"{plain}.json", f"{plain}_2.json", f"{plain}_3.json"]
+    contents = [file.read_text() for file in files]
+    for found, file, content in reversed(list(zip(different, files, contents, strict=True))):
+        again = asked(dataclasses.replace(found, metrics={"acc1": 0.125}), check=["target=0.5,tol=0.1"])
+        assert again.write(tmp_path) == file
+        assert found.write(tmp_path) == file
+        assert file.read_text() == content
+
+
+def test_the_table_has_all_results_of_the_folder(result, tmp_path):
+    """Of earlier commands too, and CLIP_benchmark's own; what is no result is passed over."""
+    theirs = {"dataset": "x", "model": "m", "pretrained": "p", "task": "t", "language": "en", "metrics": {"map": 0.5}}
+    (tmp_path / "benchmark_theirs.json").write_text(json.dumps(theirs))
+    (tmp_path / "benchmark_damaged.json").write_text("{")
+    (tmp_path / "benchmark_list.json").write_text("[]")
+    result.write(tmp_path)
+    write_table(tmp_path)
+    header, *rows = (tmp_path / "results.csv").read_text().splitlines()
+    assert header == "acc1,acc5,mean_per_class_recall,map,dataset,model,pretrained,task,language,model_fullname"
+    assert [row.split(",")[3:6] for row in rows] == [["", "digits", "custom"], ["0.5", "x", "m"]]
+    assert rows[1].endswith(",m p")
 
 
 def test_fewer_than_five_classes_have_no_acc5(evaluator, scans, tmp_path):

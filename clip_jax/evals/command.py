@@ -21,17 +21,16 @@ def run_jobs(evaluator: Evaluator, jobs: Sequence[EvalJob], *, out: Path | None 
     Args:
       evaluator: of the model.
       jobs: what to evaluate.
-      out: folder for a JSON file of each, its figure where it has one, and a `results.csv` of all; None writes nothing.
+      out: folder for a JSON file of each, its figure where it has one, and a `results.csv` of all that lie there; None
+        writes nothing.
 
     Raises:
       UserError: as `evaluate`, `check` and `Result.write`.
     """
     first = jax.process_index() == 0
-    results: list[Result] = []
     checks: list[Check] = []
     for job in jobs:
         result = evaluate(evaluator, job)
-        results.append(result)
         if first:
             print_table(_title(result), COLUMNS, result.rows())
         if first and out is not None:
@@ -43,7 +42,7 @@ def run_jobs(evaluator: Evaluator, jobs: Sequence[EvalJob], *, out: Path | None 
         for target in job.targets:
             checks += check(result, target, model=evaluator.variant)
     if first and out is not None:
-        write_table(results, out / "results.csv")
+        write_table(out)
     if first and checks:
         print_table("Targets", CHECK_COLUMNS, [each.row() for each in checks])
     return all(each.passed for each in checks)

@@ -3,9 +3,10 @@
 Everything beyond that format is under one more key, `details`.
 """
 
+import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,7 +56,7 @@ class Result:
 
     @property
     def file_name(self) -> str:
-        """Returns the name of its file."""
+        """Returns the name of its file, where no other evaluation has it; see `write`."""
         return FILE_NAME.format(
             dataset=self.dataset.strip("/").replace("/", "_"),
             pretrained=Path(self.pretrained).name,
@@ -67,10 +68,13 @@ class Result:
     def write(self, folder: Path) -> Path:
         """Writes it into a folder, whole or not at all, and returns the file.
 
+        The same evaluation of the same model is replaced. One that differs in what the name does not say, such as the
+        split, the templates or the folder of the weights, is kept, and this one has a number behind its name.
+
         Raises:
           UserError: it cannot be written.
         """
-        file = folder / self.file_name
+        file = self._file_in(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with appearing(file) as temporary:
@@ -78,6 +82,13 @@ class Result:
         except OSError as error:
             raise UserError(f"{file} cannot be written: {error.strerror}") from None
         return file
+
+    def _file_in(self, folder: Path) -> Path:
+        """Returns the file that holds the same evaluation, or the first of its names that is free."""
+        plain, own = folder / self.file_name, _evaluation_of(self.to_dict())
+        numbered = (plain.with_stem(f"{plain.stem}_{number}") for number in itertools.count(2))
+        files = itertools.chain([plain], numbered)
+        return next(file for file in files if not file.exists() or _evaluation_of(_read(file)) == own)
 
     def rows(self) -> list[list[str]]:
         """Returns a row of a table for each metric."""
@@ -180,26 +191,44 @@ def check(result: Result, target: Target, *, model: str) -> list[Check]:
     return [Check(result.dataset, name, metrics[name], value, target.tolerance) for name, value in targets.items()]
 
 
-def write_table(results: Sequence[Result], path: Path) -> None:
-    """Writes all results as one CSV file, a row each, as CLIP_benchmark's `build` does.
+def write_table(folder: Path) -> None:
+    """Writes all results that lie in a folder into its `results.csv`, a row each, as CLIP_benchmark's `build` does.
 
     Raises:
       UserError: it cannot be written.
     """
     import csv
 
-    names = list(dict.fromkeys(name for result in results for name in result.metrics))
+    found = [_read(file) for file in sorted(folder.glob("benchmark_*.json"))]
+    results = [values for values in found if values]
+    names = list(dict.fromkeys(name for values in results for name in values["metrics"]))
+    path = folder / "results.csv"
     try:
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow([*names, "dataset", "model", "pretrained", "task", "language", "model_fullname"])
-            for result in results:
-                values = result.to_dict()
-                about = [values[key] for key in ("dataset", "model", "pretrained", "task", "language")]
-                full_name = f"{result.model} {result.pretrained}"
+            for values in results:
+                about = [values.get(key) for key in ("dataset", "model", "pretrained", "task", "language")]
+                full_name = f"{values.get('model')} {values.get('pretrained')}"
                 writer.writerow([*(values["metrics"].get(name) for name in names), *about, full_name])
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """Returns a result as JSON holds it; empty where the file holds none."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) and isinstance(values.get("metrics"), dict) else {}
+
+
+def _evaluation_of(values: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Returns of which weights a result is, in which dtype, and of what; whatever was found or should have been."""
+    details = values.get("details", {})
+    job = {key: value for key, value in details.get("job", {}).items() if key != "check"}
+    return values.get("pretrained"), details.get("model", {}).get("dtype"), job
 
 
 def _percent(value: float) -> str:
