@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("folder", type=Path, help="where to; must not exist")
     export.add_argument("--layout", required=True, help="openai, open_clip, hugging_face or stablehlo")
     export.add_argument("--classes", type=Path, help="stablehlo: a text file of class names, one a line")
-    export.add_argument("--prompts", default="photo", help="stablehlo: template set for the classes")
+    export.add_argument("--prompts", help="stablehlo: template set for the classes (photo)")
     export.add_argument("--activation", choices=("quick_gelu", "gelu"), help="of a .pt file, which does not say it")
     export.add_argument("--image-size", type=int, help="resize positions for images of this side in pixels")
     export.set_defaults(run=_export)
@@ -196,7 +196,7 @@ def _add_eval(commands: Any) -> None:
     evaluate.add_argument("--classes", help="open_clip, clip_benchmark, or a .txt or .json file (the dataset's own)")
     evaluate.add_argument("--templates", help="a template set, open_clip, clip_benchmark, or a .txt or .json file")
     evaluate.add_argument("--language", help="of class names and templates (en)")
-    evaluate.add_argument("--train", help="linear_probe: a TFDS split, a folder or tar shards to fit on (train)")
+    evaluate.add_argument("--train", help="linear_probe: a folder, tar shards or a TFDS split to fit on (train)")
     evaluate.add_argument("--validation", help="linear_probe: the same, to choose C on (default: a part of --train)")
     evaluate.add_argument("--words", help="typographic: file of what is written for each class (default: its name)")
     evaluate.add_argument("--groups", help="groups: file with the group of every image")
@@ -357,6 +357,8 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
+    if arguments.prompts is not None and arguments.classes is None:
+        raise UserError("--prompts has no meaning without --classes")
     from clip_jax.evals.prompts import templates
     from clip_jax.interop.export import classes_of, export
     from clip_jax.interop.read import read_weights
@@ -364,7 +366,7 @@ def _export(arguments: argparse.Namespace) -> None:
     weights = read_weights(arguments.source, image_size=arguments.image_size, activation=arguments.activation)
     classes = None
     if arguments.classes is not None:
-        classes = classes_of(weights, _read_lines(arguments.classes), templates(arguments.prompts))
+        classes = classes_of(weights, _read_lines(arguments.classes), templates(arguments.prompts or "photo"))
     compared = export(weights, arguments.folder, arguments.layout, source=arguments.source, classes=classes)
     for reader, difference in compared:
         print(f"read by {reader}: unit features differ by {difference:.1e}")
@@ -534,13 +536,13 @@ def _eval(arguments: argparse.Namespace) -> None:
 
     from clip_jax.config import DistributedConfig
     from clip_jax.distributed import processes
-    from clip_jax.evals.job import EvalJob, read_suite
+    from clip_jax.evals.job import EvalJob, make_job, read_suite
 
     if arguments.dataset and arguments.suite:
         raise UserError("--dataset names one dataset, and --suite many; give one of them")
     given: dict[str, Any] = {field.name: getattr(arguments, field.name) for field in fields(EvalJob)}
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if value}
-    jobs = [EvalJob(**given)] if arguments.suite is None else read_suite(arguments.suite, given)
+    jobs = [make_job(given)] if arguments.suite is None else read_suite(arguments.suite, given)
     with processes(DistributedConfig()):
         from clip_jax.evals.command import run_jobs
         from clip_jax.evals.evaluator import Evaluator

@@ -24,7 +24,7 @@ from clip_jax.errors import UserError
 from clip_jax.evals import prompts
 from clip_jax.evals.evaluation import Evaluation, scalars
 from clip_jax.evals.evaluator import Evaluator
-from clip_jax.evals.job import EvalJob
+from clip_jax.evals.job import EvalJob, read_suite
 from clip_jax.evals.prompts import class_names, templates
 from clip_jax.evals.published import PUBLISHED, published
 from clip_jax.evals.results import check, parse_target, write_table
@@ -304,6 +304,28 @@ check = ["target={acc1 + 0.02:.4f},tol=0.01", "target=0.5,tol=0.5,metric=acc5"]
     assert second.split(",")[3] == "mine"
 
 
+def test_what_is_said_for_a_whole_suite_holds_where_it_has_a_meaning(folders, tmp_path):
+    (tmp_path / "suite.toml").write_text(f"""
+split = "validation"
+templates = "de.txt"
+
+[[evaluation]]
+dataset = "digits"
+
+[[evaluation]]
+dataset = "{folders}"
+templates = "photo"
+
+[[evaluation]]
+dataset = "pairs.csv"
+task = "zeroshot_retrieval"
+""")
+    first, second, third = read_suite(tmp_path / "suite.toml", {"language": "de", "caption_key": "text"})
+    assert first == EvalJob("digits", split="validation", templates="de.txt", language="de")
+    assert second == EvalJob(str(folders), templates="photo")
+    assert third == EvalJob("pairs.csv", task="zeroshot_retrieval")
+
+
 def test_a_target_that_is_met_is_exit_code_0(digits_dir, model_dir, result, capsys):
     options = [f"--split=test[:{SCANS}]", f"--data-dir={digits_dir}", "--templates=digits_unseen", "--batch=16"]
     target = f"--check=target={result.metrics['acc1']:.3f},tol=0.001"
@@ -369,6 +391,20 @@ def test_class_names_and_templates_from_text_files(tmp_path):
         (["--dataset={loose}"], "is in no class's folder"),
         (["--dataset={unlabelled}"], "s0 in {unlabelled} has no class: there must be a number in its .cls"),
         (["--dataset={digits}", "--classes={two}"], "2 class names are given, and "),
+        (["--dataset={digits}", "--task=linear_probe"], "--task=linear_probe needs --train: another folder or tar "),
+        (["--dataset={digits}", "--split=validation"], "--split has no meaning with a folder"),
+        (["--dataset={unlabelled}", "--data-dir=/data"], "--data-dir has no meaning with tar shards"),
+        (["--dataset={digits}", "--words={two}"], "--words has no meaning with --task=zeroshot_classification"),
+        (["--dataset={digits}", "--caption-key=text"], "--caption-key has no meaning with --task=zeroshot_classifi"),
+        (["--task=typographic", "--image-key=image"], "--image-key has no meaning without --dataset"),
+        (
+            ["--dataset={digits}", "--language=de", "--templates=photo"],
+            "--language has no meaning without --classes or --templates in that language (clip_benchmark or a file)",
+        ),
+        (
+            ["--suite={useless}"],
+            "useless.toml, evaluation 2: --groups has no meaning with --task=zeroshot_retrieval",
+        ),
         (["--dataset={digits}", "--templates=phot"], "no template set 'phot'; did you mean 'photo'"),
         (
             ["--suite={suite}"],
@@ -386,12 +422,15 @@ def test_mistakes_are_one_line(arguments, message, folders, model_dir, tmp_path,
         add(tar, "s0.png", picture.getvalue())
     (tmp_path / "two.txt").write_text("one\ntwo\n")
     (tmp_path / "suite.toml").write_text('[[evaluation]]\ndateset = "digits"\n')
+    retrieval = '[[evaluation]]\ndataset = "x"\ntask = "zeroshot_retrieval"\n'
+    (tmp_path / "useless.toml").write_text(retrieval + retrieval + 'groups = "g.txt"\n')
     names = {
         "loose": tmp_path / "loose",
         "unlabelled": tmp_path / "unlabelled.tar",
         "digits": folders,
         "two": tmp_path / "two.txt",
         "suite": tmp_path / "suite.toml",
+        "useless": tmp_path / "useless.toml",
     }
     assert run(str(model_dir), *(argument.format(**names) for argument in arguments)) == 2
     error = capsys.readouterr().err

@@ -432,6 +432,21 @@ def test_a_stablehlo_export_with_classes(tmp_path, capsys):
     capsys.readouterr()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--layout=open_clip", "--prompts=photo"], "--prompts has no meaning without --classes")],
+)
+def test_mistakes_of_an_export_are_one_line(arguments, message, tmp_path, capsys):
+    write_open_clip(tmp_path, weights_of("vit"))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["export", str(tmp_path), str(tmp_path / "out"), *arguments])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 def test_inspect_says_what_weights_are(tmp_path, capsys):
     write_open_clip(tmp_path, weights_of("resnet"))
     cli.main(["inspect", str(tmp_path)])

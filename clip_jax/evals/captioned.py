@@ -1,7 +1,6 @@
 """Images with captions, for retrieval: both are read once, each process its slice, and every process gets all."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -36,12 +35,14 @@ def open_captioned(job: EvalJob, config: RunConfig) -> Source:
     Raises:
       UserError: nothing there, or no captions.
     """
-    data = job.dataset
-    is_path = data.endswith((".csv", ".tsv", ".parquet", ".tar")) or Path(data).expanduser().is_dir()
-    if is_path or "=" in data:
-        return open_named(data, config, captions_by_line=True)
+    if job.kind != "tfds":
+        return open_named(job.dataset, config, captions_by_line=True)
     section = DataConfig(
-        dataset=data, split=job.split, data_dir=job.data_dir, image_key=job.image_key, caption_key=job.caption_key
+        dataset=job.dataset,
+        split=job.split,
+        data_dir=job.data_dir,
+        image_key=job.image_key,
+        caption_key=job.caption_key,
     )
     return open_source(config, section)
 

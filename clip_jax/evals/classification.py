@@ -100,7 +100,8 @@ def linear_probe_classification(evaluator: Evaluator, job: EvalJob) -> Found:
       UserError: as `evaluate`; or no class has two images, so that none can be held out to choose C.
     """
     source, classes = open_classes(job)
-    train = _embedded_beside(evaluator, job, job.train, source)
+    fitted_on = job.train or "train"
+    train = _embedded_beside(evaluator, job, fitted_on, source)
     test = evaluator.images(source, kind="probe")
     if job.validation:
         validation = _embedded_beside(evaluator, job, job.validation, source)
@@ -109,7 +110,7 @@ def linear_probe_classification(evaluator: Evaluator, job: EvalJob) -> Found:
         held_out = linear_probe.split_off(labels)
         if not held_out.any():
             raise UserError(
-                f"no class of --train={job.train} has two images, so none can be held out to choose C on; name some "
+                f"no class of --train={fitted_on} has two images, so none can be held out to choose C on; name some "
                 "with --validation"
             )
         train, validation = (features[~held_out], labels[~held_out]), (features[held_out], labels[held_out])

@@ -76,7 +76,7 @@ def word_order(evaluator: Evaluator, job: EvalJob) -> Found:
     different classes are put side by side, and the caption says which is left of which. The control exchanges one of
     the two objects by another: a model that sees them should not be fooled. By chance, either is half right.
     """
-    if job.dataset.endswith((".csv", ".tsv", ".parquet")):
+    if job.kind == "table":
         return _given_captions(evaluator, Path(job.dataset))
     source, classes = open_classes(job)
     labels = [source[number].label for number in range(len(source))]
