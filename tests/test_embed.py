@@ -1,5 +1,6 @@
 """Embeddings: every record once whatever happens, bad ones named, vectors those of the model."""
 
+import io
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
+from PIL import Image
 from pyarrow import parquet
 from search_fixtures import BAD, GOOD, MODEL, bomb, picture, write_pictures
 from tars import add, write_shards
@@ -70,6 +72,15 @@ def test_what_cannot_be_used_is_named(vectors, pictures):
         str(pictures / name) for name in ("damaged.jpg", "empty.png", "vast.png")
     }
     assert all(reject["message"] for reject in rejects)
+
+
+def test_large_images_of_16_bit_grey_are_embedded(model, tmp_path):
+    """Many times larger than their thumbnails."""
+    (tmp_path / "in").mkdir()
+    Image.fromarray(np.full((900, 900), 30_000, np.uint16)).save(tmp_path / "in" / "grey.png")
+    run(FolderSource(tmp_path / "in"), tmp_path / "out", model)
+    [row] = rows_of(tmp_path / "out")
+    assert Image.open(io.BytesIO(row["thumbnail"])).size == (192, 192)
 
 
 @pytest.mark.parametrize("devices_do_not_divide", [3, 8])

@@ -253,9 +253,23 @@ def test_preprocess_is_plain_json():
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "I"])
-def test_thumbnails_of_every_mode(mode):
+@pytest.mark.parametrize("longest", [100, 50])  # PIL thins out what is 4 times larger before it resizes
+def test_thumbnails_of_every_mode(mode, longest):
     image = Image.new("RGB", (300, 60), (200, 30, 40)).convert("L" if mode == "I;16" else mode.removesuffix("A"))
     image = image.convert("LA").convert("PA") if mode == "PA" else image.convert(mode)
-    small = Image.open(io.BytesIO(to_jpeg(image, longest=100)))
-    assert (small.format, small.mode, small.size) == ("JPEG", "RGB", (100, 20))
+    small = Image.open(io.BytesIO(to_jpeg(image, longest=longest)))
+    assert (small.format, small.mode, small.size) == ("JPEG", "RGB", (longest, longest // 5))
     assert image.size == (300, 60)  # what was given is as it was
+
+
+def test_a_thumbnail_of_16_bit_grey_shows_it():
+    """The range of 16 bits is scaled, so that what is dark and what is bright can be told apart."""
+    grey = np.repeat(np.linspace(0, 65_535, 256, dtype=np.uint16)[None], 64, axis=0)
+    shown = np.asarray(Image.open(io.BytesIO(to_jpeg(Image.fromarray(grey), longest=32))).convert("L"), float)
+    np.testing.assert_allclose(shown.mean(axis=0), np.linspace(4, 251, 32), atol=4)
+
+
+@pytest.mark.parametrize("use", [lambda image: to_jpeg(image, longest=8), lambda image: eval_image(image, SMALL)])
+def test_what_pil_cannot_convert_is_an_image_error(use):
+    with pytest.raises(ImageError, match="the image cannot be decoded: conversion from La to L not supported"):
+        use(Image.new("La", (64, 64)))

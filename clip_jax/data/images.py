@@ -9,9 +9,10 @@ EXIF orientation is not applied and transparency is dropped, not blended: CLIP's
 are stored. Imports neither JAX nor TensorFlow, for worker processes start with it.
 """
 
+import contextlib
 import functools
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -157,14 +158,16 @@ def eval_image(image: ImageLike, preprocess: Preprocess) -> np.ndarray:
       preprocess: s is its size.
 
     Raises:
-      ImageError: as `decode`; or a strip so long that, resized, it has more than MAX_PIXELS pixels.
+      ImageError: as `decode`; of a pixel format that PIL cannot convert; or a strip so long that, resized, it has more
+        than MAX_PIXELS pixels.
     """
     if isinstance(image, bytes | np.ndarray):
         image = open_image(image)
     size = preprocess.size
-    resized = resize(image, *resized_size(*image.size, size))
-    left, top = (round((side - size) / 2) for side in resized.size)
-    return np.array(_drop_to_rgb(resized.crop((left, top, left + size, top + size))))
+    with _one_kind_of_error():
+        resized = resize(image, *resized_size(*image.size, size))
+        left, top = (round((side - size) / 2) for side in resized.size)
+        return np.array(_drop_to_rgb(resized.crop((left, top, left + size, top + size))))
 
 
 def normalize(images: Any, preprocess: Preprocess, dtype: Any = "float32") -> Any:
@@ -240,14 +243,25 @@ def _with_pil(encoded: bytes, use: Callable[[PILImage], T]) -> T:
     """Returns what `use` makes of an image that PIL opened."""
     from PIL import Image
 
-    # PIL's readers are many; on damaged bytes they raise OSError, SyntaxError, struct.error, IndexError and more.
     if not encoded:
         raise ImageError("the image is empty (0 bytes)")
+    with _one_kind_of_error(encoded), Image.open(io.BytesIO(encoded), formats=_formats()) as image:
+        _check_size(*image.size)
+        _check_range(image)
+        return use(image)
+
+
+@contextlib.contextmanager
+def _one_kind_of_error(encoded: bytes = b"") -> Iterator[None]:
+    """Says as an ImageError what PIL could not do with an image.
+
+    Its readers are many; on damaged bytes they raise OSError, SyntaxError, struct.error, IndexError and more. A pixel
+    format that cannot be resized or converted is a ValueError.
+    """
+    from PIL import Image
+
     try:
-        with Image.open(io.BytesIO(encoded), formats=_formats()) as image:
-            _check_size(*image.size)
-            _check_range(image)
-            return use(image)
+        yield
     except ImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -316,13 +330,22 @@ def resized_size(width: int, height: int, size: int) -> tuple[int, int]:
 
 
 def to_jpeg(image: PILImage, *, longest: int) -> bytes:
-    """Returns a small JPEG for people to look at; its longer side has so many pixels at most."""
-    small = image.copy()
-    if small.mode == "P":
-        small = _drop_to_rgb(small)
-    small.thumbnail((longest, longest))
+    """Returns a small JPEG for people to look at; its longer side has so many pixels at most.
+
+    16-bit grey is scaled to 8 bits.
+
+    Raises:
+      ImageError: of a pixel format that PIL cannot convert.
+    """
+    from PIL import Image
+
     buffer = io.BytesIO()
-    _drop_to_rgb(small).save(buffer, "JPEG", quality=85)
+    with _one_kind_of_error():
+        small = image.copy()
+        if small.mode == "P" or small.mode.startswith("I;16"):
+            small = Image.fromarray(_to_rgb(small))
+        small.thumbnail((longest, longest))
+        _drop_to_rgb(small).save(buffer, "JPEG", quality=85)
     return buffer.getvalue()
 
 
