@@ -567,6 +567,7 @@ def _classify(arguments: argparse.Namespace) -> None:
     from clip_jax.evals.prompts import templates
     from clip_jax.pretrained import load
 
+    _make_folder_of(arguments.plot)
     prompts = AS_WRITTEN if arguments.prompts is None else templates(arguments.prompts)
     shares = classify_images(load(arguments.model), arguments.images, arguments.labels, templates=prompts)
     orders = [sorted(range(len(row)), key=lambda i, row=row: -row[i]) for row in shares]
@@ -669,6 +670,7 @@ def _search(arguments: argparse.Namespace) -> None:
     for name in ("top", "nprobe"):
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             raise UserError(f"--{name} is {getattr(arguments, name)}; it must be positive")
+    _make_folder_of(arguments.sheet)
     searcher = open_searcher(arguments.index, arguments.model, nprobe=arguments.nprobe)
     if arguments.image is None:
         [hits] = searcher.by_text([arguments.text], top=arguments.top)
@@ -752,7 +754,20 @@ def _read_lines(path: Path) -> list[str]:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
-    return [line for line in lines if line]
+    found = [line for line in lines if line]
+    if not found:
+        raise UserError(f"{path} holds nothing; there must be a text on each line")
+    return found
+
+
+def _make_folder_of(file: Path | None) -> None:
+    """Makes the folder of what will be drawn, so that it cannot fail after the work."""
+    if file is None:
+        return
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{file} cannot be written: {file.parent}: {error.strerror}") from None
 
 
 if __name__ == "__main__":

@@ -434,12 +434,17 @@ def test_a_stablehlo_export_with_classes(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--layout=open_clip", "--prompts=photo"], "--prompts has no meaning without --classes")],
+    [
+        (["--layout=open_clip", "--prompts=photo"], "--prompts has no meaning without --classes"),
+        (["--layout=stablehlo", "--classes={empty}"], "empty.txt holds nothing; there must be a text on each line"),
+    ],
 )
 def test_mistakes_of_an_export_are_one_line(arguments, message, tmp_path, capsys):
     write_open_clip(tmp_path, weights_of("vit"))
+    (tmp_path / "empty.txt").write_text("\n \n")
+    given = [argument.format(empty=tmp_path / "empty.txt") for argument in arguments]
     with pytest.raises(SystemExit) as ended:
-        cli.main(["export", str(tmp_path), str(tmp_path / "out"), *arguments])
+        cli.main(["export", str(tmp_path), str(tmp_path / "out"), *given])
     assert ended.value.code == 2
     error = capsys.readouterr().err
     assert message in error

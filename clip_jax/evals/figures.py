@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from clip_jax.data.storage import appearing
+from clip_jax.errors import UserError
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 else:
@@ -166,14 +169,18 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save(figure: Figure, path: Path) -> None:
+    """Writes a figure as PNG.
+
+    Raises:
+      UserError: it cannot be written.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.text import Text
 
     for text in figure.findobj(Text):  # a caption with two dollars is no formula
         text.set_parse_math(False)
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        FigureCanvasAgg(figure).print_png(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        with appearing(path) as temporary:
+            FigureCanvasAgg(figure).print_png(temporary)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None
