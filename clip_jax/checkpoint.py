@@ -19,13 +19,14 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import flax
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
@@ -40,7 +41,7 @@ from clip_jax.distributed import any_process, from_first
 from clip_jax.errors import UserError, one_line
 from clip_jax.models.clip import CLIP, Variables, init_variables
 from clip_jax.models.variants import ModelConfig
-from clip_jax.state import TrainState
+from clip_jax.state import TrainState, from_average, to_average
 
 _JSON_ITEMS = ("data", "config", "metadata")
 _ITEMS = ("state", *_JSON_ITEMS, "record")
@@ -150,6 +151,8 @@ class Checkpoints:
     def restore(self, step: int, target: TrainState) -> Restored:
         """Reads a checkpoint onto the mesh of `target`; collective over processes.
 
+        An average that lacks statistics, see `_averages_statistics`, begins with those that were trained.
+
         Args:
           step: as `latest` gives it.
           target: shapes, dtypes and shardings, as `abstract_state` gives them.
@@ -160,6 +163,9 @@ class Checkpoints:
         """
         contents, state = self._everywhere(functools.partial(self._read_state, step, target))
         _compare(checksums(state), contents.leaves)
+        if "batch_stats" in target.ema and not _averages_statistics(contents.leaves):
+            statistics = jax.tree.map(jnp.copy, state.batch_stats)
+            state = state.replace(ema={"params": state.ema, "batch_stats": statistics})
         skips = tuple((int(begin), int(end)) for begin, end in contents.data["skips"])
         return Restored(state, contents.data["position"], skips)
 
@@ -202,22 +208,23 @@ class Checkpoints:
         Args:
           step: as `latest` gives it.
           target: their shapes and dtypes.
-          ema: take the average of the parameters for the parameters.
+          ema: take their average, if it is whole, see `_averages_statistics`; else they are taken, with a warning.
 
         Raises:
           DamagedError: they are not what was written.
         """
-        params = "ema" if ema else "params"
-        item = {params: target["params"], "batch_stats": target["batch_stats"]}
+        leaves, folder = self.read_contents(step).leaves, self._folder / str(step)
+        if ema and target["batch_stats"] and not _averages_statistics(leaves):
+            _LOG.warning("%s averages parameters without BatchNorm's statistics; what was trained is taken", folder)
+            ema = False
+        item = {"ema": to_average(target)} if ema else dict(target)
         as_numpy = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype), item)
         arguments = ocp.args.PyTreeRestore(item, restore_args=as_numpy, partial_restore=True)
-        leaves = self.read_contents(step).leaves
-        folder = self._folder / str(step)
         found = _judged(
             lambda: ocp.PyTreeCheckpointHandler().restore(epath.Path(folder / "state"), args=arguments), folder
         )
         _compare(checksums(found), leaves)
-        return {"params": found[params], "batch_stats": found["batch_stats"]}
+        return from_average(found["ema"]) if ema else found
 
     def save(
         self,
@@ -401,6 +408,8 @@ class Checkpoints:
     def _read_state(self, step: int, target: TrainState) -> tuple[Contents, TrainState]:
         """Reads this process's part of a checkpoint, alone."""
         contents, folder = self.read_contents(step), self._folder / str(step)
+        if "batch_stats" in target.ema and not _averages_statistics(contents.leaves):
+            target = target.replace(ema=target.ema["params"])
         _check_same_leaves(contents.leaves, target, folder)
         handler, arguments = ocp.StandardCheckpointHandler(), ocp.args.StandardRestore(target)
         return contents, _judged(lambda: handler.restore(epath.Path(folder / "state"), args=arguments), folder)
@@ -431,7 +440,7 @@ class _Manager(ocp.CheckpointManager):
 def read_run(workdir: Path) -> tuple[ModelConfig, Variables, Preprocess]:
     """Returns the model of a run's newest good checkpoint: sizes, variables as NumPy arrays, preprocessing.
 
-    Where the run keeps an average of its parameters, these are it. Newer checkpoints that are not what was written are
+    Where the run keeps an average of its variables, these are it. Newer checkpoints that are not what was written are
     passed over with a warning; nothing is written.
 
     Raises:
@@ -546,6 +555,11 @@ def _compare(found: Mapping[str, str], leaves: Mapping[str, Mapping[str, Any]]) 
     if changed:
         more = f" and {len(changed) - 3} more leaves" if len(changed) > 3 else ""
         raise DamagedError(f"has changed in {', '.join(changed[:3])}{more}")
+
+
+def _averages_statistics(leaves: Iterable[str]) -> bool:
+    """Whether a checkpoint's average holds BatchNorm's statistics; those of older versions do not."""
+    return any(path.startswith("ema/batch_stats/") for path in leaves)
 
 
 def _check_same_leaves(leaves: Mapping[str, Mapping[str, Any]], target: TrainState, where: Path) -> None:

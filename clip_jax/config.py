@@ -242,8 +242,8 @@ class OptimConfig:
       lr_multipliers: `regex=factor`; the update of a parameter, its decay included, is multiplied by the factor of the
         first regex that is found in its path, such as `("^image/=0.1", "^text/transformer/block_0/=0.5")`.
       mu_dtype: of the first moment in memory; bfloat16 saves 2 bytes a parameter.
-      ema_decay: keep an average of the parameters, average ← decay · average + (1 - decay) · parameters, and evaluate
-        and export that; 0 means none.
+      ema_decay: keep an average of the parameters and of BatchNorm's running statistics, average ← decay · average +
+        (1 - decay) · values, and evaluate and export that; 0 means none.
     """
 
     lr: float = 5e-4

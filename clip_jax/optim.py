@@ -131,9 +131,9 @@ def gradient_norms(gradients: dict[str, Any]) -> dict[str, jax.Array]:
     return {"gradient_norm": jnp.sqrt(sum(squares.values())), **parts}
 
 
-def moving_average(average: Any, params: Any, *, decay: float) -> Any:
-    """Returns the next exponential moving average of the parameters."""
-    return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, average, params)
+def moving_average(average: Any, values: Any, *, decay: float) -> Any:
+    """Returns the next exponential moving average of a tree of values."""
+    return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, average, values)
 
 
 def _checked(config: OptimConfig, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:

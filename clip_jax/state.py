@@ -23,7 +23,7 @@ class TrainState(flax.struct.PyTreeNode):
       params: float32, nested dicts.
       batch_stats: running statistics of a ResNet's BatchNorms; empty for a ViT.
       opt_state: optax's.
-      ema: moving average of `params`, and sharded like them; empty without one.
+      ema: moving average of what `to_average` gives, and sharded like that; empty without one.
     """
 
     step: Any
@@ -39,15 +39,29 @@ class TrainState(flax.struct.PyTreeNode):
 
     @property
     def inference_variables(self) -> Variables:
-        """What evaluation applies the model to: the average of the parameters where there is one."""
-        return {"params": self.ema or self.params, "batch_stats": self.batch_stats}
+        """What evaluation applies the model to: the average where there is one."""
+        return from_average(self.ema) if self.ema else self.variables
+
+
+def to_average(variables: Variables) -> Any:
+    """Returns what is averaged: all variables, which of a ViT are its parameters alone.
+
+    A ResNet's running statistics are those of the activations that the parameters of the last steps gave; averaged
+    parameters give others.
+    """
+    return variables if variables["batch_stats"] else variables["params"]
+
+
+def from_average(average: Any) -> Variables:
+    """Undoes `to_average`."""
+    return average if "batch_stats" in average else {"params": average, "batch_stats": {}}
 
 
 def new_state(model: CLIP, optimizer: optax.GradientTransformation, seed: int, *, ema: bool = False) -> TrainState:
     """Returns a fresh state; pure, so that it can be traced and jitted into shardings."""
     variables = init_variables(model, jax.random.key(seed))
     params = variables["params"]
-    average = jax.tree.map(jnp.copy, params) if ema else {}
+    average = jax.tree.map(jnp.copy, to_average(variables)) if ema else {}
     return TrainState(step=jnp.zeros((), jnp.int32), opt_state=optimizer.init(params), ema=average, **variables)
 
 
@@ -61,7 +75,7 @@ def abstract_state(
       optimizer: as `make_optimizer` gives it.
       mesh: the devices.
       zero1: as in `MeshConfig`.
-      ema: with a moving average of the parameters.
+      ema: with a moving average.
     """
     shapes = jax.eval_shape(lambda: new_state(model, optimizer, 0, ema=ema))
     shardings = state_shardings(shapes, mesh)
@@ -101,7 +115,7 @@ def start_from(state: TrainState, arrays: Mapping[str, np.ndarray]) -> TrainStat
         return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
     placed = {name: replaced(tree) for name, tree in state.variables.items()}
-    average = jax.tree.map(jnp.copy, placed["params"]) if state.ema else {}
+    average = jax.tree.map(jnp.copy, to_average(placed)) if state.ema else {}
     return state.replace(**placed, ema=average)
 
 

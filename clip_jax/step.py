@@ -23,7 +23,7 @@ from clip_jax.models.clip import CLIP, CLIPOutput
 from clip_jax.optim import clamp_scale, gradient_norms, is_schedule, learning_rate, moving_average
 from clip_jax.overlap import overlap_options
 from clip_jax.partition import place_rows, replicated, row_sharding
-from clip_jax.state import TrainState
+from clip_jax.state import TrainState, to_average
 from clip_jax.text_groups import Groups
 from clip_jax.tiled_loss import tiled_loss
 from clip_jax.towers import Batch, Towers
@@ -83,8 +83,10 @@ def make_train_step(
     def advance(state: TrainState, grads: Any, batch_stats: Any) -> TrainState:
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = clamp_scale(cast(dict, optax.apply_updates(state.params, updates)), optim.max_scale)
-        ema = moving_average(state.ema, params, decay=optim.ema_decay) if state.ema else state.ema
-        return TrainState(state.step + 1, params, batch_stats, opt_state, ema)
+        new = TrainState(state.step + 1, params, batch_stats, opt_state)
+        if not state.ema:
+            return new
+        return new.replace(ema=moving_average(state.ema, to_average(new.variables), decay=optim.ema_decay))
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         if random_patches:

@@ -14,6 +14,7 @@ from tiny import TINY
 from clip_jax.checkpoint import Checkpoints, read_run
 from clip_jax.config import CheckpointConfig, MeshConfig, as_json
 from clip_jax.models.clip import CLIP
+from clip_jax.models.variants import ResNetConfig
 from clip_jax.optim import make_optimizer
 from clip_jax.partition import make_mesh
 from clip_jax.state import abstract_state, create_state
@@ -195,3 +196,39 @@ def test_what_a_run_gives_is_its_average(tmp_path):
     _, variables, _ = read_run(tmp_path)
     for a, b in zip(*map(jax.tree.leaves, (variables["params"], state.ema)), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+RESNET = dataclasses.replace(
+    TINY.model, vision=ResNetConfig(image_size=32, width=8, heads=4, layers=(1, 1, 1, 1)), bn_group=8
+)
+
+
+@pytest.fixture(scope="module")
+def averaging():
+    """A run of a ResNet, and a state of it whose average is another model than what was trained."""
+    run = dataclasses.replace(TINY, model=RESNET, optim=dataclasses.replace(TINY.optim, ema_decay=0.9))
+    state = create_state(CLIP(RESNET), OPTIMIZER, mesh=make_mesh(MeshConfig()), seed=0, ema=True)
+    return run, state.replace(**jax.tree.map(lambda x: x + 1, state.variables))
+
+
+def test_what_a_resnet_gives_is_averaged_whole(averaging, tmp_path):
+    run, state = averaging
+    checkpoints = Checkpoints(tmp_path, run.checkpoint)
+    checkpoints.save(1, state, position=0, config=run, data={}, now=True)
+    checkpoints.wait()
+    assert_same_bits(checkpoints.restore(1, target_of(state)).state, state)
+    checkpoints.close()
+    assert_same_bits(read_run(tmp_path)[1], state.inference_variables)
+
+
+def test_an_average_without_statistics_is_not_taken_and_goes_on_with_the_trained_ones(averaging, tmp_path, caplog):
+    run, state = averaging
+    older = state.replace(ema=state.ema["params"])
+    checkpoints = Checkpoints(tmp_path, run.checkpoint)
+    checkpoints.save(1, older, position=0, config=run, data={}, now=True)
+    checkpoints.wait()
+    restored = checkpoints.restore(1, target_of(state)).state
+    checkpoints.close()
+    assert_same_bits(restored, state.replace(ema={"params": older.ema, "batch_stats": state.batch_stats}))
+    assert_same_bits(read_run(tmp_path)[1], state.variables)
+    assert "averages parameters without BatchNorm's statistics; what was trained is taken" in caplog.text

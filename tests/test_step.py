@@ -255,6 +255,20 @@ def test_the_average_follows_the_parameters_and_is_sharded_like_them():
     assert setup(TINY, 1)[1].inference_variables["params"] is not state.ema
 
 
+def test_the_average_of_a_resnet_holds_its_running_statistics():
+    """Else averaged parameters would be normalised by what those of the last steps gave."""
+    run = with_optim(resnet(0), ema_decay=0.5)
+    mesh, state, step = setup(run, 1)
+    expected = jax.device_get(state.variables)
+    for batch in synthetic(run, 2):
+        state, _ = step(state, place_rows(batch, mesh))
+        expected = jax.tree.map(lambda old, new: 0.5 * old + 0.5 * np.asarray(new), expected, state.variables)
+    assert leaf_paths(state.inference_variables) == leaf_paths(expected)
+    for a, b in zip(*map(jax.tree.leaves, (state.inference_variables, expected)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8)
+    assert not any(same(state.inference_variables["batch_stats"], state.batch_stats))
+
+
 def same(a, b):
     return [bool((x == y).all()) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True)]
 
