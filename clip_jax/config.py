@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from clip_jax import text_groups
 from clip_jax.errors import ConfigError, UserError, did_you_mean
 from clip_jax.evals.prompts import default_templates
-from clip_jax.models.variants import ModelConfig, ViTConfig, model_config
+from clip_jax.models.variants import VOCABULARY, ModelConfig, ViTConfig, model_config
 from clip_jax.typed import convert, flatten, leaf_types, parse, resolve_key, split_outside_brackets
 
 NOT_SIZES = (
@@ -590,6 +590,11 @@ def _contradictions(config: RunConfig) -> Iterator[tuple[bool, str]]:
     yield from _must_be_positive(config)
     yield from _model_contradictions(config.model)
     yield from _data_contradictions(config.data, config.eval)
+    yield (
+        config.model.text.vocab_size < VOCABULARY and _has_captions(config.data, config.eval),
+        f"config.model.text.vocab_size is {config.model.text.vocab_size}; the tokenizer gives {VOCABULARY} ids, and it "
+        "must be at least that (with config.data.source=synthetic alone it can be less)",
+    )
     yield from _distributed_contradictions(config.distributed)
     yield from _checkpoint_contradictions(config.checkpoint, config.eval)
     profile = config.log.profile
@@ -847,6 +852,12 @@ def _data_contradictions(data: DataConfig, evaluation: EvalConfig) -> Iterator[t
             f"config.eval.held_out is {evaluation.held_out!r}, the pairs that the run is trained on; name others by "
             "split, shards or table",
         )
+
+
+def _has_captions(data: DataConfig, evaluation: EvalConfig) -> bool:
+    """Whether anything is tokenized; synthetic pairs are ids of any vocabulary, unless they are part of a mixture."""
+    held_out = bool(evaluation.held_out) and held_out_source(data, evaluation).source != "synthetic"
+    return data.source != "synthetic" or bool(data.mixture or evaluation.dataset) or held_out
 
 
 def _source_contradictions(data: DataConfig) -> Iterator[tuple[bool, str]]:

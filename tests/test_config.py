@@ -191,6 +191,31 @@ def test_model_contradictions(key, text, message):
 
 
 @pytest.mark.parametrize(
+    "captions",
+    [
+        {"data": {"dataset": "x"}},
+        {"data": {"source": "synthetic", "mixture": ("source=synthetic",)}},
+        {"data": {"source": "synthetic"}, "eval": {"dataset": "x"}},
+        {"data": {"source": "synthetic"}, "eval": {"held_out": "source=tfds,dataset=x"}},
+    ],
+    ids=["source", "mixture", "zero-shot", "held out"],
+)
+def test_a_vocabulary_that_lacks_ids_of_captions_is_refused(captions):
+    values = base().to_dict() | captions
+    values["model"]["text"]["vocab_size"] = 49_407
+    with pytest.raises(ConfigError, match="config.model.text.vocab_size is 49407; the tokenizer gives 49408 ids"):
+        from_config_dict(values)
+    values["model"]["text"]["vocab_size"] = 50_000
+    assert from_config_dict(values).model.text.vocab_size == 50_000
+
+
+def test_synthetic_pairs_have_any_vocabulary():
+    values = base().to_dict() | {"data": {"source": "synthetic"}, "eval": {"held_out": "source=synthetic"}}
+    values["model"]["text"]["vocab_size"] = 128
+    assert from_config_dict(values).model.text.vocab_size == 128
+
+
+@pytest.mark.parametrize(
     ("key", "text", "message"),
     [
         (

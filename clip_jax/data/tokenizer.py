@@ -27,6 +27,7 @@ import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers
 
 from clip_jax.errors import UserError
+from clip_jax.models.variants import VOCABULARY
 
 if TYPE_CHECKING:
     Caption = str
@@ -62,7 +63,7 @@ class Tokenizer:
       vocab_size: ids are below this: 256 byte symbols, the same at the end of a word, 48,894 merges, START and END.
     """
 
-    vocab_size = 49_408
+    vocab_size = VOCABULARY
 
     def __init__(self):
         self._bpe = _build_bpe()

@@ -65,6 +65,10 @@ class ResNetConfig:
         return (self.image_size // 32) ** 2 + 1
 
 
+VOCABULARY = 49_408
+"""Ids of CLIP's tokenizer, that of the end of a caption the largest."""
+
+
 @dataclass(frozen=True)
 class TextConfig:
     """The causal text tower.
@@ -74,14 +78,15 @@ class TextConfig:
       heads: attention heads.
       layers: number of pre-LN blocks.
       context: tokens in a row, SOT and EOT included (77 in the released code; the paper says 76).
-      vocab_size: rows of the token embedding (49,408 in the released code; the paper says 49,152).
+      vocab_size: rows of the token embedding (49,408 in the released code; the paper says 49,152). Only synthetic pairs
+        can do with fewer than the tokenizer's.
     """
 
     width: int
     heads: int
     layers: int
     context: int = 77
-    vocab_size: int = 49_408
+    vocab_size: int = VOCABULARY
 
 
 @dataclass(frozen=True)
