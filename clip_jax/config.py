@@ -9,7 +9,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -189,7 +189,7 @@ def parse_source(base: DataConfig, text: str, where: str) -> DataConfig:
             )
         values[key] = parse(value, types[key], f"{where}.{key}")
     source = dataclasses.replace(base, **values)
-    for wrong, message in _source_contradictions(source):
+    for wrong, message in (*_source_contradictions(source), *_unused_keys(values, (source,))):
         if wrong:
             raise ConfigError(f"config.{where}: {message}")
     return source
@@ -602,6 +602,11 @@ def _contradictions(config: RunConfig) -> Iterator[tuple[bool, str]]:
         bool(profile) and (len(profile) != 2 or not 0 < profile[0] <= profile[1]),
         f"config.log.profile is {profile}; it must be (first step, last step), such as (100, 104), or ()",
     )
+    yield (
+        bool(config.log.wandb_name) and not config.log.wandb_project,
+        f"config.log.wandb_name is {config.log.wandb_name!r}, and nothing is sent to Weights & Biases; set "
+        "config.log.wandb_project",
+    )
     cosine = config.health.collapse_cosine
     yield not 0 < cosine <= 1, f"config.health.collapse_cosine is {cosine}; it must be over 0 and at most 1"
     text_groups.parse_groups(config.text_groups)
@@ -832,10 +837,21 @@ def _data_contradictions(data: DataConfig, evaluation: EvalConfig) -> Iterator[t
         data_sources(data)
     else:
         yield from _source_contradictions(data)
+    yield from _unused_keys(vars(data), data_sources(data))
     smallest, largest = data.crop_scale
     yield (
         not 0 < smallest <= largest <= 1,
         f"config.data.crop_scale is {data.crop_scale}; it must be (smallest, largest), both over 0 and at most 1",
+    )
+    yield (
+        data.crop == "square" and data.crop_scale != DataConfig.crop_scale,
+        f"config.data.crop_scale is {data.crop_scale}, which config.data.crop='square' does not use; set "
+        f"config.data.crop=resized, or leave it at {DataConfig.crop_scale}",
+    )
+    yield (
+        any(data.color_jitter) != (data.color_jitter_prob > 0),
+        f"config.data.color_jitter is {data.color_jitter} and config.data.color_jitter_prob {data.color_jitter_prob}; "
+        "no colour changes unless both are over 0, so set both or neither",
     )
     yield (
         min(data.color_jitter) < 0 or data.color_jitter[3] > 0.5,
@@ -851,6 +867,20 @@ def _data_contradictions(data: DataConfig, evaluation: EvalConfig) -> Iterator[t
             held_out.source != "synthetic" and held_out in data_sources(data),
             f"config.eval.held_out is {evaluation.held_out!r}, the pairs that the run is trained on; name others by "
             "split, shards or table",
+        )
+
+
+def _unused_keys(values: Mapping[str, Any], sources: Sequence[DataConfig]) -> Iterator[tuple[bool, str]]:
+    """Says which of some values would choose among pairs or captions, were one of the sources tar shards.
+
+    Synthetic pairs stand for any, as `clip-jax plan` has them.
+    """
+    kinds = sorted({source.source for source in sources})
+    for key in ("captions", "filters", "uids"):
+        yield (
+            bool(values.get(key)) and not {"tars", "synthetic"}.intersection(kinds),
+            f"config.data.{key} is {values.get(key)!r}, which only tar shards know, and config.data.source is "
+            f"{' and '.join(map(repr, kinds))}; use config.data.source=tars, or leave it empty",
         )
 
 

@@ -198,6 +198,13 @@ def test_what_a_run_gives_is_its_average(tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+def test_what_was_trained_is_read_whatever_its_config_contradicts(checkpoints, tmp_path):
+    state, data = state_on(MeshConfig()), dataclasses.replace(TINY.data, crop_scale=(0.5, 1.0))
+    checkpoints.save(1, state, position=0, config=dataclasses.replace(TINY, data=data), data={}, now=True)
+    checkpoints.wait()
+    assert_same_bits(read_run(tmp_path)[1], state.variables)
+
+
 RESNET = dataclasses.replace(
     TINY.model, vision=ResNetConfig(image_size=32, width=8, heads=4, layers=(1, 1, 1, 1)), bn_group=8
 )

@@ -59,7 +59,7 @@ def test_round_trip():
         ("fsdp", "8", 8),
         ("data.build", "True", True),
         ("log.tensorboard", "false", False),
-        ("data.crop_scale", "(.5, 1)", (0.5, 1.0)),
+        ("data.crop_scale", "(.9, 1)", (0.9, 1.0)),
         ("eval.prompts", "('a b', c)", ("a b", "c")),
         ("data.split", "train[:10%]", "train[:10%]"),
         ("decay_mask", "open_clip", "open_clip"),
@@ -163,6 +163,13 @@ def test_overrides_that_are_refused(key, text, message):
         ({"optim": {"lrr": 1.0}}, "unknown key config.optim.lrr; the nearest is config.optim.lr"),
         ({"data": {"dataset": ""}}, "config.data.dataset is empty"),
         ({"data": {"crop_scale": (0.9, 0.5), "dataset": "x"}}, "config.data.crop_scale is"),
+        ({"log": {"wandb_name": "first"}}, "config.log.wandb_name is 'first', .*; set config.log.wandb_project"),
+        (
+            {"data": {"crop_scale": (0.5, 1.0), "dataset": "x"}},
+            r"crop_scale is \(0.5, 1.0\), which config.data.crop='square' does not use; set config.data.crop=resized",
+        ),
+        ({"data": {"color_jitter": (0.4, 0.0, 0.0, 0.0), "dataset": "x"}}, "color_jitter_prob 0.0; no colour changes"),
+        ({"data": {"color_jitter_prob": 0.8, "dataset": "x"}}, "color_jitter_prob 0.8; no colour changes unless both"),
         ({"model": {"vision": {"kind": "mlp"}}}, "config.model.embed_dim is missing; it is an int"),
         ({"model": VIT | {"vision": {"kind": "mlp"}}}, "config.model.vision.kind is 'mlp'; it must be one"),
     ],
@@ -188,6 +195,36 @@ def test_contradictions(values, message):
 def test_model_contradictions(key, text, message):
     with pytest.raises(ConfigError, match=message):
         overridden((key, text))
+
+
+CHOICES = [("captions", ("json.alt",)), ("filters", ("similarity>=0.3",)), ("uids", "subset.npy")]
+OTHERS = [
+    {"source": "table", "table": "pairs.csv"},
+    {"dataset": "pairs"},
+    {"mixture": ("dataset=pairs", "source=table,table=pairs.csv")},
+]
+
+
+@pytest.mark.parametrize(("key", "value"), CHOICES)
+def test_a_choice_among_pairs_that_no_source_knows_is_refused(key, value):
+    """Else the run would be trained on all of them without a word."""
+    values = base().to_dict()
+    for data in OTHERS:
+        with pytest.raises(ConfigError, match=rf"^config.data.{key} is .*, which only tar shards know, and config"):
+            from_config_dict(values | {"data": data | {key: value}})
+    own = f"dataset=pairs,{key}={value if isinstance(value, str) else f'({value[0]})'}"
+    for wrong in ({"data": {"mixture": (own, "source=tars,shards=a.tar")}}, {"eval": {"held_out": own}}):
+        with pytest.raises(ConfigError, match=rf"^config.*: config.data.{key} is .* and config.data.source is 'tfds'"):
+            from_config_dict(values | wrong)
+
+
+@pytest.mark.parametrize(("key", "value"), CHOICES)
+def test_one_source_that_knows_a_choice_is_enough(key, value):
+    tars = {"source": "tars", "shards": "a.tar"}
+    mixture = {"mixture": ("shards=a.tar,source=tars", "source=table,table=pairs.csv")}
+    for data in (tars, mixture, {"source": "synthetic"}):  # which `clip-jax plan` takes for data that are not named
+        run = {"data": data | {key: value}, "eval": {"held_out": "source=table,table=val.csv"}}
+        assert getattr(from_config_dict(base().to_dict() | run).data, key) == value
 
 
 @pytest.mark.parametrize(
@@ -244,7 +281,7 @@ def test_a_missing_key_is_named():
 
 
 def test_argument_of_a_config_file():
-    config = apply_argument(base(), "batch=4096,fsdp=8,crop_scale=(.2,.9),lr=1e-3")
+    config = apply_argument(base(), "batch=4096,fsdp=8,crop=resized,crop_scale=(.2,.9),lr=1e-3")
     run = from_config_dict(config)
     assert (run.batch, run.mesh.fsdp, run.data.crop_scale, run.optim.lr) == (4096, 8, (0.2, 0.9), 1e-3)
     with pytest.raises(ConfigError, match=r"config argument '8' is not key=value"):
