@@ -521,7 +521,7 @@ def override(config: ConfigDict, key: str, text: str) -> None:
       config: as `to_config_dict` gives it.
       key: a dotted key such as `optim.lr`, or an ending that only one key has, such as `fsdp`. `model` takes the
         name of one of the paper's models and replaces the section's sizes.
-      text: the value; numbers, true/false and tuples as in Python, text with or without quotes.
+      text: the value; see `parse`.
 
     Raises:
       ConfigError: no such key, several such keys, or text that is not of the key's type.

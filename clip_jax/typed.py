@@ -73,7 +73,8 @@ def resolve_key(key: str, leaves: Iterable[str]) -> str:
 def parse(text: str, annotation: Any, path: str = "") -> Any:
     """Returns the value that `text` spells for this type.
 
-    Numbers are written as in Python, truth as true/false, tuples in brackets, text with or without quotes.
+    Numbers are written as in Python, truth as true/false, tuples in brackets, text with or without quotes. A tuple of
+    one text needs no brackets.
 
     Raises:
       ConfigError: the text is not of this type.
@@ -81,7 +82,7 @@ def parse(text: str, annotation: Any, path: str = "") -> Any:
     if get_origin(annotation) is tuple:
         return convert(_parse_tuple(text, annotation, path), annotation, path)
     if annotation is str or get_origin(annotation) is Literal:
-        return convert(text, annotation, path)
+        return convert(_unquoted(text), annotation, path)
     if annotation is bool and text.lower() in ("true", "false"):
         return text.lower() == "true"
     try:
@@ -94,11 +95,16 @@ def parse(text: str, annotation: Any, path: str = "") -> Any:
 
 
 def split_outside_brackets(text: str) -> list[str]:
-    """Splits at the commas that are not inside a tuple; empty parts are dropped."""
-    parts, depth = [""], 0
+    """Splits at the commas that are neither inside a tuple nor between quotes; empty parts are dropped."""
+    parts, depth, quote = [""], 0, ""
     for letter in text:
-        depth += (letter in "([{") - (letter in ")]}")
-        if letter == "," and depth == 0:
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in "'\"" and parts[-1].rstrip()[-1:] in ("", *"=([{,"):  # within a word it is an apostrophe
+            quote = letter
+        else:
+            depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and depth == 0 and not quote:
             parts.append("")
         else:
             parts[-1] += letter
@@ -139,11 +145,16 @@ def _convert_tuple(value: Any, annotation: Any, path: str) -> tuple:
 
 
 def _parse_tuple(text: str, annotation: Any, path: str) -> tuple:
-    inner = text.strip()
-    if inner[:1] + inner[-1:] not in ("()", "[]"):
+    inner, item = text.strip(), get_args(annotation)[0]
+    bracketed = inner[:1] + inner[-1:] in ("()", "[]")
+    items = split_outside_brackets(inner[1:-1] if bracketed else inner)
+    if not bracketed and (item is not str or len(items) != 1):
         raise _wrong_type(text, annotation, path)
-    items = [item.strip("'\"") for item in split_outside_brackets(inner[1:-1])]
-    return tuple(parse(item, get_args(annotation)[0], path) for item in items)
+    return tuple(parse(each, item, path) for each in items)
+
+
+def _unquoted(text: str) -> str:
+    return text[1:-1] if text[:1] in ("'", '"') and text[1:].endswith(text[0]) else text
 
 
 def _pick_by_kind(value: Any, annotation: Any, path: str) -> Any:
