@@ -450,7 +450,7 @@ class RunConfig:
         A batch whose captions do not fit is computed in the whole context. `clip-jax data lengths` says what fits a
         dataset. () turns it off, and so does model.dead_tokens=compute.
       samples: pairs seen in the whole run; the run has `steps` = samples / batch steps.
-      seed: of initial weights, data order and augmentation.
+      seed: of initial weights, data order and augmentation; less than 2**32, of which JAX makes its keys.
       compilation_cache: folder in which compiled programs are kept, so that a run that is started again, or another
         like it, does not compile what was compiled before; local, or any that JAX can write. Empty means what
         JAX_COMPILATION_CACHE_DIR says, or none.
@@ -597,6 +597,7 @@ def _contradictions(config: RunConfig) -> Iterator[tuple[bool, str]]:
     )
     yield from _distributed_contradictions(config.distributed)
     yield from _checkpoint_contradictions(config.checkpoint, config.eval)
+    yield config.seed >= 2**32, f"config.seed is {config.seed}; it must be less than 2**32 ({2**32})"
     profile = config.log.profile
     yield (
         bool(profile) and (len(profile) != 2 or not 0 < profile[0] <= profile[1]),

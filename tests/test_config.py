@@ -116,6 +116,7 @@ def test_overrides_that_are_refused(key, text, message):
     [
         ({"batch": 0}, "config.batch is 0; it must be positive"),
         ({"seed": -1}, "config.seed is -1; it must not be negative"),
+        ({"seed": 2**32}, r"config.seed is 4294967296; it must be less than 2\*\*32"),
         (
             {"model": VIT | {"bn_group": 5}},
             r"config.model.bn_group is 5; it must divide config.batch \(32768\)",
