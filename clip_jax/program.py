@@ -3,9 +3,11 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from clip_jax.config import RunConfig
+from clip_jax.errors import ConfigError
 from clip_jax.gradient_cache import check_micro_batch
 from clip_jax.models.clip import CLIP
 from clip_jax.optim import make_optimizer
@@ -39,8 +41,14 @@ def make_program(config: RunConfig, *, devices: Sequence[Any] | None = None) -> 
     """Returns a run's program for all devices, or those given.
 
     Raises:
-      ConfigError: mesh or batch do not fit the devices, or `mesh.overlap` asks of them what they cannot.
+      ConfigError: mesh or batch do not fit the devices, `mesh.overlap` asks of them what they cannot, or JAX would
+        compute a float64 model in float32.
     """
+    if config.model.dtype == "float64" and jnp.result_type(float) != jnp.float64:
+        raise ConfigError(
+            "config.model.dtype is 'float64', which JAX computes in float32 unless it is told to in the environment; "
+            "use float32 or bfloat16, or set JAX_ENABLE_X64=1"
+        )
     mesh = make_mesh(config.mesh, devices=devices)
     check_batch("batch", config.batch, mesh)
     check_micro_batch(config, mesh)

@@ -208,6 +208,10 @@ def test_a_checkpoint_of_another_model_is_refused_and_kept(tmp_path):
     ("change", "message"),
     [
         ({"batch": 12, "samples": 120}, r"config.batch is 12, not divisible by the mesh's 8 devices; use 8 or 16"),
+        (
+            {"model": dataclasses.replace(SYNTHETIC.model, dtype="float64")},
+            r"config.model.dtype is 'float64', .* or set JAX_ENABLE_X64=1",
+        ),
         ({"mesh": MeshConfig(fsdp=3)}, r"there are 8 devices; dcn_data x data x fsdp must be 8"),
         ({"data": DataConfig(dataset="nothing_here")}, r"'nothing_here' is not in .*file_format='array_record'"),
         ({"data": DataConfig(dataset="digits")}, r"clip-jax data build digits --data[-_]dir"),

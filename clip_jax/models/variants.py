@@ -102,7 +102,7 @@ class ModelConfig:
       logit_bias: have a learnt bias of the logits, which the sigmoid loss wants (Zhai et al., 2023, §3.2).
       initial_bias: what that bias starts at.
       dtype: dtype of activations and products. Parameters, norm statistics and logits stay float32 or wider.
-        `float64` serves proofs and needs `jax_enable_x64`.
+        `float64` serves proofs and needs JAX_ENABLE_X64=1; a run without it is refused.
       reduce_dtype: in which devices add up what each has of a kernel's gradient, on TPUs of the token table's too:
         `same`, that of the products it comes from, which is `dtype`; or `float32`, as torch's DistributedDataParallel,
         for twice the bytes between devices. All other gradients are added up in float32 either way.
