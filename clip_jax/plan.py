@@ -207,7 +207,7 @@ def lever(plan: Plan) -> str:
 
 
 def levers(config: RunConfig, *, chips: int, state_first: bool = False) -> list[str]:
-    """Returns what to change where a run does not fit, as config keys, what costs least first.
+    """Returns what to change where a run does not fit, as config keys that it would accept, what costs least first.
 
     Args:
       config: the run's.
@@ -215,20 +215,20 @@ def levers(config: RunConfig, *, chips: int, state_first: bool = False) -> list[
       state_first: most of the memory is parameters and optimizer state.
     """
     remat = REMATS.index(config.model.remat)
-    batch = config.micro_batch or config.batch
-    resnet = isinstance(config.model.vision, ResNetConfig)
-    group = f" with model.bn_group={batch // 2 // chips}" if resnet and not config.model.bn_group else ""
-    shards = f"mesh.fsdp={min(8, chips)} (more chips share parameters and optimizer state)"
+    half, bn_group = (config.micro_batch or config.batch) // 2, config.model.bn_group
+    part = half // chips
+    can_halve = part > 0 and half % chips == 0 and config.batch % half == 0 and part % (bn_group or part) == 0
+    group = f" with model.bn_group={part}" if isinstance(config.model.vision, ResNetConfig) and not bn_group else ""
+    fsdp = next((size for size in (8, 4, 2) if chips % (size * config.mesh.dcn_data) == 0), 1)
+    rest = "" if config.mesh.data == -1 else " with mesh.data=-1"
+    shards = f"mesh.fsdp={fsdp}{rest} (more chips share parameters and optimizer state)"
     found = [
-        (state_first and config.mesh.fsdp < chips, shards),
+        (state_first and config.mesh.fsdp < fsdp, shards),
         (config.loss.form == "reference", "loss.form=chunked (no device holds its rows of the logits)"),
         (remat < 2, f"model.remat={REMATS[min(remat + 1, 3)]} (keep less for the backward pass)"),
-        (
-            batch // 2 % chips == 0 and batch // 2 >= chips,
-            f"micro_batch={batch // 2}{group} (exact gradients in parts of the batch)",
-        ),
+        (can_halve, f"micro_batch={half}{group} (exact gradients in parts of the batch)"),
         (True, "model.remat=full, or more chips" if remat < 3 else "more chips"),
-        (not state_first and config.mesh.fsdp < chips, shards),
+        (not state_first and config.mesh.fsdp < fsdp, shards),
         (True, "a smaller batch"),
     ]
     return [text for is_left, text in found if is_left]

@@ -20,16 +20,17 @@ from tiny import TINY
 
 from clip_jax import gpu_compiler
 from clip_jax.chips import parse_topology, peak_of
-from clip_jax.config import LossConfig, MeshConfig
+from clip_jax.config import LossConfig, MeshConfig, from_config_dict, override, to_config_dict
 from clip_jax.data.synthetic import synthetic_batches
 from clip_jax.errors import UserError
 from clip_jax.hlo import Collective, collectives
 from clip_jax.models.clip import CLIP
 from clip_jax.models.flops import grouped_text_flops, image_flops, loss_flops, text_flops
-from clip_jax.models.variants import model_config
+from clip_jax.models.variants import ResNetConfig, model_config
 from clip_jax.optim import make_optimizer
 from clip_jax.partition import AXES, make_mesh, place_rows
 from clip_jax.plan import Plan, lever, levers, make_plan, report
+from clip_jax.program import make_program
 from clip_jax.state import create_state
 from clip_jax.step import make_train_step
 from clip_jax.text_groups import groups_of
@@ -326,6 +327,30 @@ def test_the_first_lever_is_what_holds_most():
     reference = dataclasses.replace(run, loss=LossConfig(form="reference"))
     found = [text.split(" ")[0] for text in levers(reference, chips=4)]
     assert found == ["loss.form=chunked", "model.remat=dots", "micro_batch=16", "model.remat=full,", "mesh.fsdp=4", "a"]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "chips", "offered"),
+    [
+        ({"batch": 48, "dcn_data": 2, "mesh.data": 4}, 8, ["micro_batch=24 with model.bn_group=3"]),
+        ({"batch": 64, "bn_group": 4}, 8, ["micro_batch=32"]),
+        ({"batch": 32, "bn_group": 4}, 8, []),  # 2 samples a device
+        ({"batch": 36}, 6, ["micro_batch=18 with model.bn_group=3"]),
+        ({"batch": 18, "micro_batch": 9, "bn_group": 1}, 1, []),  # 4 does not divide 18
+    ],
+)
+def test_what_the_levers_offer_is_accepted(sizes, chips, offered):
+    vision = ResNetConfig(image_size=32, width=8, heads=4, layers=(1, 1, 1, 1))
+    config = to_config_dict(dataclasses.replace(TINY, model=dataclasses.replace(TINY.model, vision=vision)))
+    for key, value in sizes.items():
+        override(config, key, str(value))
+    found = levers(from_config_dict(config), chips=chips)
+    assert [text.partition(" (")[0] for text in found if text.startswith("micro_batch=")] == offered
+    for text in found:
+        changed = config.copy_and_resolve_references()
+        for key, value in re.findall(r"([\w.]+)=(-?\w+)", text):
+            override(changed, key, value)
+        make_program(from_config_dict(changed), devices=jax.devices()[:chips])
 
 
 @pytest.mark.parametrize(
