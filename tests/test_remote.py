@@ -136,6 +136,21 @@ def test_many_remote_shards_of_unknown_size_are_refused_with_the_remedy(tmp_path
     np.testing.assert_array_equal(known, [10] * 300)
 
 
+def test_what_was_counted_of_remote_shards_is_taken_without_a_request(tmp_path):
+    """Also as earlier versions kept it."""
+    paths = [f"http://127.0.0.1:9/{number}.tar" for number in range(300)]
+    options = {"file": "", "remembered": str(tmp_path / "counts"), "all_used": False, "count": len}
+    with ThreadPoolExecutor(16) as pool:
+        find_counts(paths, Storage(0.0), pool=pool, index_all=True, **options)
+        made = requests_made()
+        known = find_counts(paths, Storage(0.0), pool=pool, **options)
+        (tmp_path / "counts").write_text(json.dumps(dict.fromkeys(paths, 10)))
+        earlier = find_counts(paths, Storage(0.0), pool=pool, **options)
+    np.testing.assert_array_equal(known, list(map(len, paths)))
+    np.testing.assert_array_equal(earlier, [10] * 300)
+    assert requests_made() == made
+
+
 def test_a_shard_that_was_given_up_costs_the_deadline_once(store, tmp_path, monkeypatch):
     """Its other blocks send no request for a while; then one try decides."""
     tars = remote(store, tmp_path, retry_s=0.3)

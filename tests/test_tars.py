@@ -152,6 +152,42 @@ def test_counts_come_from_where_they_are_known(shards, tmp_path):
         source(shards, tmp_path, counts=str(tmp_path / "mine.json"))
 
 
+def test_what_was_counted_is_counted_again_when_the_shard_changes(shards, tmp_path, monkeypatch):
+    """Only that shard; and one that is gone keeps its samples, which are missing then."""
+    assert source(shards, tmp_path).counts.tolist() == [7, 10, 1, 14]
+    write_shard(tmp_path / "shards" / "00001.tar", range(3))
+    (tmp_path / "shards" / "00002.tar").unlink()
+    count, looked = TarSource._count, []
+    monkeypatch.setattr(TarSource, "_count", lambda self, path: looked.append(path) or count(self, path))
+    assert source(shards, tmp_path).counts.tolist() == [7, 3, 1, 14]
+    assert looked == [f"{tmp_path}/shards/00001.tar"]
+    assert source(shards, tmp_path).counts.tolist() == [7, 3, 1, 14]
+    assert len(looked) == 1
+    write_shard(tmp_path / "shards" / "00002.tar", range(2))
+    assert source(shards, tmp_path).counts.tolist() == [7, 3, 2, 14]
+
+
+def test_what_was_counted_belongs_to_the_shard_and_not_to_the_path_as_typed(tmp_path, monkeypatch):
+    for folder, samples in (("a", 2), ("b", 6)):
+        write_shard(tmp_path / folder / "0.tar", range(samples))
+        monkeypatch.chdir(tmp_path / folder)
+        tars = source("0.tar", tmp_path)
+        assert len(tars) == samples
+        assert tars[samples - 1].captions == (f"number {samples - 1}",)
+    monkeypatch.setattr(TarSource, "_count", lambda self, path: pytest.fail(f"{path} is counted again"))
+    assert len(source("../b/0.tar", tmp_path)) == 6
+    assert len(source(str(tmp_path / "a" / "0.tar"), tmp_path)) == 2
+
+
+def test_what_an_earlier_version_kept_is_not_believed_nor_what_is_damaged(tmp_path):
+    path = write_shard(tmp_path / "0.tar", range(3))
+    assert len(source(str(path), tmp_path)) == 3
+    (file,) = (tmp_path / "index").glob("*.counts.json")
+    for kept in (*(json.dumps({str(path): count}) for count in (5, [], [5], None)), "[1]", "7", "no JSON"):
+        file.write_text(kept)
+        assert len(source(str(path), tmp_path)) == 3, kept
+
+
 def test_captions_are_chosen_by_seed_and_share(tmp_path):
     write_shard(tmp_path / "a.tar", range(2), lambda number: {"alt": ["one", "two"]})
     pattern = str(tmp_path / "a.tar")

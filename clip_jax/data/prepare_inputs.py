@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from clip_jax.data.captions import CaptionFields, parse_metadata
 from clip_jax.data.folder_source import beside, images_below
 from clip_jax.data.records import Record, RecordError, read_image_file
-from clip_jax.data.storage import Stat, Storage, StorageError, expand, is_remote
+from clip_jax.data.storage import Stat, Storage, StorageError, absolute, expand, is_remote
 from clip_jax.data.table_source import TableSource
 from clip_jax.data.tar_index import index_samples, members, read_at
 from clip_jax.data.tar_source import TarBlock, read_ranges
@@ -196,7 +196,7 @@ def tar_parts(shards: str, retry_s: float) -> list[Part]:
       UserError: there is none, or one cannot be read.
     """
     storage = Storage(retry_s)
-    paths = [path if is_remote(path) else os.path.abspath(path) for path in expand(shards)]
+    paths = list(map(absolute, expand(shards)))
     try:
         with ThreadPoolExecutor(_LOOKED_AT_AT_ONCE) as pool:
             return [TarPart(path, stat) for path, stat in zip(paths, pool.map(storage.stat, paths), strict=True)]

@@ -237,6 +237,11 @@ def is_remote(path: str) -> bool:
     return _URL.match(path) is not None
 
 
+def absolute(path: str) -> str:
+    """Returns a local path from the root on, and a URL as it is."""
+    return path if is_remote(path) else os.path.abspath(path)
+
+
 def expand(patterns: str) -> list[str]:
     """Returns the files that patterns name, in order: `{000..999}`, `{a,b}`, `*` and `?`; several are joined by `::`.
 

@@ -1,14 +1,15 @@
 """How many samples each shard has: all that must be known of shards when a run begins."""
 
+import contextlib
 import hashlib
 import json
 import posixpath
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 
 import numpy as np
 
-from clip_jax.data.storage import Storage, StorageError, is_remote
+from clip_jax.data.storage import Stat, Storage, StorageError, absolute, is_remote
 from clip_jax.errors import UserError
 
 _MOST_REMOTE_TO_INDEX = 256
@@ -31,6 +32,9 @@ def find_counts(
     webdataset and open_clip have it; img2dataset's `_stats.json` beside each; a look into each shard, which is then
     remembered.
 
+    What is remembered of a local shard holds while its size and time of change do. A remote one is not asked for them,
+    which would be a request for each; that it has changed is seen when it is read.
+
     Args:
       paths: of the shards.
       storage: reads them.
@@ -45,14 +49,17 @@ def find_counts(
       UserError: the file is none, or many remote shards would have to be read whole.
     """
     known = _by_path(_counts_in(storage, file), paths) if all_used and file else {}
-    beside = [posixpath.join(posixpath.dirname(paths[0]), "sizes.json")] if all_used else []
-    for kept in [remembered, *beside]:
-        if len(known) < len(paths):
-            known = _by_path(_counts_in(storage, kept, optional=True), paths) | known
+    stats: dict[str, Stat | None] = {}
+    if len(known) < len(paths):
+        stats = _local_stats(storage, paths, pool)
+        known = _remembered(storage, remembered, stats) | known
+    if all_used and len(known) < len(paths):
+        beside = posixpath.join(posixpath.dirname(paths[0]), "sizes.json")
+        known = _by_path(_counts_in(storage, beside, optional=True), paths) | known
     unknown = [path for path in paths if path not in known]
     if all_used and unknown:
-        stats = pool.map(lambda path: _count_in_stats(storage, path), unknown)
-        known |= {path: found for path, found in zip(unknown, stats, strict=True) if found is not None}
+        stated = pool.map(lambda path: _count_in_stats(storage, path), unknown)
+        known |= {path: found for path, found in zip(unknown, stated, strict=True) if found is not None}
         unknown = [path for path in unknown if path not in known]
     if not index_all and sum(map(is_remote, unknown)) > _MOST_REMOTE_TO_INDEX:
         raise UserError(
@@ -62,26 +69,54 @@ def find_counts(
         )
     if unknown:
         known |= dict(zip(unknown, pool.map(count, unknown), strict=True))
-        remember(storage, remembered, known)
+        _remember(storage, remembered, known, stats)
     return np.asarray([known[path] for path in paths], np.int64)
 
 
 def remembered_in(folder: str, paths: Sequence[str], digest: str) -> str:
     """Returns the file in which the counts of these shards under this filter are kept."""
-    named = hashlib.sha256("\n".join([digest, *paths]).encode()).hexdigest()[:32]
+    named = hashlib.sha256("\n".join([digest, *map(absolute, paths)]).encode()).hexdigest()[:32]
     return f"{folder.rstrip('/')}/{named}.counts.json"
 
 
-def remember(storage: Storage, file: str, counts: dict[str, int]) -> None:
-    """Keeps counts.
+def _remember(storage: Storage, file: str, counts: Mapping[str, int], stats: Mapping[str, Stat | None]) -> None:
+    """Keeps counts: {path: samples}, or where there is a stat, {path: [samples, size, tag]}.
 
     Raises:
       UserError: the folder cannot be written.
     """
+    kept = {absolute(path): [counts[path], *stat] if stat else counts[path] for path, stat in stats.items()}
     try:
-        storage.write_whole(file, json.dumps(counts).encode())
+        storage.write_whole(file, json.dumps(kept).encode())
     except StorageError as error:
         raise UserError(f"config.data.index_dir cannot be written: {error}") from None
+
+
+def _remembered(storage: Storage, file: str, stats: Mapping[str, Stat | None]) -> dict[str, int]:
+    """Returns the counts that were kept, without those of shards that are seen to be others now."""
+    try:
+        kept = dict(json.loads(storage.read_whole(file)))
+    except (StorageError, ValueError, TypeError):
+        return {}
+    known = {}
+    for path, stat in stats.items():
+        count = kept.get(absolute(path))
+        samples, *then = count if isinstance(count, list) and count else [count]
+        if type(samples) is int and (stat is None or then == [*stat]):
+            known[path] = samples
+    return known
+
+
+def _local_stats(storage: Storage, paths: Sequence[str], pool: Executor) -> dict[str, Stat | None]:
+    """Returns the stat of each local shard; None for a remote one, and for one that cannot be looked at."""
+
+    def stat(path: str) -> Stat | None:
+        with contextlib.suppress(StorageError):
+            return storage.stat(path)
+        return None
+
+    local = [path for path in paths if not is_remote(path)]
+    return dict.fromkeys(paths) | dict(zip(local, pool.map(stat, local), strict=True))
 
 
 def _counts_in(storage: Storage, file: str, *, optional: bool = False) -> dict[str, int]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from clip_jax.data.storage import Stat, Storage, StorageError, is_remote
+from clip_jax.data.storage import Stat, Storage, StorageError, absolute, is_remote
 
 BLOCK = 512
 IMAGES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"})
@@ -125,7 +125,7 @@ class Sidecars:
 
     def path(self, shard: str) -> str:
         """Returns where the sidecar of a shard is kept."""
-        return f"{self._folder.rstrip('/')}/{hashlib.sha256(shard.encode()).hexdigest()[:32]}.npz"
+        return f"{self._folder.rstrip('/')}/{hashlib.sha256(absolute(shard).encode()).hexdigest()[:32]}.npz"
 
     def _kept(self, path: str) -> ShardIndex | None:
         try:
