@@ -12,6 +12,7 @@ from pathlib import Path
 
 import fsspec
 import numpy as np
+import pyarrow
 import pytest
 from PIL import Image
 from pyarrow import parquet
@@ -132,6 +133,27 @@ def test_a_folder_that_grew_is_refused(model, tmp_path):
         run(FolderSource(tmp_path / "in"), tmp_path / "out", model)
 
 
+@pytest.mark.parametrize("name", ["", "pairs.csv", "pairs.parquet"])
+def test_data_that_changed_under_the_same_names_are_refused(name, model, tmp_path):
+    """By what is kept of them alone: what a checkpoint or a result says of its data holds for a copy too."""
+    data = tmp_path / "in"
+    data.mkdir()
+
+    def write(number):
+        (data / "0.png").write_bytes(picture(number))
+        (data / "pairs.csv").write_text(f"image,caption\n0.png,{number}\n")
+        parquet.write_table(pyarrow.table({"image": [picture(number)], "caption": ["c"]}), data / "pairs.parquet")
+        return open_images(str(data / name), model)
+
+    before = write(1)
+    run(before, tmp_path / "out", model)
+    run(open_images(str(data / name), model), tmp_path / "out", model)
+    after = write(2)
+    assert after.fingerprint == before.fingerprint
+    with pytest.raises(UserError, match=r"another job \(state '\w+' -> '\w+'\)"):
+        run(after, tmp_path / "out", model)
+
+
 def test_killed_and_continued_is_uninterrupted(model_dir, tmp_path):
     """A real process, killed without warning as soon as it has made some shards."""
     write_pictures(tmp_path / "in", 60)
@@ -176,6 +198,12 @@ def test_names_that_are_not_utf8(model, tmp_path):
     (tmp_path / "in" / os.fsdecode(b"\xfe.png")).write_bytes(b"damaged")
     assert run(FolderSource(tmp_path / "in"), tmp_path / "out", model).rejected == {"image_damaged": 1}
     assert [row["key"] for row in rows_of(tmp_path / "out")] == ["?.png"]
+
+
+def test_a_link_that_leads_nowhere_costs_its_own_record(model, tmp_path):
+    write_pictures(tmp_path / "in", 1)
+    (tmp_path / "in" / "gone.png").symlink_to("nowhere.png")
+    assert run(FolderSource(tmp_path / "in"), tmp_path / "out", model).rejected == {"image_missing": 1}
 
 
 def test_a_remote_folder(pictures, vectors, model, tmp_path):

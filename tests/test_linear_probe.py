@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from search_fixtures import picture, write_pictures
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
 import clip_jax.evals.linear_probe as linear_probe
 from clip_jax.config import MeshConfig
+from clip_jax.data.composed import Written
 from clip_jax.data.labelled import open_labelled
 from clip_jax.errors import UserError
 from clip_jax.evals.evaluator import Evaluator
@@ -201,9 +203,26 @@ def test_features_are_kept_and_what_is_missing_is_made(model, model_dir, job, tm
     assert len(embedded) == 8
 
 
-def test_other_classes_are_refused(model, model_dir, tmp_path):
-    from search_fixtures import write_pictures
+def test_features_of_images_that_changed_are_made_again(model, model_dir, tmp_path):
+    """Also of images that are written on."""
+    write_pictures(tmp_path / "in", 4)
+    evaluator = Evaluator(model, str(model_dir), batch=8, threads=2, cache=str(tmp_path / "cache"))
 
+    def features():
+        folders = open_labelled(str(tmp_path / "in"))
+        written = Written(folders, folders.classes, preprocess=model.preprocess, size=0.2, kind="blank")
+        return [evaluator.images(images).features[0] for images in (folders, written)]
+
+    before = features()
+    (tmp_path / "in" / "even" / "000.png").write_bytes(picture(9))
+    after = features()
+    fresh = Evaluator(model, str(model_dir), batch=8, threads=2).images(open_labelled(str(tmp_path / "in"))).features
+    np.testing.assert_array_equal(after[0], fresh[0])
+    for changed, unchanged in zip(after, before, strict=True):
+        assert np.abs(changed - unchanged).max() > 0.01
+
+
+def test_other_classes_are_refused(model, model_dir, tmp_path):
     for name, part in (("test", "odd"), ("train", "even")):
         write_pictures(tmp_path / name, 4)
         (tmp_path / name / part).rename(tmp_path / name / "only_here")

@@ -49,6 +49,11 @@ class Written:
         written: dict[str, Any] = {"kind": kind, "size": size, "seed": seed, "words": list(words)}
         self.fingerprint = source.fingerprint | {"written": written}
 
+    @property
+    def state(self) -> str | None:
+        """The source's, if it has one."""
+        return getattr(self._source, "state", None)
+
     def __len__(self) -> int:
         return len(self._source)
 

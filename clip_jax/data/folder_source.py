@@ -2,12 +2,13 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from clip_jax.data.captions import CaptionFields
 from clip_jax.data.records import MAX_FILE_BYTES, Record, RecordError, read_image_file
+from clip_jax.data.storage import digest
 from clip_jax.data.tar_index import IMAGES
 from clip_jax.errors import UserError
 
@@ -35,6 +36,11 @@ class FolderSource:
             "records": len(self._paths),
             "paths": hashlib.sha256(listing).hexdigest()[:16],
         }
+
+    @property
+    def state(self) -> str:
+        """Says what the images are now; for what is kept of them, since a copy may have other times."""
+        return state_of(self.root, self._paths)
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -77,6 +83,11 @@ def images_below(root: Path) -> list[str]:
     return found
 
 
+def state_of(root: Path, images: Sequence[str]) -> str:
+    """Returns a digest of images' names, sizes and times of change; of one that is not there, of its name."""
+    return digest(*((image, *_size_and_time(root / image)) for image in images))
+
+
 def beside(image: Path, suffix: str) -> bytes | None:
     """Returns the content of the file of the same name with another suffix; None where there is none.
 
@@ -101,6 +112,14 @@ def _walk(root: Path) -> Iterator[str]:
         for name in files:
             if not name.startswith(".") and name.rpartition(".")[2].lower() in IMAGES:
                 yield os.path.normpath(os.path.join(below, name))
+
+
+def _size_and_time(path: Path) -> tuple[int, ...]:
+    try:
+        about = path.stat()
+        return about.st_size, about.st_mtime_ns
+    except OSError:
+        return ()
 
 
 def _refuse(error: OSError) -> None:

@@ -93,6 +93,11 @@ class ClassFolders:
             )
         self.fingerprint: dict[str, Any] = self._images.fingerprint | {"name": root.name}
 
+    @property
+    def state(self) -> str:
+        """Says what the images are now, see `FolderSource`."""
+        return self._images.state
+
     def __len__(self) -> int:
         return len(self._images)
 

@@ -6,20 +6,18 @@ and says by its digest whether it is still the same.
 
 import contextlib
 import functools
-import hashlib
-import os
 import posixpath
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from clip_jax.data.captions import CaptionFields, parse_metadata
-from clip_jax.data.folder_source import beside, images_below
+from clip_jax.data.folder_source import beside, images_below, state_of
 from clip_jax.data.records import Record, RecordError, read_image_file
-from clip_jax.data.storage import Stat, Storage, StorageError, absolute, expand, is_remote
+from clip_jax.data.storage import Stat, Storage, StorageError, absolute, digest, expand, is_remote
 from clip_jax.data.table_source import TableSource
 from clip_jax.data.tar_index import index_samples, members, read_at
 from clip_jax.data.tar_source import TarBlock, read_ranges
@@ -93,7 +91,7 @@ class TarPart:
     @property
     def digest(self) -> str:
         """Of path, size and tag."""
-        return _digest(self.path, self.stat.size, self.stat.tag)
+        return digest(self.path, self.stat.size, self.stat.tag)
 
     def samples(self, captions: CaptionFields, retry_s: float) -> Iterator[Sample]:
         """See `Part`; a remote shard is copied to a temporary file first, so that it is read once."""
@@ -136,7 +134,7 @@ class FolderPart:
     @property
     def digest(self) -> str:
         """Of folder, names, sizes and times."""
-        return _digest(self.root, self.number, self.state)
+        return digest(self.root, self.number, self.state)
 
     def samples(self, captions: CaptionFields, retry_s: float) -> Iterator[Sample]:
         """See `Part`."""
@@ -178,7 +176,7 @@ class TablePart:
     @property
     def digest(self) -> str:
         """Of the table's path, size and time, the rows and how they are read."""
-        return _digest(self.table, *self.stat, self.first, self.count)
+        return digest(self.table, *self.stat, self.first, self.count)
 
     def samples(self, captions: CaptionFields, retry_s: float) -> Iterator[Sample]:
         """See `Part`; the captions are the column's."""
@@ -212,11 +210,8 @@ def folder_parts(folder: str, per_part: int) -> list[Part]:
     """
     root = Path(folder).expanduser().resolve()
     images = images_below(root)
-    try:
-        cuts = [tuple(images[first : first + per_part]) for first in range(0, len(images), per_part)]
-        return [FolderPart(root, number, cut, _state(root, cut)) for number, cut in enumerate(cuts)]
-    except OSError as error:
-        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
+    cuts = [tuple(images[first : first + per_part]) for first in range(0, len(images), per_part)]
+    return [FolderPart(root, number, cut, state_of(root, cut)) for number, cut in enumerate(cuts)]
 
 
 def table_parts(tables: str, per_part: int, *, image_key: str, caption_key: str, image_root: str) -> list[Part]:
@@ -260,11 +255,6 @@ def _local_copy(storage: Storage, path: str) -> Iterator[str]:
         yield copy.name
 
 
-def _state(root: Path, images: Sequence[str]) -> str:
-    stats = (os.stat(root / image) for image in images)
-    return _digest(*((image, stat.st_size, stat.st_mtime_ns) for image, stat in zip(images, stats, strict=True)))
-
-
 def _beside_image(path: Path, captions: CaptionFields) -> Record:
     texts = captions.find(beside(path, ".txt"), beside(path, ".json"))
     return Record(read_image_file(path), *texts)
@@ -283,7 +273,3 @@ def _record(read: Callable[[], Record]) -> Record | RecordError:
         return read()
     except RecordError as error:
         return error
-
-
-def _digest(*values: object) -> str:
-    return hashlib.sha256(repr(tuple(map(str, values))).encode()).hexdigest()[:32]

@@ -9,6 +9,7 @@ Local paths are read with `pread`. Everything else (`gs://`, `s3://`, `http://`,
 import contextlib
 import functools
 import glob
+import hashlib
 import itertools
 import logging
 import os
@@ -235,6 +236,11 @@ def _count_request() -> None:
 def is_remote(path: str) -> bool:
     """Whether a path is a URL."""
     return _URL.match(path) is not None
+
+
+def digest(*values: object) -> str:
+    """Returns what changes when one of the values does: 32 hexadecimal digits."""
+    return hashlib.sha256(repr(tuple(map(str, values))).encode()).hexdigest()[:32]
 
 
 def absolute(path: str) -> str:

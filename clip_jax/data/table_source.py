@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_jax.data.records import Record, RecordError, decode_caption, read_image_file
+from clip_jax.data.storage import Storage, digest
 from clip_jax.errors import UserError, did_you_mean, one_line
 
 
@@ -41,6 +42,11 @@ class TableSource:
             "records": len(self._columns[0]),
             "columns": list(self._keys),
         }
+
+    @property
+    def state(self) -> str:
+        """Says what the table is now: a digest of its size and time of change, which a copy may have otherwise."""
+        return digest(*Storage().stat(str(self._path)))
 
     def __len__(self) -> int:
         return self.fingerprint["records"]

@@ -50,7 +50,8 @@ class FeatureCache:
         Raises:
           UserError: the folder cannot be read or written.
         """
-        job = self._about | {"data": source.fingerprint, "records": len(source), "shard_records": self._shard}
+        data = {"data": source.fingerprint, "state": getattr(source, "state", None)}
+        job = self._about | data | {"records": len(source), "shard_records": self._shard}
         name = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:16]
         store = VectorStore(f"{self._folder}/{name}")
         first = jax.process_index() == 0

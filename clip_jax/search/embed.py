@@ -187,6 +187,7 @@ def _job(source: Source, model: Pretrained, model_source: str, options: EmbedOpt
             "preprocess": model.preprocess.to_dict(),
         },
         "data": getattr(source, "fingerprint", {"name": str(source)}),
+        "state": getattr(source, "state", None),
         "root": None if root is None else str(Path(root).resolve()),
         "records": len(source),
         "kinds": list(options.kinds),
