@@ -451,3 +451,27 @@ def test_labels_are_those_of_the_folders(folders):
     assert isinstance(source, ClassFolders)
     for number in range(len(source)):
         assert source.classes[source[number].label] == Path(source.key(number)).parts[0]
+
+
+def test_classes_may_be_links_to_folders_also_two_to_one(folders, tmp_path):
+    whole = open_labelled(str(folders))
+    for name in whole.classes:
+        (tmp_path / name).symlink_to(folders / name)
+    (tmp_path / "again").symlink_to(folders / "0")
+    source = open_labelled(str(tmp_path))
+    assert source.classes == (*whole.classes, "again")
+    zeros = [record for record in map(whole.__getitem__, range(len(whole))) if record.label == 0]
+    assert [source[i] for i in range(len(whole))] == [whole[i] for i in range(len(whole))]
+    assert [source[i] for i in range(len(whole), len(source))] == [zero._replace(label=10) for zero in zeros] != []
+
+
+@pytest.mark.parametrize(("back", "found"), [("set", ["a/x.png"]), ("elsewhere", ["a/back/deep/x.png", "a/x.png"])])
+def test_links_back_to_what_they_lie_in_are_not_followed(back, found, tmp_path):
+    deep = tmp_path / "elsewhere" / "deep"
+    deep.mkdir(parents=True)
+    (deep / "x.png").touch()
+    (deep / "back").symlink_to(tmp_path / back)
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "a").symlink_to(deep)
+    source = open_labelled(str(tmp_path / "set"))
+    assert [source.key(i) for i in range(len(source))] == found

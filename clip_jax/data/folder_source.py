@@ -1,4 +1,7 @@
-"""Images in a folder and the folders below it; captions are in a `.txt` or `.json` of the same name beside an image."""
+"""Images in a folder and the folders below it; captions are in a `.txt` or `.json` of the same name beside an image.
+
+Links to folders are followed, but for those that lead back to a folder which they lie in.
+"""
 
 import hashlib
 import os
@@ -106,12 +109,17 @@ def beside(image: Path, suffix: str) -> bytes | None:
 
 
 def _walk(root: Path) -> Iterator[str]:
-    for folder, folders, files in os.walk(root, onerror=_refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    for folder, folders, files in os.walk(root, onerror=_refuse, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".") and not _leads_back(Path(folder, name))]
         below = os.path.relpath(folder, root)
         for name in files:
             if not name.startswith(".") and name.rpartition(".")[2].lower() in IMAGES:
                 yield os.path.normpath(os.path.join(below, name))
+
+
+def _leads_back(folder: Path) -> bool:
+    """Whether a folder is a link to one of those above it, by device and inode."""
+    return folder.is_symlink() and any(map(folder.samefile, folder.parents))
 
 
 def _size_and_time(path: Path) -> tuple[int, ...]:
