@@ -1,6 +1,7 @@
 """Tables of images and captions."""
 
 import pickle
+import re
 
 import pyarrow
 import pytest
@@ -41,6 +42,55 @@ def test_parquet_may_hold_the_images_and_several_captions(folder):
     assert table[1].image == picture(6)
     parquet.write_table(pyarrow.table({"image": ["1.jpg"], "caption": ["d"]}), path)
     assert TableSource(path, image_root=str(folder / "images"))[0].image == picture(1)
+
+
+def test_parquet_of_hugging_face_has_structs_of_bytes_and_path(folder):
+    path = folder / "train.parquet"
+    images = [
+        {"bytes": picture(5), "path": "nowhere.jpg"},
+        {"bytes": None, "path": "images/1.jpg"},
+        {"bytes": b"", "path": None},
+        None,
+    ]
+    parquet.write_table(pyarrow.table({"image": images, "caption": ["a", "b", "c", "d"]}), path)
+    table = TableSource(path)
+    assert [table[row] for row in (0, 1)] == [(picture(5), ("a",), (), -1), (picture(1), ("b",), (), -1)]
+    assert [table.key(row) for row in range(4)] == ["0", "images/1.jpg", "2", "3"]
+    for row in (2, 3):
+        with pytest.raises(RecordError, match="the row names no image"):
+            table[row]
+
+
+@pytest.mark.parametrize("kind", ["string", "large_string", "binary", "large_binary", "dictionary"])
+def test_every_type_of_text_is_read(folder, kind):
+    texts = pyarrow.array(["images/1.jpg", None])
+    texts = texts.dictionary_encode() if kind == "dictionary" else texts.cast(kind)
+    columns = {"image": texts, "caption": ["a", "b"], "bytes": [picture(1)] * 2}
+    columns |= {"text": texts, "texts": [["c"], []], "none": pyarrow.nulls(2)}
+    path = folder / "pairs.parquet"
+    parquet.write_table(pyarrow.table(columns), path)
+    assert TableSource(path).key(0) == ("0" if "binary" in kind else "images/1.jpg")
+    for name, captions in (("text", [("images/1.jpg",), ()]), ("texts", [("c",), ()]), ("none", [(), ()])):
+        table = TableSource(path, image_key="bytes", caption_key=name)
+        assert [table[row].captions for row in (0, 1)] == captions
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "message"),
+    [
+        ("image", [5], "holds int64 in its column 'image'; config.data.image_key must name a column of paths, of enc"),
+        ("image", [["a.jpg"]], "holds list<element: string> in its column 'image'"),
+        ("image", [{"url": "a.jpg"}], "holds struct<url: string> in its column 'image'"),
+        ("image", [{"bytes": [1, 2]}], "holds struct<bytes: list<element: int64>> in its column 'image'"),
+        ("caption", [5], "holds int64 in its column 'caption'; config.data.caption_key must name a column of texts"),
+        ("caption", [[{"raw": "a"}]], "holds list<element: struct<raw: string>> in its column 'caption'"),
+    ],
+)
+def test_columns_that_hold_something_else_are_refused(folder, column, values, message):
+    path = folder / "pairs.parquet"
+    parquet.write_table(pyarrow.table({"image": ["a.jpg"], "caption": ["a"]} | {column: values}), path)
+    with pytest.raises(UserError, match=re.escape(message)):
+        TableSource(path)
 
 
 def test_what_cannot_be_used_has_its_reason(folder):

@@ -8,9 +8,13 @@ from clip_jax.data.records import Record, RecordError, decode_caption, read_imag
 from clip_jax.data.storage import Storage, digest
 from clip_jax.errors import UserError, did_you_mean, one_line
 
+_TEXT = frozenset({"string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null"})
+
 
 class TableSource:
     """Rows of a table, each with the path of an image, or the image itself, and a caption or a list of captions.
+
+    In Parquet of Hugging Face's `datasets` an image is a struct of `bytes` and `path`; without bytes the path is taken.
 
     The table is kept in memory in Arrow's columns, and read again in every process that receives the source.
 
@@ -26,12 +30,12 @@ class TableSource:
 
         Args:
           table: `.csv`, `.tsv` or `.parquet`.
-          image_key: column of paths, or of encoded images.
+          image_key: column of paths, of encoded images, or of structs of both.
           caption_key: column of captions, or of lists of captions; empty for none.
           image_root: folder to which paths are relative; empty means the table's.
 
         Raises:
-          UserError: it cannot be read, or has no such columns.
+          UserError: it cannot be read, has no such columns, or something else in them.
         """
         self._path, self._keys = table.expanduser(), tuple(filter(None, (image_key, caption_key)))
         self.root = Path(image_root).expanduser() if image_root else self._path.parent
@@ -84,6 +88,8 @@ class TableSource:
         if self._columns is None:
             self._columns = self._read()
         image = self._columns[0][index].as_py()
+        if isinstance(image, dict):
+            image = image.get("bytes") or image.get("path")
         # Text tables are read as bytes, so that one caption which is not UTF-8 does not cost the table.
         return os.fsdecode(image) if image and self._path.suffix.lower() != ".parquet" else image
 
@@ -97,8 +103,9 @@ class TableSource:
         suffix = self._path.suffix.lower()
         try:
             if suffix == ".parquet":
-                names = parquet.read_schema(self._path).names
-                self._check_columns(names)
+                schema = parquet.read_schema(self._path)
+                self._check_columns(schema.names)
+                self._check_types(schema)
                 table = parquet.read_table(self._path, columns=list(self._keys), memory_map=True)
             elif suffix in (".csv", ".tsv"):
                 parse = csv.ParseOptions(delimiter="," if suffix == ".csv" else "\t", newlines_in_values=True)
@@ -118,6 +125,43 @@ class TableSource:
                     f"{self._path} has no column {key!r}{did_you_mean(key, names)} (it has {', '.join(names)}); set "
                     f"config.data.{config_key}"
                 )
+
+    def _check_types(self, schema: Any) -> None:
+        for key, (config_key, fits, wanted) in zip(self._keys, _COLUMNS, strict=False):
+            kind = schema.field(key).type
+            if not fits(kind):
+                raise UserError(
+                    f"{self._path} holds {kind} in its column {key!r}; config.data.{config_key} must name a column of "
+                    f"{wanted}"
+                )
+
+
+def _is_image(kind: Any) -> bool:
+    from pyarrow import types
+
+    if not types.is_struct(kind):
+        return _is_text(kind)
+    parts = [part.type for part in kind if part.name in ("bytes", "path")]
+    return bool(parts) and all(map(_is_text, parts))
+
+
+def _is_caption(kind: Any) -> bool:
+    from pyarrow import types
+
+    is_list = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+    return _is_text(kind.value_type if is_list else kind)
+
+
+def _is_text(kind: Any) -> bool:
+    from pyarrow import types
+
+    return str(kind.value_type if types.is_dictionary(kind) else kind) in _TEXT
+
+
+_COLUMNS = (
+    ("image_key", _is_image, "paths, of encoded images, or of structs of bytes and path"),
+    ("caption_key", _is_caption, "texts, or of lists of texts"),
+)
 
 
 def _encoded(text: Any) -> bytes:
