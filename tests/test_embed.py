@@ -154,6 +154,23 @@ def test_data_that_changed_under_the_same_names_are_refused(name, model, tmp_pat
         run(after, tmp_path / "out", model)
 
 
+def test_no_usable_record_at_all_is_an_error_with_the_commonest_reason(model_dir, tmp_path, capsys):
+    """Told by the slice that finishes last, and again when it is started again."""
+    (tmp_path / "0.png").write_bytes(b"damaged")
+    (tmp_path / "pairs.csv").write_text("image,caption\n0.png,a\n1.png,b\n2.png,c\n")
+    arguments = ["embed", str(tmp_path / "pairs.csv"), str(tmp_path / "out"), "--model", str(model_dir), "--shard=2"]
+    cli.main([*arguments, "--slice=0/2"])
+    for _ in range(2):
+        with pytest.raises(SystemExit) as exit_code:
+            cli.main([*arguments, "--slice=1/2"])
+        assert exit_code.value.code == 2
+        error = capsys.readouterr().err
+        assert "none of the 3 records can be used: 2 for image_missing, such as row 1 of " in error
+        assert f"{tmp_path}/1.png cannot be read: " in error
+        assert error.count("\n") == 1
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
 def test_killed_and_continued_is_uninterrupted(model_dir, tmp_path):
     """A real process, killed without warning as soon as it has made some shards."""
     write_pictures(tmp_path / "in", 60)

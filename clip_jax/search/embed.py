@@ -118,7 +118,7 @@ def embed(
       report: is given a line for every shard.
 
     Raises:
-      UserError: the folder holds another job's embeddings, or cannot be written.
+      UserError: the folder holds another job's embeddings, or cannot be written; or no record can be used.
     """
     options = options or EmbedOptions()
     store = VectorStore(folder)
@@ -202,7 +202,15 @@ def _finish(store: VectorStore, job: dict[str, Any], shards: int) -> dict[str, A
     whole = [about for about in store.read_shards(range(shards)) if about is not None]
     if len(whole) < shards:
         return None
-    rejected = Counter(reject["reason"] for about in whole for reject in about["rejects"])
+    rejects = [reject for about in whole for reject in about["rejects"]]
+    rejected = Counter(reject["reason"] for reject in rejects)
+    if len(rejects) == job["records"] > 0:
+        reason, count = rejected.most_common(1)[0]
+        first = next(reject for reject in rejects if reject["reason"] == reason)
+        raise UserError(
+            f"none of the {len(rejects):,} records can be used: {count:,} for {reason}, such as {first['where']}: "
+            f"{first['message']}; correct that, remove {store.folder}, and run the same command again"
+        )
     manifest = {
         **job,
         "rows": {kind: sum(about["files"][kind]["rows"] for about in whole) for kind in job["kinds"]},
