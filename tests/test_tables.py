@@ -108,6 +108,12 @@ def test_what_is_no_such_table_is_refused(folder):
     path.write_text("filepath,title\nimages/0.jpg,x\n")
     with pytest.raises(UserError, match="no column 'image'.*it has filepath, title.*config.data.image_key"):
         TableSource(path)
+    path.write_text("image,caption,other,caption,other\nimages/0.jpg,x,y,z,u\n")
+    parquet.write_table(pyarrow.table([["a"]] * 3, names=["image", "caption", "caption"]), folder / "pairs.parquet")
+    for twice in (path, folder / "pairs.parquet"):
+        with pytest.raises(UserError, match=f"{twice} has 2 columns 'caption'; rename .* config.data.caption_key$"):
+            TableSource(twice)
+        assert len(TableSource(twice, caption_key="")) == 1
     for name in ("absent.csv", "pairs.txt"):
         with pytest.raises(UserError, match=f"config.data.table=.*{name}"):
             TableSource(folder / name)

@@ -35,7 +35,7 @@ class TableSource:
           image_root: folder to which paths are relative; empty means the table's.
 
         Raises:
-          UserError: it cannot be read, has no such columns, or something else in them.
+          UserError: it cannot be read, has no such columns or several of a name, or something else in them.
         """
         self._path, self._keys = table.expanduser(), tuple(filter(None, (image_key, caption_key)))
         self.root = Path(image_root).expanduser() if image_root else self._path.parent
@@ -123,6 +123,11 @@ class TableSource:
             if key not in names:
                 raise UserError(
                     f"{self._path} has no column {key!r}{did_you_mean(key, names)} (it has {', '.join(names)}); set "
+                    f"config.data.{config_key}"
+                )
+            if (count := names.count(key)) > 1:
+                raise UserError(
+                    f"{self._path} has {count} columns {key!r}; rename all but one, or name another one as "
                     f"config.data.{config_key}"
                 )
 
