@@ -70,7 +70,7 @@ class DataConfig:
       order: `full`, every record shuffled with every other; `window`, blocks of records shuffled, and records within
         windows of blocks, for object stores; `auto`, `window` for remote shards.
       streams: for `window`, parts in which an epoch is read; a multiple of the number of processes that a run may ever
-        have, and a divisor of the batch.
+        have, at least that number times `workers`, and a divisor of the batch.
       block: for `window`, records that are read at once.
       window: for `window`, blocks of a stream that are shuffled together.
       crop: `square`, the paper's random square crop of the resized image, or `resized`, open_clip's random

@@ -19,7 +19,7 @@ from clip_jax.data.augment import Augment
 from clip_jax.data.filters import Filter
 from clip_jax.data.images import Preprocess
 from clip_jax.data.order import FullShuffle, WindowShuffle
-from clip_jax.data.pipeline import TrainTransform, train_batches
+from clip_jax.data.pipeline import TrainTransform, check_batches, train_batches
 from clip_jax.data.reading import Part, WindowReader
 from clip_jax.data.records import REASONS, RecordError
 from clip_jax.data.storage import Storage, expand
@@ -398,6 +398,39 @@ def test_a_mixture_has_both_sources_in_proportion(shards, tmp_path):
 def test_streams_that_do_not_divide_are_refused(shards, tmp_path, options, message):
     with pytest.raises(UserError, match=message):
         batches(windowed(source(shards, tmp_path)), 1, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "number"),
+    [
+        ({"process_count": 4, "workers": 8, "batch": 4_096}, 32),
+        ({"process_count": 64, "workers": 8, "batch": 32_768}, 512),
+        ({"process_count": 64, "batch": 32_768}, 64),
+        ({"batch": 24}, 12),
+        ({"process_count": 3, "batch": 48, "position": 36}, 12),
+        ({"workers": 17, "batch": 64}, 32),
+    ],
+)
+def test_the_number_of_streams_that_is_named_serves(shards, tmp_path, options, number):
+    tars = source(shards, tmp_path)
+    options = {"position": 0} | options
+    with pytest.raises(
+        UserError, match=rf"(, as {number} does$|set config.data.streams={number} before a run begins, or use threads$)"
+    ):
+        check_batches(windowed(tars, streams=16), **options)
+    check_batches(windowed(tars, streams=number), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"workers": 32, "batch": 16}, "over the 16 streams of each process; use fewer of them$"),
+        ({"process_count": 4, "batch": 16, "position": 6}, r"the samples consumed so far \(6\)$"),
+    ],
+)
+def test_where_no_number_of_streams_serves_none_is_named(shards, tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        check_batches(windowed(source(shards, tmp_path), streams=16), **{"position": 0} | options)
 
 
 # What is bad

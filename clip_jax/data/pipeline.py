@@ -11,6 +11,7 @@ A record that cannot be used keeps its row, with weight 0 and the reason. Grain 
 
 import functools
 import itertools
+import math
 import multiprocessing
 import os
 import signal
@@ -148,16 +149,27 @@ def check_batches(
     streams = _streams(parts)
     if streams == 1:
         return
+    serving = _serving_streams(math.gcd(batch, position), process_count=process_count, workers=workers, nearest=streams)
     if streams % process_count or batch % streams or position % streams:
         raise UserError(
             f"config.data.streams is {streams}; it must be a multiple of the number of processes ({process_count}) and "
             f"divide config.batch ({batch}) and the samples consumed so far ({position})"
+            + (f", as {serving} does" if serving else "")
         )
     if workers > streams // process_count:
+        remedy = f"set config.data.streams={serving} before a run begins, or use threads"
         raise UserError(
-            f"config.data.workers is {workers}, over the {streams // process_count} streams of each process; set "
-            "config.data.streams higher before a run begins, or use threads"
+            f"config.data.workers is {workers}, over the {streams // process_count} streams of each process; "
+            + (remedy if serving else "use fewer of them")
         )
+
+
+def _serving_streams(rows: int, *, process_count: int, workers: int, nearest: int) -> int:
+    """Returns the `nearest` number that divides `rows`, is a multiple of the processes and leaves no worker without a
+    stream; 0 where there is none.
+    """
+    each = range(process_count * max(workers, 1), rows + 1, process_count)
+    return min((number for number in each if rows % number == 0), key=lambda number: abs(number - nearest), default=0)
 
 
 def train_batches(
