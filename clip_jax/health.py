@@ -69,11 +69,16 @@ class Health:
     def judge(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
         """Looks at the metrics of a step; returns them with alarms, and with how many steps were skipped so far.
 
+        A step without a pair says nothing of the model: it neither belongs to a row of skipped steps nor ends one.
+
         Raises:
-          Rewind: more than `max_skipped` steps in a row were.
+          Rewind: more than `max_skipped` steps in a row had no finite loss or gradient.
         """
         noted = self._unread.pop(step)
-        if metrics["skipped"]:
+        self._skipped += bool(metrics["skipped"])
+        if metrics["pairs"] == 0:
+            self._say(f"step {step} is skipped: none of its pairs could be used")
+        elif metrics["skipped"]:
             self._skip(step, noted, metrics)
         else:
             self._in_a_row.clear()
@@ -85,7 +90,6 @@ class Health:
         return {**metrics, "skipped": float(self._skipped), **self._on}
 
     def _skip(self, step: int, noted: _Step, metrics: Mapping[str, float]) -> None:
-        self._skipped += 1
         self._in_a_row.append((step, noted.begin))
         loss, norm = metrics["loss"], metrics["gradient_norm"]
         self._say(f"step {step} is skipped: loss {loss}, gradient norm {norm}; its pairs are in {self._file.name}")

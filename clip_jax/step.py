@@ -1,7 +1,8 @@
 """One optimizer step: normalise on device, both towers, contrastive loss, AdamW, clamp of the temperature.
 
-A step whose loss or gradient is not finite changes nothing but the step counter and the schedule's, so that both stay
-functions of the data position.
+A step whose loss or gradient is not finite, or whose batch holds no pair, changes nothing but the step counter and the
+schedule's, so that both stay functions of the data position. Without a pair the gradient would be 0, and AdamW's decay
+and momentum would move the weights all the same.
 """
 
 import functools
@@ -97,23 +98,24 @@ def make_train_step(
         else:
             output, grads, batch_stats, fitted = cached_gradients(towers, loss, batch, parts=config.parts)
         norms = gradient_norms(grads)
-        finite = jnp.isfinite(output.loss) & jnp.isfinite(norms["gradient_norm"])
+        pairs = batch["weight"].sum()
+        usable = jnp.isfinite(output.loss) & jnp.isfinite(norms["gradient_norm"]) & (pairs > 0)
         metrics = {
             "loss": output.loss,
             "accuracy": output.accuracy,
             "logit_scale": jnp.exp(state.params["logit_scale"]),
             "learning_rate": jnp.asarray(learning_rate(optim, steps=config.steps)(state.step)),
             **norms,
-            "pairs": batch["weight"].sum(),
+            "pairs": pairs,
             "image_cosine": output.image_cosine,
             "text_cosine": output.text_cosine,
-            "skipped": 1 - finite.astype(jnp.int32),
+            "skipped": 1 - usable.astype(jnp.int32),
         }
         if fitted is not None:
             metrics["text_groups"] = fitted
         if "bad" in batch:
             metrics |= {f"bad/{reason}": (batch["bad"] == code).sum() for code, reason in enumerate(REASONS, start=1)}
-        return advance_if(finite, advance, state, grads, batch_stats), metrics
+        return advance_if(usable, advance, state, grads, batch_stats), metrics
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     return jax.jit(
@@ -133,30 +135,30 @@ def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> Batch:
 Advance = Callable[..., TrainState]
 
 
-def advance_if(finite: jax.Array, advance: Advance, state: TrainState, *operands: Any) -> TrainState:
-    """Returns `advance(state, *operands)`, or where `finite` is false the old state, its counters of steps advanced.
+def advance_if(usable: jax.Array, advance: Advance, state: TrainState, *operands: Any) -> TrainState:
+    """Returns `advance(state, *operands)`, or where `usable` is false the old state, its counters of steps advanced.
 
     By a choice for each element, which is fused with the update and uses the state's memory again; but XLA's compiler
     for CPUs would compute the update from copies of the old state (`benchmarks/LOG.md`), and gets a conditional.
     """
     branch, choose = (functools.partial(way, advance) for way in (advance_by_branch, advance_by_choice))
-    return jax.lax.platform_dependent(finite, state, *operands, cpu=branch, default=choose)
+    return jax.lax.platform_dependent(usable, state, *operands, cpu=branch, default=choose)
 
 
-def advance_by_choice(advance: Advance, finite: jax.Array, state: TrainState, *operands: Any) -> TrainState:
+def advance_by_choice(advance: Advance, usable: jax.Array, state: TrainState, *operands: Any) -> TrainState:
     """See `advance_if`."""
     updated = advance(state, *operands)
 
     def choose(new: Any, old: Any) -> Any:
-        return new if is_schedule(new) else jnp.where(finite, new, old)
+        return new if is_schedule(new) else jnp.where(usable, new, old)
 
     return jax.tree.map(choose, updated, state, is_leaf=is_schedule).replace(step=updated.step)
 
 
-def advance_by_branch(advance: Advance, finite: jax.Array, state: TrainState, *operands: Any) -> TrainState:
+def advance_by_branch(advance: Advance, usable: jax.Array, state: TrainState, *operands: Any) -> TrainState:
     """See `advance_if`."""
     keep = functools.partial(advance_by_choice, advance, jnp.array(False))
-    return jax.lax.cond(finite, advance, keep, state, *operands)
+    return jax.lax.cond(usable, advance, keep, state, *operands)
 
 
 def judge(config: LossConfig, features: CLIPOutput, weight: jax.Array, *, mesh: Mesh | None) -> JudgedFeatures:

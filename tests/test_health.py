@@ -18,7 +18,7 @@ from clip_jax.config import CheckpointConfig, HealthConfig, MeshConfig, OptimCon
 from clip_jax.data.loader import open_training_data
 from clip_jax.data.skips import batches_between, next_position
 from clip_jax.errors import UserError
-from clip_jax.health import Alarms
+from clip_jax.health import Alarms, Health, Rewind
 from clip_jax.hlo import collectives
 from clip_jax.losses import mean_cosine
 from clip_jax.partition import place_rows
@@ -37,6 +37,11 @@ def poisoned(batch):
     weight = batch["weight"].copy()
     weight[0] = np.inf
     return batch | {"weight": weight}
+
+
+def emptied(batch):
+    """The batch without a pair that counts."""
+    return batch | {"weight": np.zeros_like(batch["weight"])}
 
 
 def bits(tree):
@@ -65,7 +70,7 @@ def replace(monkeypatch):
 
 def advancing(way):
     """What stands for `step.advance_if` so that all platforms advance in this way."""
-    return lambda finite, advance, *operands: way(advance, finite, *operands)
+    return lambda usable, advance, *operands: way(advance, usable, *operands)
 
 
 WAYS = [step.advance_by_branch, step.advance_by_choice]
@@ -75,19 +80,20 @@ WAYS = [step.advance_by_branch, step.advance_by_choice]
 def test_a_skipped_step_changes_nothing_but_the_counters_of_steps(replace, way):
     replace("advance_if", advancing(way))
     mesh, state, train_step = setup(EVERYTHING, 8)
-    rows = synthetic(EVERYTHING, 3)
+    rows = synthetic(EVERYTHING, 4)
     state, _ = train_step(state, place_rows(rows[0], mesh))
     before = bits(learned(state))
-    state, found = train_step(state, place_rows(poisoned(rows[1]), mesh))
-    assert np.isnan(found["loss"])
-    assert int(found["skipped"]) == 1
-    assert bits(learned(state)) == before
-    state, found = train_step(state, place_rows(rows[2], mesh))
+    for batch, loss in ((poisoned(rows[1]), np.nan), (emptied(rows[2]), 0.0)):
+        state, found = train_step(state, place_rows(batch, mesh))
+        np.testing.assert_equal(float(found["loss"]), loss)
+        assert int(found["skipped"]) == 1
+        assert bits(learned(state)) == before
+    state, found = train_step(state, place_rows(rows[3], mesh))
     assert int(found["skipped"]) == 0
     assert bits(learned(state)) != before
     assert np.isfinite(jax.flatten_util.ravel_pytree(state.params)[0]).all()
     schedule = [node for node in jax.tree.leaves(state.opt_state, is_leaf=step.is_schedule) if step.is_schedule(node)]
-    assert [int(node.count) for node in schedule] == [3] == [int(state.step)]
+    assert [int(node.count) for node in schedule] == [4] == [int(state.step)]
     (adam,) = (
         node
         for node in jax.tree.leaves(state.opt_state, is_leaf=lambda node: isinstance(node, optax.ScaleByAdamState))
@@ -96,7 +102,7 @@ def test_a_skipped_step_changes_nothing_but_the_counters_of_steps(replace, way):
     assert int(adam.count) == 2
 
 
-def unguarded(advance, finite, *operands):
+def unguarded(advance, usable, *operands):
     return advance(*operands)
 
 
@@ -287,6 +293,24 @@ def test_bad_pairs_right_behind_those_passed_over_rewind_again(tmp_path):
     train(run, tmp_path, data=spoiled(run, [(96, 192)]))
     saved = json.loads((tmp_path / "checkpoints" / "14" / "data" / "metadata").read_text())
     assert saved == {"position": 20 * 16, "skips": [[96, 144], [144, 192]]}
+
+
+def test_steps_without_a_pair_neither_rewind_nor_hide_those_that_do(tmp_path):
+    said: list[str] = []
+    health = Health(RUN, tmp_path, str, say=said.append)
+    usable = HEALTHY | {"pairs": 16.0, "gradient_norm": 1.0}
+    steps = {"good": usable, "empty": usable | {"skipped": 1.0, "pairs": 0.0}, "bad": usable | {"skipped": 1.0}}
+
+    def judge(step, kind):
+        health.note(step, 16 * (step - 1), {"index": np.arange(16)})
+        return health.judge(step, steps[kind])["skipped"]
+
+    kinds = ["good", *["empty"] * 9, "bad", "empty", "bad"]
+    assert [judge(step, kind) for step, kind in enumerate(kinds, 1)] == [0, *range(1, 13)]
+    assert said[0] == "step 2 is skipped: none of its pairs could be used"
+    with pytest.raises(Rewind) as caught:
+        judge(14, "bad")
+    assert (caught.value.first, caught.value.begin, caught.value.end) == (11, 160, 224)
 
 
 @pytest.mark.parametrize(
