@@ -1,7 +1,8 @@
 """Pairs that could not be used: named in the workdir, counted by reason, and too many of them end the run."""
 
 import json
-from collections import Counter
+import math
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from clip_jax.errors import UserError
 
 _PREFIX = "bad/"
 _JUDGED_FROM = 1_000
+_WINDOW_PAIRS, _WINDOW_STEPS = 10_000, 50
 _MOST_LINES = 10_000
 
 
@@ -22,14 +24,18 @@ class BadRecords:
     Args:
       workdir: gets `bad_records-<process>.jsonl`, a line for each bad pair of the process, 10,000 at most.
       where: record number to what to call it.
-      max_share: a larger share of the pairs ends the run.
+      batch: pairs of a step, over all processes.
+      max_share: a larger share of the last 10,000 pairs, or of the last 50 steps' if these are more, ends the run: an
+        outage of the data does so soon, after however many good steps.
     """
 
-    def __init__(self, workdir: Path, where: Callable[[int], str], *, max_share: float) -> None:
+    def __init__(self, workdir: Path, where: Callable[[int], str], *, batch: int, max_share: float) -> None:
         self._file = workdir / f"bad_records-{jax.process_index()}.jsonl"
-        self._where, self._max_share = where, max_share
-        self._lines, self._pairs = 0, 0
+        self._where, self._batch, self._max_share = where, batch, max_share
+        self._lines = 0
         self._totals: Counter[str] = Counter()
+        self._window: deque[Counter[str]] = deque(maxlen=max(_WINDOW_STEPS, math.ceil(_WINDOW_PAIRS / batch)))
+        self._in_window: Counter[str] = Counter()
 
     def note(self, step: int, batch: Mapping[str, np.ndarray]) -> None:
         """Names the bad pairs among this process's rows of a batch."""
@@ -44,29 +50,32 @@ class BadRecords:
                 line = {"step": step, "index": index, "reason": reason, "record": self._where(index)}
                 file.write(json.dumps(line) + "\n")
 
-    def count(self, metrics: dict[str, float], batch: int) -> dict[str, float]:
+    def count(self, metrics: dict[str, float]) -> dict[str, float]:
         """Adds up a step's metrics; returns them with the reasons that occurred so far, counted over all steps.
 
         All processes see the same metrics, so they agree on whether there are too many.
 
         Args:
           metrics: of a step, with `bad/<reason>` for pairs of that step.
-          batch: pairs of a step.
 
         Raises:
           UserError: there are too many.
         """
-        self._pairs += batch
-        self._totals.update({name: round(count) for name, count in metrics.items() if name.startswith(_PREFIX)})
-        bad = self._totals.total()
-        if self._pairs >= _JUDGED_FROM and bad > self._max_share * self._pairs:
+        found = Counter({name: round(count) for name, count in metrics.items() if name.startswith(_PREFIX)})
+        if len(self._window) == self._window.maxlen:
+            self._in_window.subtract(self._window[0])
+        self._window.append(found)
+        self._in_window.update(found)
+        self._totals.update(found)
+        bad, pairs = self._in_window.total(), self._batch * len(self._window)
+        if pairs >= _JUDGED_FROM and bad > self._max_share * pairs:
             raise UserError(
-                f"{bad:,} of {self._pairs:,} pairs could not be used ({self._by_reason()}), more than "
+                f"{bad:,} of the last {pairs:,} pairs could not be used ({self._by_reason()}), more than "
                 f"config.data.max_bad_share={self._max_share}; see {self._file}"
             )
         kept = {name: value for name, value in metrics.items() if not name.startswith(_PREFIX)}
         return kept | {name: float(count) for name, count in self._totals.items() if count}
 
     def _by_reason(self) -> str:
-        counts = self._totals.most_common()
+        counts = self._in_window.most_common()
         return ", ".join(f"{name.removeprefix(_PREFIX)} {count:,}" for name, count in counts if count)

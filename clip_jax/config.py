@@ -82,7 +82,8 @@ class DataConfig:
       grayscale: share of the images that lose their colours.
       on_bad: what becomes of a pair that cannot be used: `drop`, it keeps its place in the batch with weight 0 and is
         counted by reason; `fail`, the run stops.
-      max_bad_share: the run stops when more of its pairs than this could not be used; looked at from 1,000 pairs on.
+      max_bad_share: the run stops when more than this share of its last 10,000 pairs, or of its last 50 steps' if these
+        are more, could not be used; looked at from 1,000 pairs on.
       retry_s: seconds for which a remote read is tried again after errors.
       connections: for `window`, blocks that each process fetches at the same time.
       workers: processes that read and decode; 0 means threads of the training process.

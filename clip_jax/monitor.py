@@ -55,7 +55,7 @@ class Monitor:
     ) -> None:
         self._config, self._workdir = config, workdir
         self._start_step, self._chance_loss = start_step, chance_loss
-        self._bad_records = BadRecords(workdir, where, max_share=config.data.max_bad_share)
+        self._bad_records = BadRecords(workdir, where, batch=config.batch, max_share=config.data.max_bad_share)
         self._health = Health(config, workdir, where, say=self.print)
         self._devices, self._peak = len(devices), peak_of(devices[0].device_kind)
         self._flops = StepFlops.of(config, devices=self._devices)
@@ -175,7 +175,7 @@ class Monitor:
 
     def _read(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        values = self._bad_records.count(values, self._config.batch)
+        values = self._bad_records.count(values)
         values = self._health.judge(step, values)
         values |= self._since_last_row(values) | self._of_startup
         self._of_startup = {}

@@ -8,6 +8,7 @@ import pytest
 from tars import add, picture, write_shards
 from tiny import TINY
 
+from clip_jax.bad_records import BadRecords
 from clip_jax.config import ConfigError, data_sources, from_config_dict, to_config_dict
 from clip_jax.errors import UserError
 from clip_jax.trainer import train
@@ -51,8 +52,25 @@ def test_a_run_counts_and_names_its_bad_pairs(tmp_path):
 def test_too_many_bad_pairs_end_the_run_with_a_report(tmp_path):
     shards = shard_with_holes(tmp_path / "a.tar", set(range(12)))
     long = dataclasses.replace(run(tmp_path, shards=shards), samples=32 * 60)
-    with pytest.raises(UserError, match=r"of 1,0\d\d pairs could not be used \(image_damaged \d+\).*max_bad_share=0.1"):
+    with pytest.raises(UserError, match=r"of the last 1,0\d\d pairs could .* \(image_damaged \d+\).*max_bad_share=0.1"):
         train(long, tmp_path / "run")
+
+
+@pytest.mark.parametrize("batch", [32, 1_000, 32_768])
+def test_an_outage_ends_a_long_run_within_tens_of_steps(tmp_path, batch):
+    """Not so bad pairs of an allowed share, nor an interruption of three steps."""
+    records = BadRecords(tmp_path, str, batch=batch, max_share=0.1)
+
+    def bad(pairs, *, steps):
+        return [records.count({"loss": 1.0, "bad/shard_missing": pairs})["bad/shard_missing"] for _ in range(steps)]
+
+    counted = bad(batch // 10, steps=2_000)
+    assert counted == [(step + 1) * (batch // 10) for step in range(2_000)]
+    bad(0, steps=400)
+    bad(batch, steps=3)
+    bad(0, steps=400)
+    with pytest.raises(UserError, match=r"of the last .* pairs could not be used \(shard_missing .*max_bad_share=0.1"):
+        bad(batch, steps=40)
 
 
 def test_streams_that_the_batch_does_not_fill_are_refused_before_anything_is_written(tmp_path):
