@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from clip_jax.command_line import one_line_errors, take_overrides
+from clip_jax.command_line import one_line_errors, run_folder, take_overrides
 from clip_jax.errors import UserError, did_you_mean
 
 
@@ -157,7 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     run.set_defaults(run=_sweep_run)
     for action in (expand, run):
         action.add_argument("sweep", type=Path, help="sweep file, such as configs/sweeps/demo_loss.py")
-        action.add_argument("--runs", type=Path, default=Path("runs"), help="the sweep's folder goes in here (runs)")
+        action.add_argument("--runs", default="runs", help="the sweep's folder goes in here (runs)")
 
     compare = commands.add_parser("compare", help="put runs side by side, and say what is more than seed noise")
     compare.add_argument("folders", type=Path, nargs="+", metavar="run", help="a workdir, or a folder above some")
@@ -501,7 +501,7 @@ def _sweep_expand(arguments: argparse.Namespace) -> None:
     if arguments.to not in TARGETS:
         raise UserError(f"--to={arguments.to}{did_you_mean(arguments.to, TARGETS)} (targets: {', '.join(TARGETS)})")
     sweep = load_sweep(arguments.sweep)
-    jobs, folder = expand(sweep, arguments.overrides), arguments.runs / sweep.name
+    jobs, folder = expand(sweep, arguments.overrides), run_folder("--runs", arguments.runs) / sweep.name
     if arguments.out is None:
         print(TARGETS[arguments.to].write(sweep, jobs, folder), end="")
         return
@@ -514,7 +514,7 @@ def _sweep_run(arguments: argparse.Namespace) -> None:
     from clip_jax.console import clock, print_table
 
     sweep = load_sweep(arguments.sweep)
-    jobs, folder = expand(sweep, arguments.overrides), arguments.runs / sweep.name
+    jobs, folder = expand(sweep, arguments.overrides), run_folder("--runs", arguments.runs) / sweep.name
     outcomes = run_sweep(sweep, jobs, folder, at_once=arguments.jobs)
     rows = [[job.arm, str(job.seed), state, clock(seconds), note] for job, state, seconds, note in outcomes]
     print_table(f"Sweep {sweep.name}", ["arm", "seed", "", "time", "last line of train.log"], rows)

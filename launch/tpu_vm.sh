@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A Cloud TPU slice: installs on every host of it and starts the run there. JAX finds its peers by itself.
-#   launch/tpu_vm.sh my-tpu us-east5-a configs/vit_l14.py gs://bucket/l14 --config.data.dataset=my_pairs
+#   launch/tpu_vm.sh my-tpu us-east5-a configs/vit_l14.py /mnt/shared/l14 --config.data.dataset=my_pairs
 set -euo pipefail
 
 name=${1:?TPU name} zone=${2:?zone} config=${3:?config file} workdir=${4:?workdir}

@@ -55,6 +55,18 @@ def test_train_needs_a_workdir():
 
 
 @pytest.mark.parametrize(
+    "command",
+    [("train.py", DEMO, "--workdir"), ("clip_jax.cli", "sweep", "expand", "configs/sweeps/demo_loss.py", "--runs")],
+)
+def test_a_run_is_not_written_to_a_url(command):
+    """`Path` would make a folder of it on each host, in which there is no part of the other hosts' checkpoints."""
+    module, *arguments, flag = command
+    message = refused(run(*arguments, f"{flag}=gs://bucket/l14", module=module))
+    assert f"{flag}=gs://bucket/l14: runs are written to a folder that every process sees" in message
+    assert not (ROOT / "gs:").exists()
+
+
+@pytest.mark.parametrize(
     ("body", "message"),
     [
         ("raise RuntimeError('no such cluster')", "RuntimeError in mine.py, line 3: no such cluster"),
