@@ -60,13 +60,18 @@ class Preemption:
             self._timer.cancel()
 
     def noticed(self) -> bool:
-        """Whether the run shall end after this step; every process must ask after every step.
+        """Whether the run shall end now; every process must ask after every step, and before every evaluation batch.
 
         The count of the calls is what processes agree on, since the number of the step goes back when a run does.
         """
         self._steps += 1
         if jax.distributed.is_initialized() and multihost_utils.reached_preemption_sync_point(self._steps):
             self._begin(signal.SIGTERM)
+        return self.is_ending
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether a signal was noticed already; with several processes, one that all of them did."""
         return self._signal is not None
 
     def ended(self, step: int) -> PreemptedError:

@@ -27,7 +27,7 @@ from clip_jax.lock import locked, unwritable
 from clip_jax.losses import chance_loss
 from clip_jax.models.variants import variant_name
 from clip_jax.monitor import Monitor
-from clip_jax.preemption import Preemption
+from clip_jax.preemption import PreemptedError, Preemption
 from clip_jax.profiling import Profiler
 from clip_jax.program import Program, fresh_state, initial_of, make_program
 from clip_jax.resume import check_resumable, describe_resume
@@ -151,7 +151,11 @@ def _train_from(run: Run, start: Restored, notes: list[str], startup: Startup) -
             monitor.print(line)
         watch = Watch(monitor, watchdog, preemption, profiler)
         state = _loop(run, start, watch)
-        found = _evaluate(run, state, watch)
+        try:
+            found = _evaluate(run, state, watch)
+        except PreemptedError:
+            run.checkpoints.wait()
+            raise
     _report(run, state, found)
     return state
 
@@ -180,9 +184,11 @@ def _steps(run: Run, start: Restored, watch: Watch) -> TrainState:
             watch.profiler.after(step, state)
             monitor.finished(step, metrics)
             watch.watchdog.progress()
-            ending = watch.preemption.noticed()
-            is_evaluated = config.eval.every and step % config.eval.every == 0 and step != last and not ending
-            found = _evaluate(run, state, watch) if is_evaluated else None
+            found, ending = None, watch.preemption.noticed()
+            if config.eval.every and step % config.eval.every == 0 and step != last and not ending:
+                with suppress(PreemptedError):  # it is raised when the step is saved
+                    found = _evaluate(run, state, watch)
+                ending = watch.preemption.is_ending
             saved = run.checkpoints.save(
                 step,
                 state,
@@ -248,12 +254,21 @@ def _device_errors_explained(run: Run) -> Iterator[None]:
 
 
 def _evaluate(run: Run, state: TrainState, watch: Watch) -> Found:
-    """Returns what the evaluations found; one that fails is left out, and ends neither the other nor training."""
+    """Returns what the evaluations found; one that fails is left out, and ends neither the other nor training.
+
+    Raises:
+      PreemptedError: the run shall end; in all processes before the same batch.
+    """
     variables, step = state.inference_variables, int(state.step)
+
+    def progress() -> None:
+        watch.watchdog.progress()
+        if watch.preemption.noticed():
+            raise watch.preemption.ended(step)
 
     def attempt(measure: Callable[..., T]) -> T | None:
         try:
-            return measure(variables, progress=watch.watchdog.progress)
+            return measure(variables, progress=progress)
         except RestartError:
             raise
         except Exception as error:  # of any kind: nothing in it is needed for training

@@ -21,7 +21,8 @@ from test_health import RUN, bits, rows_of
 
 from clip_jax.data.loader import open_training_data
 from clip_jax.errors import RESTART, UserError
-from clip_jax.evals.evaluation import Evaluation
+from clip_jax.evals.evaluation import Evaluated, Evaluation
+from clip_jax.preemption import PreemptedError
 from clip_jax.trainer import train
 from clip_jax.watchdog import Watchdog
 
@@ -93,6 +94,36 @@ def test_a_stopped_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, number, co
     resumed = train(RUN, tmp_path / "stopped")
     assert bits(straight) == bits(resumed)
     assert rows_of(tmp_path / "straight", "loss") == rows_of(tmp_path / "stopped", "loss")
+
+
+class Interrupted(Evaluation):
+    """An evaluation of many batches; the run gets a signal before the third one of its n-th run."""
+
+    def __init__(self, at):
+        self.at, self.runs, self.batches = at, 0, 0
+
+    def run(self, variables, *, progress=None):
+        self.runs, self.batches = self.runs + 1, 0
+        for number in range(100):
+            if (self.runs, number) == (self.at, 2):
+                os.kill(os.getpid(), signal.SIGTERM)
+            progress()
+            self.batches += 1
+        return Evaluated((), None)
+
+
+def test_sigterm_during_an_evaluation_saves_the_step_before_it(tmp_path, monkeypatch):
+    """In the middle of the run, and in the evaluation at its end."""
+    run = dataclasses.replace(RUN, eval=dataclasses.replace(RUN.eval, every=4))
+    for at, step in ((1, 4), (3, 14)):  # the second start evaluates after steps 8, 12 and 14
+        evaluation = Interrupted(at)
+        monkeypatch.setattr(Evaluation, "open", lambda *_, evaluation=evaluation, **__: evaluation)
+        with pytest.raises(PreemptedError, match=f"stopped by SIGTERM after step {step}, which is saved"):
+            train(run, tmp_path)
+        assert (evaluation.runs, evaluation.batches) == (at, 2)
+        assert (tmp_path / "checkpoints" / str(step)).is_dir()
+    assert list(rows_of(tmp_path, "loss")) == list(range(1, 15))
+    assert rows_of(tmp_path, "evaluation_failed") == {}
 
 
 STUCK = """
@@ -325,6 +356,20 @@ def test_sigterm_to_one_process_saves_both_at_the_same_step(tmp_path):
         assert (f"resuming at step {saved}" in out[0][0]) == (name == "a")
     assert list(rows_of(tmp_path / "a", "loss")) == list(range(1, 401))
     assert rows_of(tmp_path / "a", "loss") == rows_of(tmp_path / "straight", "loss")
+
+
+@pytest.mark.slow
+def test_two_processes_leave_an_evaluation_at_the_same_batch(tmp_path):
+    long = ("--config.eval.held_out=source=synthetic", "--config.eval.held_out_pairs=96000", "--config.eval.batch=48")
+    keys = (*LONG, *long, "--config.eval.every=5", "--config.checkpoint.every=10000", f"--workdir={tmp_path}")
+    both = peers(*keys, devices=1)
+    wait_for_step(tmp_path, 5, *both)  # its row is written when the evaluation begins
+    both[1].send_signal(signal.SIGTERM)
+    out = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [RESTART, RESTART], out
+    assert all("stopped by SIGTERM after step 5, which is saved" in errors for _, errors in out)
+    assert (tmp_path / "checkpoints" / "5").is_dir()
+    assert rows_of(tmp_path, "held_out/loss") == {}
 
 
 @pytest.mark.slow
