@@ -11,6 +11,7 @@ import numpy as np
 
 from clip_jax.data.records import REASONS
 from clip_jax.errors import UserError
+from clip_jax.metrics import Unwritten
 
 _PREFIX = "bad/"
 _JUDGED_FROM = 1_000
@@ -31,6 +32,7 @@ class BadRecords:
 
     def __init__(self, workdir: Path, where: Callable[[int], str], *, batch: int, max_share: float) -> None:
         self._file = workdir / f"bad_records-{jax.process_index()}.jsonl"
+        self._unwritten = Unwritten(self._file)
         self._where, self._batch, self._max_share = where, batch, max_share
         self._lines = 0
         self._totals: Counter[str] = Counter()
@@ -43,7 +45,7 @@ class BadRecords:
         if not len(rows):
             return
         self._lines += len(rows)
-        with self._file.open("a", encoding="utf-8") as file:
+        with self._unwritten, self._file.open("a", encoding="utf-8") as file:
             for row in rows:
                 index = int(batch["index"][row])
                 reason = REASONS[int(batch["bad"][row]) - 1]

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from clip_jax.config import HealthConfig, RunConfig
+from clip_jax.metrics import Unwritten
 
 _MOST_LINES = 1_000
 _AT_CLAMP = 1 - 1e-5
@@ -57,6 +58,7 @@ class Health:
     ) -> None:
         self._config, self._batch, self._where, self._say = config.health, config.batch, where, say
         self._file = workdir / f"skipped-{jax.process_index()}.jsonl"
+        self._unwritten = Unwritten(self._file)
         self._alarms = Alarms(config.health, warmup=config.optim.warmup_steps, max_scale=config.optim.max_scale)
         self._on: dict[str, float] = {}
         self._unread: dict[int, _Step] = {}
@@ -97,7 +99,7 @@ class Health:
             line = {"step": step, "begin": noted.begin, "end": noted.begin + self._batch}
             line |= {"loss": str(loss), "gradient_norm": str(norm), "index": noted.index.tolist()}
             line["records"] = [self._where(int(index)) for index in noted.index]
-            with self._file.open("a", encoding="utf-8") as file:
+            with self._unwritten, self._file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         if len(self._in_a_row) > self._config.max_skipped:
             first, begin = self._in_a_row[0]

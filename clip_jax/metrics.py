@@ -21,6 +21,7 @@ from clip_jax.errors import UserError
 
 FILE = "metrics.jsonl"
 TENSORBOARD_FLUSH_SECONDS = 10.0
+_LOST = "%s cannot be written: %s; training goes on, and its lines are lost while that lasts"
 _LOG = logging.getLogger(__name__)
 
 
@@ -111,25 +112,50 @@ class MetricWriter:
             _warn_off(type(backend), error)
 
 
+class Unwritten:
+    """Says once that a file's lines cannot be written, as on a full disk, and lets go on; for use in `with`.
+
+    Args:
+      path: the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._is_said = path, False
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _kind: type[BaseException] | None, error: BaseException | None, *_: object) -> bool:
+        if not isinstance(error, OSError):
+            return False
+        if not self._is_said:
+            _LOG.warning(_LOST, self._path, error.strerror)
+        self._is_said = True
+        return True
+
+
 class JsonLines:
     """`metrics.jsonl`, opened for appending."""
 
     def __init__(self, path: Path) -> None:
         _end_torn_line(path)
-        self._file = path.open("a", encoding="utf-8")
+        self._file, self._unwritten = path.open("a", encoding="utf-8"), Unwritten(path)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Appends one line, at once."""
-        self._file.write(json.dumps({"step": step, **scalars}) + "\n")
-        self._file.flush()
+        with self._unwritten:
+            self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+            self._file.flush()
 
     def flush(self) -> None:
         """Waits until the disk has the lines, against a failure of the machine."""
-        os.fsync(self._file.fileno())
+        with self._unwritten:
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        with self._unwritten:
+            self._file.close()
 
 
 class TensorBoardBackend:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import tarfile
 
+import numpy as np
 import pytest
 from tars import add, picture, write_shards
 from tiny import TINY
@@ -71,6 +72,23 @@ def test_an_outage_ends_a_long_run_within_tens_of_steps(tmp_path, batch):
     bad(0, steps=400)
     with pytest.raises(UserError, match=r"of the last .* pairs could not be used \(shard_missing .*max_bad_share=0.1"):
         bad(batch, steps=40)
+
+
+def test_names_that_cannot_be_written_end_no_run(tmp_path, caplog):
+    """As on a full disk; they are written again once they can be."""
+    records = BadRecords(tmp_path, str, batch=2, max_share=0.1)
+    batch = {"bad": np.array([0, 1]), "index": np.array([3, 4])}
+    (tmp_path / "bad_records-0.jsonl").mkdir()
+    for step in (1, 2):
+        records.note(step, batch)
+    (tmp_path / "bad_records-0.jsonl").rmdir()
+    records.note(3, batch)
+    (line,) = (tmp_path / "bad_records-0.jsonl").read_text().splitlines()
+    assert json.loads(line) == {"step": 3, "index": 4, "reason": "image_missing", "record": "4"}
+    (record,) = caplog.records
+    assert record.message.endswith(
+        "cannot be written: Is a directory; training goes on, and its lines are lost while that lasts"
+    )
 
 
 def test_streams_that_the_batch_does_not_fill_are_refused_before_anything_is_written(tmp_path):

@@ -308,6 +308,8 @@ def test_steps_without_a_pair_neither_rewind_nor_hide_those_that_do(tmp_path):
     kinds = ["good", *["empty"] * 9, "bad", "empty", "bad"]
     assert [judge(step, kind) for step, kind in enumerate(kinds, 1)] == [0, *range(1, 13)]
     assert said[0] == "step 2 is skipped: none of its pairs could be used"
+    (tmp_path / "skipped-0.jsonl").unlink()
+    (tmp_path / "skipped-0.jsonl").mkdir()  # a name that cannot be written, as on a full disk, is only lost
     with pytest.raises(Rewind) as caught:
         judge(14, "bad")
     assert (caught.value.first, caught.value.begin, caught.value.end) == (11, 160, 224)

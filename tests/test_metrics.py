@@ -1,10 +1,13 @@
 """Metrics and console: nothing written is lost or changed, and no display stops a run."""
 
+import contextlib
 import io
+import itertools
 import json
 import logging
 import math
 import re
+import resource
 import subprocess
 import sys
 import time
@@ -95,6 +98,48 @@ def test_each_line_is_on_disk_at_once(tmp_path):
     with MetricWriter(tmp_path, tensorboard=False) as writer:
         writer.write(1, {"loss": 1.0})
         assert json.loads((tmp_path / metrics.FILE).read_text()) == {"step": 1, "loss": 1.0}
+
+
+@contextlib.contextmanager
+def no_room(size: int):
+    """No file of this process can grow over `size` bytes, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))  # Python ignores SIGXFSZ: writes fail with EFBIG
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("scalars", [1, 60])
+def test_metrics_on_a_full_disk_cost_a_warning_and_room_is_used_again(tmp_path, caplog, scalars):
+    """Not a warning for each row, and no torn line, in or behind what the file's buffer holds back."""
+    row = {f"a_scalar_of_some_length_{number}": 0.5 for number in range(scalars)}
+    steps = iter(range(1_000))
+
+    def write(count):
+        for step in itertools.islice(steps, count):
+            writer.write(step, row)
+            writer.flush()
+
+    with MetricWriter(tmp_path, tensorboard=False) as writer:
+        write(3)
+        for _ in range(2):
+            with no_room((tmp_path / metrics.FILE).stat().st_size + 10):
+                write(100)
+            write(2)
+    found = [json.loads(line)["step"] for line in (tmp_path / metrics.FILE).read_text().splitlines()]
+    assert found == sorted(found)
+    assert set(found) >= {0, 1, 2, 103, 104, 205, 206}
+    assert [record.message for record in caplog.records] == [
+        f"{tmp_path / metrics.FILE} cannot be written: File too large; training goes on, and its lines are lost while "
+        "that lasts"
+    ]
+
+
+def test_metrics_end_on_a_full_disk(tmp_path):
+    with no_room(10), MetricWriter(tmp_path, tensorboard=False) as writer:
+        writer.write(1, {"loss": 1.0})
 
 
 def test_no_file_reads_as_no_rows(tmp_path):
