@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, SupportsFloat, runtime_checkable
 
-from clip_jax.errors import UserError
+from clip_jax.errors import UserError, one_line
 
 FILE = "metrics.jsonl"
 TENSORBOARD_FLUSH_SECONDS = 10.0
@@ -64,7 +64,7 @@ class MetricWriter:
     ) -> None:
         self._backends: list[Backend] = []
         if wandb is not None:
-            self._backends.append(WandbBackend(workdir, wandb, run_config))
+            self._open_wandb(workdir, wandb, run_config)
         if tensorboard:
             self._open_tensorboard(workdir / "tensorboard")
         self._lines = JsonLines(workdir / FILE)
@@ -94,6 +94,14 @@ class MetricWriter:
             self._try(backend, backend.close)
         self._backends.clear()
         self._lines.close()
+
+    def _open_wandb(self, workdir: Path, arguments: Mapping[str, Any], run_config: Mapping[str, Any] | None) -> None:
+        try:
+            self._backends.append(WandbBackend(workdir, arguments, run_config))
+        except UserError:
+            raise
+        except Exception as error:
+            _warn_off(WandbBackend, error, "; `wandb login` gives it a key, WANDB_MODE=offline lets it do without")
 
     def _open_tensorboard(self, folder: Path) -> None:
         if importlib.util.find_spec("tensorboardX") is None:
@@ -234,8 +242,10 @@ def read(workdir: Path) -> list[dict[str, Any]]:
     return [by_step[step] for step in sorted(by_step)]
 
 
-def _warn_off(backend: type, error: Exception) -> None:
-    _LOG.warning("%s failed and is off from here on: %s: %s", backend.__name__, type(error).__name__, error)
+def _warn_off(backend: type, error: Exception, advice: str = "") -> None:
+    _LOG.warning(
+        "%s failed and is off from here on: %s: %s%s", backend.__name__, type(error).__name__, one_line(error), advice
+    )
 
 
 def _wandb_id(workdir: Path) -> str:

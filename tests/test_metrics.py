@@ -251,6 +251,22 @@ def test_a_failing_backend_is_turned_off_and_said_once(tmp_path, monkeypatch, ca
     ]
 
 
+def test_wandb_that_cannot_begin_is_off_and_says_what_to_do(tmp_path, monkeypatch, caplog):
+    """As where nobody has logged in: training is worth more than its curves."""
+
+    def init(**_):
+        raise ValueError("No API key configured.\nUse `wandb login` to log in.")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    with MetricWriter(tmp_path, tensorboard=False, wandb={}) as writer:
+        writer.write(1, {"loss": 1.0})
+    assert len(metrics.read(tmp_path)) == 1
+    assert [record.message for record in caplog.records] == [
+        "WandbBackend failed and is off from here on: ValueError: No API key configured. Use `wandb login` to log in.; "
+        "`wandb login` gives it a key, WANDB_MODE=offline lets it do without"
+    ]
+
+
 def test_wandb_gets_config_and_steps(tmp_path, monkeypatch):
     calls: list[Any] = []
     run = types.SimpleNamespace(
