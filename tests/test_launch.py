@@ -25,24 +25,48 @@ def test_scripts_parse_and_refuse_to_run_without_arguments(name):
     assert re.search(r"(config file|TPU name)$", found.stderr.strip())
 
 
+def stand_in(path, body):
+    """A program that does something else."""
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+
+
 @pytest.mark.parametrize(("code", "requeued"), [(0, 0), (2, 0), (1, 0), (75, 1), (134, 1), (137, 1), (143, 0)])
 def test_slurm_queues_a_run_again_that_should_go_on(tmp_path, code, requeued):
     """The script itself, with a srun that ends with a given code."""
     for name, body in (
-        ("srun", f'case "$*" in *train.py*) exit {code};; esac'),
+        ("srun", f'echo "$SRUN_CPUS_PER_TASK" >> {tmp_path}/cores; case "$*" in *train.py*) exit {code};; esac'),
         ("scontrol", f'echo "$@" >> {tmp_path}/asked'),
     ):
-        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
-        (tmp_path / name).chmod(0o755)
+        stand_in(tmp_path / name, body)
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "activate").write_text("")
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "VENV": str(tmp_path), "SLURM_JOB_ID": "7"}
+    environment |= {"SLURM_CPUS_PER_TASK": "96"}
     for restarts, expected in (("0", requeued), ("50", 0)):
         (tmp_path / "asked").write_text("")
         command = ["bash", LAUNCH / "slurm.sbatch", "configs/vit_b32.py", "runs/b32"]
         ended = subprocess.run(command, env=environment | {"SLURM_RESTART_COUNT": restarts})
         assert ended.returncode == code
         assert (tmp_path / "asked").read_text() == "requeue 7\n" * expected
+    assert set((tmp_path / "cores").read_text().splitlines()) == {"96"}
+
+
+@pytest.mark.parametrize("more", [(), ("--config.data.dataset=my pairs", "--config.seed=3")], ids=["none", "two"])
+def test_a_tpu_run_gets_the_arguments_that_were_given(tmp_path, more):
+    """The script itself, with this machine for the only host; also where the run is started again, after 75."""
+    for name in ("git", "tar", "python3", "sleep"):
+        stand_in(tmp_path / name, "")
+    remote = f'cd {tmp_path}; for last; do :; done; case "$last" in --command=*) sh -c "${{last#*=}}";; esac'
+    stand_in(tmp_path / "gcloud", remote)
+    (tmp_path / "clip_jax" / ".venv" / "bin").mkdir(parents=True)
+    train = 'printf "%s\\n" "$@" >> ../given; [ $(grep -c train.py ../given) = 1 ] && exit 75; exit 2'
+    stand_in(tmp_path / "clip_jax" / ".venv" / "bin" / "python", f"[ $1 != train.py ] || {{ {train}; }}")
+    command = ["bash", LAUNCH / "tpu_vm.sh", "my-tpu", "us-east5-a", "configs/vit_l14.py", "/mnt/shared/l14", *more]
+    assert subprocess.run(command, env={"PATH": f"{tmp_path}:/usr/bin:/bin"}).returncode == 2
+    folders = ["--workdir=/mnt/shared/l14", "--config.compilation_cache=/mnt/shared/l14/programs"]
+    expected = ["train.py", "--config=configs/vit_l14.py", *folders, *more]
+    assert (tmp_path / "given").read_text().splitlines() == expected * 2
 
 
 def test_the_jobset_has_what_its_schema_requires():
