@@ -35,14 +35,13 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 import clip_jax
 from clip_jax.checksum import checksums, describe_leaves
-from clip_jax.config import CheckpointConfig, RunConfig, as_json
+from clip_jax.config import CheckpointConfig, RunConfig, as_json, from_saved
 from clip_jax.data.images import Preprocess, preprocess_of
 from clip_jax.distributed import any_process, from_first
 from clip_jax.errors import UserError, one_line
 from clip_jax.models.clip import CLIP, Variables, init_variables
 from clip_jax.models.variants import ModelConfig
 from clip_jax.state import TrainState, from_average, to_average
-from clip_jax.typed import convert
 
 _JSON_ITEMS = ("data", "config", "metadata")
 _ITEMS = ("state", *_JSON_ITEMS, "record")
@@ -458,7 +457,7 @@ def read_run(workdir: Path) -> tuple[ModelConfig, Variables, Preprocess]:
 
 def _read_model(checkpoints: Checkpoints, step: int) -> tuple[ModelConfig, Variables, Preprocess]:
     contents = checkpoints.read_contents(step)
-    run = convert(contents.config, RunConfig)  # unchecked: what was trained can be read, whatever is refused now
+    run = from_saved(contents.config)
     shapes = jax.eval_shape(lambda: init_variables(CLIP(run.model), jax.random.key(0)))
     variables = checkpoints.read_variables(step, shapes, ema=run.optim.ema_decay > 0)
     return run.model, variables, Preprocess.from_dict(contents.metadata["preprocess"])

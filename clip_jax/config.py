@@ -508,11 +508,20 @@ def from_config_dict(values: Values) -> RunConfig:
       ConfigError: a key that does not exist, is missing or has the wrong type, or values that contradict each
         other; the line names the key and what it may be.
     """
-    config = convert(_plain(values), RunConfig)
+    config = from_saved(values)
     for wrong, message in _contradictions(config):
         if wrong:
             raise ConfigError(message)
     return config
+
+
+def from_saved(values: Values) -> RunConfig:
+    """Converts the config that a run was saved with, whose values may be refused by now.
+
+    Raises:
+      ConfigError: a key that does not exist, is missing or has the wrong type.
+    """
+    return convert(_plain(values), RunConfig)
 
 
 def override(config: ConfigDict, key: str, text: str) -> None:

@@ -16,7 +16,7 @@ from clip_jax.config import (
     DistributedConfig,
     LogConfig,
     RunConfig,
-    from_config_dict,
+    from_saved,
 )
 from clip_jax.errors import ConfigError, UserError
 
@@ -93,7 +93,7 @@ def read_config(workdir: Path) -> RunConfig | None:
     if not file.exists():
         return None
     try:
-        return from_config_dict(json.loads(file.read_text()))
+        return from_saved(json.loads(file.read_text()))
     except ConfigError as error:
         raise UserError(f"{file}: {error}") from None
     except (OSError, ValueError, AttributeError) as error:
