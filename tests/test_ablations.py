@@ -91,7 +91,7 @@ def test_seeds_change_the_seed_alone_and_come_first():
 
 def test_a_command_gives_the_very_config_of_its_run():
     arms = product(
-        {"optim.freeze": [(), ("^text/block_{1,2}/", "a b")], "data.color_jitter": [[0.1, 0.2, 0.3, 0.4]]},
+        {"optim.freeze": [(), ("^text/block_{1,2}/", "a b")], "data.crop_scale": [[0.1, 0.2]]},
         [{"model": "ViT-B/16", "model.dtype": "bfloat16"}, {"eval.dataset": "", "data.build": False}],
     )
     sweep = sweep_of(arms, common={"samples": 240 * 50})

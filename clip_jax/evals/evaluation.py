@@ -9,7 +9,6 @@ from jax.sharding import Mesh
 from clip_jax.config import RunConfig
 from clip_jax.data.images import preprocess_of
 from clip_jax.data.pipeline import EvalTransform
-from clip_jax.evals.classification import open_classes
 from clip_jax.evals.embedding import Embedder, ImageFeatures
 from clip_jax.evals.job import EvalJob
 from clip_jax.evals.prompts import templates
@@ -55,7 +54,9 @@ class Evaluation:
     """
 
     def __init__(self, config: RunConfig, model: CLIP, *, mesh: Mesh) -> None:
-        from clip_jax.data.tokenizer import Tokenizer  # a run without evaluation may have no tokenizer installed
+        # a run without evaluation may have no tokenizer installed
+        from clip_jax.data.tokenizer import Tokenizer
+        from clip_jax.evals.classification import open_classes
 
         check_batch("eval.batch", config.eval.batch, mesh)
         evaluation = config.eval

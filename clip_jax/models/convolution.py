@@ -54,7 +54,7 @@ def convolve(
       stride: of rows and columns.
       reduce_dtype: in which devices add up that gradient, see `ModelConfig`.
     """
-    return _convolve(x, kernel.astype(x.dtype), stride)
+    return _forward(x, kernel, stride, reduce_dtype)[0]
 
 
 def _convolve(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
@@ -62,9 +62,9 @@ def _convolve(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
 
 
 def _forward(
-    x: jax.Array, kernel: jax.Array, stride: int, reduce_dtype: ReduceDtype
+    x: jax.Array, kernel: jax.Array, stride: int, _: ReduceDtype
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return convolve(x, kernel, stride, reduce_dtype), (x, kernel)
+    return _convolve(x, kernel.astype(x.dtype), stride), (x, kernel)
 
 
 def _backward(

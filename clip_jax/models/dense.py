@@ -44,7 +44,11 @@ def product(
       kernel: of any float dtype, which its gradient has too.
       reduce_dtype: in which devices add up that gradient, see `ModelConfig`.
     """
-    return _multiply(x, kernel.astype(x.dtype))
+    return _forward(x, kernel, reduce_dtype)[0]
+
+
+def _forward(x: jax.Array, kernel: jax.Array, _: ReduceDtype) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _multiply(x, kernel.astype(x.dtype)), (x, kernel)
 
 
 def _backward(
@@ -78,7 +82,7 @@ def _as_they_are(x: jax.Array, gradient: jax.Array) -> jax.Array:
     return jax.lax.dot_general(gradient, x, ((rows, rows), ((), ()))).T
 
 
-product.defvjp(lambda x, kernel, reduce_dtype: (product(x, kernel, reduce_dtype), (x, kernel)), _backward)
+product.defvjp(_forward, _backward)
 
 
 def add_parameter(
