@@ -106,7 +106,7 @@ def unguarded(advance, usable, *operands):
     return advance(*operands)
 
 
-@pytest.mark.parametrize("run", [EVERYTHING, pytest.param(TINY, marks=pytest.mark.slow)], ids=["everything", "plain"])
+@pytest.mark.parametrize("run", [TINY, pytest.param(EVERYTHING, marks=pytest.mark.slow)], ids=["plain", "everything"])
 def test_finite_steps_are_those_of_a_step_without_the_guard(replace, run):
     """In float64, with no collective and no argument more; by a branch without a copy of the state.
 
@@ -238,7 +238,7 @@ def test_a_few_bad_steps_are_skipped_counted_and_named(tmp_path, capsys):
     assert not list((tmp_path / "checkpoints").glob("abandoned-*"))
 
 
-@pytest.mark.parametrize("first", [7, 2], ids=["checkpoint", "beginning"])
+@pytest.mark.parametrize("first", [7, pytest.param(2, marks=pytest.mark.slow)], ids=["checkpoint", "beginning"])
 def test_more_in_a_row_rewind_and_pass_over_their_pairs(tmp_path, capsys, first):
     """The run that comes of it is one whose data never held these pairs, to the bit; before a checkpoint too."""
     begin, end = (first - 1) * 16, (first + 2) * 16
@@ -260,6 +260,7 @@ def test_more_in_a_row_rewind_and_pass_over_their_pairs(tmp_path, capsys, first)
     assert saved == {"position": 17 * 16, "skips": [[begin, end]]}
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_passing_over(tmp_path):
     """Killed after its rewind, between two checkpoints: the same bits as the uninterrupted one."""
     bad = [(96, 144)]
@@ -288,6 +289,7 @@ def test_a_run_that_goes_wrong_again_ends_with_a_report(tmp_path):
         train(RUN, tmp_path, data=spoiled(RUN, bad))
 
 
+@pytest.mark.slow
 def test_bad_pairs_right_behind_those_passed_over_rewind_again(tmp_path):
     run = dataclasses.replace(RUN, health=dataclasses.replace(RUN.health, max_rewinds=2))
     train(run, tmp_path, data=spoiled(run, [(96, 192)]))

@@ -81,9 +81,8 @@ def preempting(run, at, *, number=signal.SIGTERM):
     return data._replace(batches=batches)
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 75), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_a_stopped_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, number, code):
     handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
     straight = train(RUN, tmp_path / "straight")
