@@ -218,6 +218,7 @@ def averaging():
     return run, state.replace(**jax.tree.map(lambda x: x + 1, state.variables))
 
 
+@pytest.mark.slow
 def test_what_a_resnet_gives_is_averaged_whole(averaging, tmp_path):
     run, state = averaging
     checkpoints = Checkpoints(tmp_path, run.checkpoint)

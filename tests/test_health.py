@@ -167,6 +167,7 @@ def test_mean_cosine_costs_one_small_all_reduce(replace):
     assert 0 < reduced[1] - without[1] <= 4 * (2 * TINY.model.embed_dim + 8)
 
 
+@pytest.mark.slow
 def test_the_norms_of_the_towers_cost_no_collective(replace):
     """Only the sums of squares that the guard makes anyhow, in three numbers instead of one."""
     counts, of_all = [], step.gradient_norms

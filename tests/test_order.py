@@ -164,6 +164,7 @@ def neighbours(order, batch):
     return together / (batch / order.size)
 
 
+@pytest.mark.slow
 def test_windows_mix_nearly_as_well_as_the_full_shuffle():
     counts = [200] * 100
     window, full = windows(counts, streams=16, block=20, window=16), FullShuffle(20_000, seed=0)

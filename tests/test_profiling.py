@@ -31,6 +31,7 @@ def traces(workdir: Path) -> dict[str, list[int]]:
     return {file.parent.name: steps_in(file) for file in files}
 
 
+@pytest.mark.slow
 def test_a_window_of_steps_and_a_signal_leave_their_traces_and_no_other_bit(tmp_path, capsys):
     before = signal.getsignal(signal.SIGUSR1)
     run = dataclasses.replace(RUN, log=LogConfig(every=1, tensorboard=False, profile=(3, 4), profile_steps=2))

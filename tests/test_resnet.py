@@ -159,7 +159,8 @@ def test_groups_are_as_if_each_were_a_batch(x64):
     assert_leaves_close(whole[2], jax.tree.map(lambda a, b: a + b, parts[0][2], parts[1][2]), 1e-11, skip=(KEY_BIAS,))
 
 
-@pytest.mark.parametrize("group", [pytest.param(0, marks=pytest.mark.slow), 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("group", [0, 4])
 def test_every_mesh_gives_one_training_step(x64, group):
     variables, images = random_variables(TINY), random_images(TINY, 32)
     cotangent = np.random.default_rng(2).standard_normal((32, EMBED))

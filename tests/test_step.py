@@ -298,6 +298,7 @@ def test_a_frozen_resnet_keeps_its_statistics():
     assert all(same(before, after.batch_stats))
 
 
+@pytest.mark.slow
 def test_random_patches_change_with_the_step_and_not_with_the_mesh():
     run = dataclasses.replace(TINY, model=dataclasses.replace(TINY.model, patch_dropout=0.5))
     one, _ = losses(run, 1, count=5)

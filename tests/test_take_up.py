@@ -53,6 +53,7 @@ def test_what_is_taken_up_changes_no_value_and_no_gradient():
         np.testing.assert_allclose(a, b, atol=1e-13 * float(np.abs(b).max()), err_msg=jax.tree_util.keystr(path))
 
 
+@pytest.mark.slow
 def test_in_bf16_they_are_as_close_to_the_definition():
     def computed(dtype, takes_up, seed):
         function, *given = block_both_ways(dtype, takes_up, seed)

@@ -70,6 +70,7 @@ def snapshot(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(digits_dir, tmp_path):
     config = on_digits(digits_dir)
     straight = train(config, tmp_path / "straight")
