@@ -163,7 +163,7 @@ class Checkpoints:
         """
         contents, state = self._everywhere(functools.partial(self._read_state, step, target))
         _compare(checksums(state), contents.leaves)
-        if "batch_stats" in target.ema and not _averages_statistics(contents.leaves):
+        if "batch_stats" in target.ema and "batch_stats" not in state.ema:
             statistics = jax.tree.map(jnp.copy, state.batch_stats)
             state = state.replace(ema={"params": state.ema, "batch_stats": statistics})
         skips = tuple((int(begin), int(end)) for begin, end in contents.data["skips"])

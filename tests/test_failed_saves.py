@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from full_disk import small_files
 from states import assert_same_bits, small_state, target_of
 from test_distributed import lines, peers
 from test_operations import LONG
@@ -43,17 +44,6 @@ def save(checkpoints: Checkpoints, step: int, state=STATE, *, now: bool = True) 
 
 def names(workdir: Path) -> set[str]:
     return {path.name for path in (workdir / "checkpoints").iterdir()}
-
-
-@contextlib.contextmanager
-def small_files(limit: int):
-    """No file of this process can grow over `limit` bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))  # Python ignores SIGXFSZ: writes fail with EFBIG
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import pytest
 from kill_harness import EPOCH, EPOCHS, Processes, outcome, run_with_kills
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [6, pytest.param(200, marks=pytest.mark.slow)])
 def test_a_run_through_kills_is_the_uninterrupted_one_bit_for_bit(tmp_path, kills):
     with Processes() as processes:
         processes.start(tmp_path / "straight")

@@ -1,13 +1,11 @@
 """Metrics and console: nothing written is lost or changed, and no display stops a run."""
 
-import contextlib
 import io
 import itertools
 import json
 import logging
 import math
 import re
-import resource
 import subprocess
 import sys
 import time
@@ -16,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from full_disk import small_files
 
 from clip_jax import metrics
 from clip_jax.console import Progress, WorkProgress, clock, plain_table, print_table
@@ -100,17 +99,6 @@ def test_each_line_is_on_disk_at_once(tmp_path):
         assert json.loads((tmp_path / metrics.FILE).read_text()) == {"step": 1, "loss": 1.0}
 
 
-@contextlib.contextmanager
-def no_room(size: int):
-    """No file of this process can grow over `size` bytes, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))  # Python ignores SIGXFSZ: writes fail with EFBIG
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.mark.parametrize("scalars", [1, 60])
 def test_metrics_on_a_full_disk_cost_a_warning_and_room_is_used_again(tmp_path, caplog, scalars):
     """Not a warning for each row, and no torn line, in or behind what the file's buffer holds back."""
@@ -125,7 +113,7 @@ def test_metrics_on_a_full_disk_cost_a_warning_and_room_is_used_again(tmp_path, 
     with MetricWriter(tmp_path, tensorboard=False) as writer:
         write(3)
         for _ in range(2):
-            with no_room((tmp_path / metrics.FILE).stat().st_size + 10):
+            with small_files((tmp_path / metrics.FILE).stat().st_size + 10):
                 write(100)
             write(2)
     found = [json.loads(line)["step"] for line in (tmp_path / metrics.FILE).read_text().splitlines()]
@@ -138,7 +126,7 @@ def test_metrics_on_a_full_disk_cost_a_warning_and_room_is_used_again(tmp_path, 
 
 
 def test_metrics_end_on_a_full_disk(tmp_path):
-    with no_room(10), MetricWriter(tmp_path, tensorboard=False) as writer:
+    with small_files(10), MetricWriter(tmp_path, tensorboard=False) as writer:
         writer.write(1, {"loss": 1.0})
 
 
