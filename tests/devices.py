@@ -10,7 +10,9 @@ def xla_flags(*, devices: int) -> str:
     """Returns what XLA_FLAGS must be for so many CPU devices, with the tests' way of compiling (see conftest)."""
     flags = f"--xla_force_host_platform_device_count={devices}"
     quick = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") == "1"
-    return f"{flags} --xla_cpu_use_fusion_emitters=false" if quick else flags
+    if quick:  # a program in one piece: dividing it among compiler threads costs more than tests' programs have to gain
+        flags += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    return flags
 
 
 def simulating(devices: int) -> dict[str, str]:

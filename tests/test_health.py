@@ -282,6 +282,7 @@ def test_a_resumed_run_goes_on_passing_over(tmp_path):
     assert bits(straight) == bits(resumed)
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_wrong_again_ends_with_a_report(tmp_path):
     bad = [(96, 144), (160, 10_000)]
     with pytest.raises(UserError, match=r"more than 2 steps in a row, from \d+ on.*gone back 1 time.*\[\(96, 144\)\]"):

@@ -37,7 +37,7 @@ def findings(what):
     return [(each.verdict, each.found) for each in examine(None, {}) if each.what == what]
 
 
-@pytest.mark.parametrize(("causal", "wrong"), [(True, [2, 3]), (False, [0, 1])])
+@pytest.mark.parametrize(("causal", "wrong"), [(True, [2, 3]), pytest.param(False, [0, 1], marks=pytest.mark.slow)])
 def test_the_doctor_names_a_kernel_that_errs(monkeypatch, interpreted, causal, wrong):
     right = attention_kernel.attend_packed
 

@@ -102,6 +102,7 @@ def test_parameters_that_are_missing_are_not_taken_for_taken_up():
         LayerNorm(jnp.float32).apply({"params": {"bias": jnp.zeros(8)}}, jnp.ones((2, 8)))
 
 
+@pytest.mark.slow
 def test_additions_of_the_gradient_are_linear_in_the_depth(monkeypatch):
     """How many there are in the compiled program, with what its fusions compute again."""
 

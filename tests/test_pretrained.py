@@ -105,7 +105,11 @@ def test_expecting_another_activation_is_refused(loaded):
 
 
 @pytest.mark.parametrize(
-    "vision", [TINY.model.vision, ResNetConfig(image_size=32, width=8, heads=4, layers=(1, 1, 1, 1))]
+    "vision",
+    [
+        pytest.param(TINY.model.vision, marks=pytest.mark.slow, id="vit"),
+        pytest.param(ResNetConfig(image_size=32, width=8, heads=4, layers=(1, 1, 1, 1)), id="resnet"),
+    ],
 )
 def test_a_runs_newest_whole_checkpoint_is_loaded(vision, tmp_path):
     run = dataclasses.replace(TINY, model=dataclasses.replace(TINY.model, vision=vision, dtype="bfloat16"))
