@@ -96,11 +96,15 @@ class Checkpoints:
     Args:
       workdir: the run's folder; the checkpoints lie in `workdir/checkpoints`, made at the first `save`.
       config: when they are written, and when old ones go.
+      on_change: called when one was written, or when others were abandoned for it.
     """
 
-    def __init__(self, workdir: Path, config: CheckpointConfig) -> None:
+    def __init__(
+        self, workdir: Path, config: CheckpointConfig, *, on_change: Callable[[], None] = lambda: None
+    ) -> None:
         self._folder = workdir.absolute() / "checkpoints"
         self._config = config
+        self._on_change = on_change
         self._open_manager: ocp.CheckpointManager | None = None
         self._writing: int | None = None
         self._failure: UserError | None = None
@@ -200,6 +204,7 @@ class Checkpoints:
         found = self._restore_newest(target, before=step)
         for later in [later for later in self.steps() if later >= step]:
             self._set_aside(later, "abandoned", why=f"is abandoned for that of step {found[0] if found else 0}")
+        self._on_change()
         return found
 
     def read_variables(self, step: int, target: Variables, *, ema: bool) -> Variables:
@@ -342,6 +347,7 @@ class Checkpoints:
             self._failed(step, error)
         else:
             self._failure = None
+            self._on_change()
 
     def _failed(self, step: int, error: Exception | None) -> None:
         """Says that a write failed, and opens the manager anew: that removes what is left of it."""

@@ -324,6 +324,9 @@ class CheckpointConfig:
         kept too, and one is written at every evaluation. Empty means none.
       best_mode: whether the largest or the smallest is the best.
       timeout_s: seconds that a write may take; a process that cannot write holds up the others for so long.
+      mirror: a folder in an object store (`gs://bucket/runs`), in any that fsspec knows, or on another disk. Every
+        checkpoint is copied there in the background, with the run's other files, under the workdir's name; and a
+        workdir that lacks checkpoints gets them from there when the run starts. Empty means none.
     """
 
     every: int = 1_000
@@ -333,6 +336,7 @@ class CheckpointConfig:
     best_metric: str = ""
     best_mode: Literal["max", "min"] = "max"
     timeout_s: float = 600.0
+    mirror: str = ""
 
 
 HELD_OUT_METRICS = ("held_out/loss", "held_out/accuracy")

@@ -1,9 +1,9 @@
 """A training run, in the order in which it happens.
 
-Everything that can be refused is refused before anything is written: mesh, batch, data, model, checkpoints of another
-model. The loop's contract: get a batch, start the step, read the metrics of the step before, then evaluate and
-checkpoint where due. The data position is the number of pairs consumed, so that a resumed run goes on with the next.
-What a run does when something goes wrong is in docs/operations.md.
+Everything that can be refused is refused before anything is written, but for checkpoints that are brought from a copy:
+mesh, batch, data, model, checkpoints of another model. The loop's contract: get a batch, start the step, read the
+metrics of the step before, then evaluate and checkpoint where due. The data position is the number of pairs consumed,
+so that a resumed run goes on with the next. What a run does when something goes wrong is in docs/operations.md.
 """
 
 import json
@@ -25,6 +25,7 @@ from clip_jax.evals.report import report_training, report_zero_shot
 from clip_jax.health import Rewind
 from clip_jax.lock import locked, unwritable
 from clip_jax.losses import chance_loss
+from clip_jax.mirror import Mirror
 from clip_jax.models.variants import variant_name
 from clip_jax.monitor import Monitor
 from clip_jax.preemption import PreemptedError, Preemption
@@ -96,6 +97,7 @@ def train(
     startup.lap("import")
     program = make_program(config)
     startup.lap("state")
+    mirror = Mirror(config.checkpoint.mirror, workdir)
     run = Run(
         config=config,
         workdir=workdir,
@@ -103,10 +105,10 @@ def train(
         data=open_training_data(config) if data is None else data,
         evaluation=Evaluation.open(config, program.model, mesh=program.mesh),
         held_out=HeldOut.open(config, program.model, mesh=program.mesh),
-        checkpoints=Checkpoints(workdir, config.checkpoint),
+        checkpoints=Checkpoints(workdir, config.checkpoint, on_change=mirror.request),
     )
     startup.lap("data")
-    initial = None
+    initial, brought = None, mirror.fetch()
     if (newest := run.checkpoints.latest()) is None:
         run.data.check(0)
         initial = initial_of(config, program)
@@ -114,13 +116,13 @@ def train(
         saved = run.checkpoints.read_contents(newest)
         check_resumable(saved, config, step=newest, where=workdir)
         run.data.check(saved.data["position"])
-    with locked(workdir):
+    with locked(workdir), mirror:
         resumed = run.checkpoints.restore_latest(program.target)
         prepare_workdir(workdir, config)
         if resumed is not None:
             step, restored = resumed
             saved = run.checkpoints.read_contents(step)
-            notes = describe_resume(saved, config, step=step, data=run.data.fingerprint)
+            notes = brought + describe_resume(saved, config, step=step, data=run.data.fingerprint)
             return _train_from(run, restored, notes, startup)
         state, notes = fresh_state(program, initial), [] if initial is None else initial.report()
         del initial  # whole weights, on the host

@@ -1,6 +1,7 @@
 """Shards and their sidecars on S3, against a server of its interface on loopback."""
 
 import logging
+import shutil
 
 import fsspec
 import numpy as np
@@ -8,12 +9,14 @@ import pytest
 from batches import assert_same
 from moto.server import ThreadedMotoServer
 from tars import write_shard, write_shards
+from test_mirror import files, trained
 from test_tars import batches, captions, source, windowed
 
 from clip_jax.data.records import RecordError
 from clip_jax.data.storage import Storage, StorageError, expand
 from clip_jax.data.tar_index import Sidecars
 from clip_jax.data.tar_source import TarSource
+from clip_jax.mirror import Mirror
 
 pytestmark = [
     pytest.mark.slow,  # the server takes seconds to start
@@ -107,3 +110,13 @@ def test_a_bucket_that_is_not_there_is_not_waited_for(server, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda _: pytest.fail("waited"))
     with pytest.raises(StorageError, match="s3://nothing-here/0.tar"):
         Storage(60.0).stat("s3://nothing-here/0.tar")
+
+
+def test_a_run_is_copied_to_s3_and_brought_back(bucket, tmp_path):
+    workdir = trained(tmp_path / "run", f"{bucket}/runs")
+    assert len(fsspec.filesystem("s3").find(f"{bucket}/runs/run/checkpoints")) > 10
+    before = files(workdir)
+    shutil.rmtree(workdir)
+    with Mirror(f"{bucket}/runs", workdir) as mirror:
+        assert mirror.fetch() == [f"brought from {bucket}/runs/run: checkpoints 2, 3"]
+    assert files(workdir) == before

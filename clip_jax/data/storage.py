@@ -87,7 +87,7 @@ class Storage:
             return _local(path, lambda: _read_range(path, start, length))
         if not length:
             return b""
-        system = self._system(path)
+        system = _system_of(path)
 
         def ask() -> bytes:
             try:
@@ -108,7 +108,7 @@ class Storage:
         if not is_remote(path):
             found = _local(path, lambda: os.stat(path))
             return Stat(found.st_size, str(found.st_mtime_ns))
-        system = self._system(path)
+        system = _system_of(path)
         if path.startswith("http"):
             return self._retried(path, lambda: _http_stat(system, path))
         info = self._retried(path, lambda: system.info(path))
@@ -123,7 +123,7 @@ class Storage:
         """
         if not is_remote(path):
             return _local(path, lambda: Path(path).read_bytes())
-        system = self._system(path)
+        system = _system_of(path)
         return self._retried(path, lambda: system.cat_file(path))
 
     def write_whole(self, path: str, content: bytes) -> None:
@@ -133,7 +133,7 @@ class Storage:
           StorageError: it cannot be written.
         """
         if is_remote(path):
-            system = self._system(path)
+            system = _system_of(path)
             self._retried(path, lambda: system.pipe_file(path, content))  # stores put objects whole
             return
         temporary = f"{path}.{os.getpid()}.{threading.get_ident()}.tmp"
@@ -151,18 +151,6 @@ class Storage:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)
-
-    def _system(self, path: str) -> Any:
-        try:
-            return _file_system(path.partition("://")[0])
-        except ImportError as error:
-            raise StorageError(f"{path}: {one_line(error)}") from None
-        except ValueError:
-            import fsspec
-
-            raise UserError(
-                f"{path}: unknown protocol{did_you_mean(path.partition('://')[0], fsspec.available_protocols())}"
-            ) from None
 
     def _retried(self, path: str, call: Callable[[], T]) -> T:
         given_up, stopped = self._given_up.get(path), self._stopped
@@ -188,6 +176,17 @@ class Storage:
                     raise StorageError(reason) from None
                 _LOG.debug("%s: %s; trying again", path, one_line(error))
         raise AssertionError("unreachable")
+
+
+def file_system(path: str) -> tuple[Any, str]:
+    """Returns fsspec's file system for a URL or a local folder, and the path in it.
+
+    Raises:
+      StorageError: the protocol's package is not installed.
+      UserError: an unknown protocol.
+    """
+    system = _system_of(path if is_remote(path) else f"file://{path}")
+    return system, system._strip_protocol(path)
 
 
 @contextlib.contextmanager
@@ -297,11 +296,25 @@ def _alternatives(inner: str) -> list[str]:
     return [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
 
 
+def _system_of(path: str) -> Any:
+    protocol = path.partition("://")[0]
+    try:
+        return _file_system(protocol)
+    except ImportError as error:
+        raise StorageError(f"{path}: {one_line(error)}") from None
+    except ValueError:
+        import fsspec
+
+        raise UserError(f"{path}: unknown protocol{did_you_mean(protocol, fsspec.available_protocols())}") from None
+
+
 @functools.cache
 def _file_system(protocol: str) -> Any:
     import fsspec
 
     options: dict[str, Any] = {"use_listings_cache": False}  # a listing kept would hide that a shard changed
+    if protocol == "file":
+        options["auto_mkdir"] = True
     if protocol in ("http", "https"):
         import aiohttp
 

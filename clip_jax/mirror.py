@@ -1,0 +1,192 @@
+"""A copy of a run's folder in an object store, made while the run trains, from which a machine without it goes on.
+
+A checkpoint there is whole: the list of its files, with their sizes, is written after them and removed before them, and
+without its list it does not count. Whether its bits are what was trained is judged by its checksums when it is read, as
+for any other (`clip_jax.checkpoint`).
+"""
+
+import json
+import logging
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+
+from clip_jax import lock
+from clip_jax.data.storage import StorageError, file_system
+from clip_jax.distributed import any_process
+from clip_jax.errors import UserError, one_line
+from clip_jax.preemption import PreemptedError
+
+_KEY = "config.checkpoint.mirror"
+_LIST = "files.json"
+_UNFINISHED = ".mirror.orbax-checkpoint-tmp"  # an ending that is swept away with Orbax's own
+_LOG = logging.getLogger(__name__)
+
+
+class Mirror:
+    """The copy of one workdir, made by process 0; for use in `with`, which ends with all copied, or an error.
+
+    Args:
+      url: a folder in any store that fsspec knows, or on another disk; the copy has the workdir's name in it. Empty for
+        no copy.
+      workdir: the run's folder.
+
+    Raises:
+      UserError: an unknown protocol, or one whose package is not installed.
+    """
+
+    def __init__(self, url: str, workdir: Path) -> None:
+        self._workdir = workdir.absolute()
+        self._url = f"{url.rstrip('/')}/{self._workdir.name}"
+        self._local = self._workdir / "checkpoints"
+        self._sent: dict[str, tuple[int, int]] = {}
+        self._failure = ""
+        self._wanted = bool(url)
+        self._active = self._wanted and jax.process_index() == 0
+        if self._active:
+            try:
+                self._system, self._root = file_system(self._url)
+            except (StorageError, UserError) as error:
+                raise UserError(f"{_KEY}: {error}") from None
+            self._thread = ThreadPoolExecutor(1, "mirror")
+
+    def __enter__(self) -> "Mirror":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        """Copies what is left. The other processes wait where all of them end: the first that ends takes this along."""
+        if self._active:
+            self.request()
+            self._thread.shutdown()
+        together = kind is None or issubclass(kind, PreemptedError)
+        if self._wanted and together and any_process(bool(self._failure)) and kind is None:
+            reason = self._failure or "process 0 says why"
+            raise UserError(
+                f"{self._workdir} could not be copied to {_KEY}={self._url}: {reason}; it is whole where it is. The "
+                "same command copies it"
+            )
+
+    def fetch(self) -> list[str]:
+        """Brings all checkpoints that only the copy has, and with one newer than the workdir's the run's other files.
+
+        Collective over processes.
+
+        Returns:
+          A line to print, if something was brought.
+
+        Raises:
+          UserError: the store cannot be read or written, or another run is in the workdir.
+        """
+        error, steps = None, []
+        if self._active:
+            try:
+                self._system.pipe_file(f"{self._root}/workdir", str(self._workdir).encode())  # refused now, if ever
+                with lock.locked(self._workdir):
+                    steps = self._fetch()
+            except UserError as refused:
+                error = refused
+            except Exception as raised:  # of any kind: it went through a store's package
+                error = UserError(f"{_KEY}={self._url} cannot be used: {one_line(raised)}")
+        if self._wanted and any_process(error is not None):
+            raise error or UserError(f"{_KEY}={self._url} cannot be used; process 0 says why")
+        return [f"brought from {self._url}: checkpoints {', '.join(map(str, steps))}"] if steps else []
+
+    def request(self) -> None:
+        """Starts to copy what has changed, in the background; a failure costs a warning, and is made good next time."""
+        if self._active:
+            self._thread.submit(self._copy)
+
+    def _fetch(self) -> list[int]:
+        here, there = _steps(self._local), self._steps()
+        brought = [step for step in sorted(there - here) if self._bring(step)]
+        if brought and brought[-1] > max(here, default=-1):
+            self._bring_others()
+        return brought
+
+    def _bring(self, step: int) -> bool:
+        """Brings a checkpoint, or says that it has changed there."""
+        source, target = self._there(step), self._local / f"{step}{_UNFINISHED}"
+        sizes, present = json.loads(self._system.cat_file(f"{source}/{_LIST}")), set(self._system.find(source))
+        shutil.rmtree(target, ignore_errors=True)
+        self._get([(f"{source}/{name}", target / name) for name in sizes if f"{source}/{name}" in present])
+        if _sizes(target) == sizes:
+            target.rename(self._local / str(step))
+            return True
+        shutil.rmtree(target, ignore_errors=True)
+        _LOG.warning("%s/checkpoints/%d is not what was copied there; it is passed over", self._url, step)
+        return False
+
+    def _bring_others(self) -> None:
+        prefix = f"{self._root}/"
+        names = [path.removeprefix(prefix) for path in self._system.find(self._root)]
+        names = [name for name in names if name != "workdir" and not name.startswith("checkpoints/")]
+        self._get([(prefix + name, self._workdir / name) for name in names])
+
+    def _get(self, files: list[tuple[str, Path]]) -> None:
+        for _, path in files:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        self._system.get([source for source, _ in files], [str(path) for _, path in files])
+
+    def _copy(self) -> None:
+        try:
+            here, there = _steps(self._local), self._steps()
+            for step in sorted(here - there):
+                self._send(step)
+            for step in sorted(there - here):
+                self._remove(step)
+            self._send_others()
+            self._failure = ""
+        except Exception as error:  # of any kind: it went through a store's package
+            self._failure = one_line(error)
+            _LOG.warning(
+                "%s could not be copied to %s: %s; it is tried again with the next checkpoint",
+                self._workdir,
+                self._url,
+                self._failure,
+            )
+
+    def _send(self, step: int) -> None:
+        """Copies a checkpoint, unless Orbax removes it meanwhile."""
+        source, target = self._local / str(step), self._there(step)
+        sizes = _sizes(source)
+        try:
+            self._system.put([str(source / name) for name in sizes], [f"{target}/{name}" for name in sizes])
+        except FileNotFoundError:
+            if source.exists():
+                raise
+        if sizes and _sizes(source) == sizes:
+            self._system.pipe_file(f"{target}/{_LIST}", json.dumps(sizes).encode())
+
+    def _remove(self, step: int) -> None:
+        self._system.rm_file(f"{self._there(step)}/{_LIST}")
+        self._system.rm(self._there(step), recursive=True)
+
+    def _send_others(self) -> None:
+        for path in self._workdir.rglob("*"):
+            name = path.relative_to(self._workdir).as_posix()
+            if name.startswith("checkpoints/") or name == lock.FILE or path.suffix == ".tmp" or not path.is_file():
+                continue
+            found = path.stat()
+            if self._sent.get(name) != (was := (found.st_size, found.st_mtime_ns)):
+                self._system.put([str(path)], [f"{self._root}/{name}"])
+                self._sent[name] = was
+
+    def _steps(self) -> set[int]:
+        """Returns the steps whose checkpoints are whole in the copy."""
+        found = self._system.glob(f"{self._root}/checkpoints/*/{_LIST}")
+        return {int(path.split("/")[-2]) for path in found}
+
+    def _there(self, step: int) -> str:
+        return f"{self._root}/checkpoints/{step}"
+
+
+def _steps(folder: Path) -> set[int]:
+    return {int(path.name) for path in folder.glob("*") if path.name.isdecimal()}
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Returns the bytes of all files in a folder and below it."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}

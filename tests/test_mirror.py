@@ -1,0 +1,172 @@
+"""The copy of a run elsewhere: whole checkpoints only, and a machine without the workdir goes on from it."""
+
+import dataclasses
+import shutil
+
+import fsspec
+import pytest
+from states import assert_same_bits, small_state, target_of
+from test_checkpoint import save
+from tiny import TINY
+
+from clip_jax import metrics
+from clip_jax.checkpoint import Checkpoints
+from clip_jax.config import CheckpointConfig
+from clip_jax.data.loader import open_training_data
+from clip_jax.errors import UserError
+from clip_jax.mirror import Mirror
+from clip_jax.trainer import train
+
+STATES = {step: small_state(step) for step in (1, 2, 3)}
+
+
+@pytest.fixture
+def url(tmp_path):
+    yield f"memory://{tmp_path.name}/copies"
+    fsspec.filesystem("memory").rm(f"/{tmp_path.name}", recursive=True)
+
+
+def trained(workdir, url, steps=(1, 2, 3)):
+    """Writes checkpoints of these steps, of which two are kept, and other files, with a copy."""
+    with Mirror(url, workdir) as mirror:
+        mirror.fetch()
+        with Checkpoints(workdir, CheckpointConfig(keep=2), on_change=mirror.request) as checkpoints:
+            for step in steps:
+                save(checkpoints, step, STATES[step])
+                (workdir / "metrics.jsonl").write_text(f'{{"step": {step}}}\n')
+    return workdir
+
+
+def files(folder):
+    """Returns the bytes of a run's files, but for its lock."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != "lock"
+    }
+
+
+def test_an_empty_workdir_gets_what_the_copy_has(tmp_path, url):
+    workdir = trained(tmp_path / "run", url)
+    before, copy = files(workdir), f"/{tmp_path.name}/copies/run/"
+    lists = {f"checkpoints/{step}/files.json" for step in (2, 3)}
+    found = {path.removeprefix(copy) for path in fsspec.filesystem("memory").find(copy)}
+    assert found == before.keys() | lists | {"workdir"}
+    shutil.rmtree(workdir)
+    with Mirror(url, workdir) as mirror:
+        assert mirror.fetch() == [f"brought from {url}/run: checkpoints 2, 3"]
+        assert mirror.fetch() == []
+    assert files(workdir) == before
+    step, restored = Checkpoints(workdir, CheckpointConfig()).restore_latest(target_of(STATES[3]))
+    assert step == 3
+    assert_same_bits(restored.state, STATES[3])
+
+
+def test_what_is_not_whole_there_is_not_brought(tmp_path, url, caplog):
+    """A machine that is lost while it copies leaves files without their list."""
+    workdir = trained(tmp_path / "run", url)
+    store, copy = fsspec.filesystem("memory"), f"/{tmp_path.name}/copies/run/checkpoints"
+    shutil.rmtree(workdir)
+    store.rm_file(f"{copy}/3/files.json")
+    with Mirror(url, workdir) as mirror:
+        assert mirror.fetch() == [f"brought from {url}/run: checkpoints 2"]
+        shutil.rmtree(workdir)
+        damaged, lost, *_ = (path for path in store.find(f"{copy}/2") if not path.endswith("files.json"))
+        store.pipe_file(damaged, b"shorter")
+        store.rm_file(lost)
+        assert mirror.fetch() == []
+    assert "/run/checkpoints/2 is not what was copied there; it is passed over" in caplog.text
+    assert not list((workdir / "checkpoints").iterdir())
+
+
+def test_an_older_workdir_gets_the_newer_checkpoints(tmp_path, url):
+    """As where a run went on elsewhere, and comes back to the first machine."""
+    first = trained(tmp_path / "a" / "run", url, steps=(1, 2))
+    second = trained(tmp_path / "b" / "run", url, steps=(3,))
+    assert (second / "checkpoints" / "2").is_dir()
+    with Mirror(url, first) as mirror:
+        assert mirror.fetch() == [f"brought from {url}/run: checkpoints 3"]
+    assert (first / "metrics.jsonl").read_text() == '{"step": 3}\n'
+
+
+def test_a_store_that_fails_ends_no_training(tmp_path, url, monkeypatch, caplog):
+    """The end of the run says so, if it lasts; what was missed is copied the next time."""
+    with monkeypatch.context() as patched:
+        patched.setattr(type(fsspec.filesystem("memory")), "put", refusing)
+        with pytest.raises(UserError, match="could not be copied .* no quota; it is whole where it is"):
+            trained(tmp_path / "run", url)
+    assert "no quota; it is tried again with the next checkpoint" in caplog.text
+    workdir = tmp_path / "run"
+    with Mirror(url, workdir):
+        pass
+    expected = files(workdir)
+    shutil.rmtree(workdir)
+    with Mirror(url, workdir) as mirror:
+        mirror.fetch()
+    assert files(workdir) == expected
+
+
+def test_copying_is_asked_for_when_checkpoints_come_and_go(tmp_path):
+    asked = []
+    with Checkpoints(tmp_path, CheckpointConfig(), on_change=lambda: asked.append(checkpoints.steps())) as checkpoints:
+        for step in (1, 2):
+            save(checkpoints, step, STATES[step])
+            checkpoints.wait()
+        checkpoints.restore_before(2, target_of(STATES[1]))
+    assert asked == [[1], [2, 1], [1]]
+
+
+def test_what_a_run_went_back_over_is_not_in_the_copy(tmp_path, url):
+    workdir = trained(tmp_path / "run", url, steps=(1, 2))
+    with Mirror(url, workdir) as mirror:
+        checkpoints = Checkpoints(workdir, CheckpointConfig(), on_change=mirror.request)
+        assert checkpoints.restore_before(2, target_of(STATES[1]))[0] == 1
+    shutil.rmtree(workdir)
+    with Mirror(url, workdir) as mirror:
+        assert mirror.fetch() == [f"brought from {url}/run: checkpoints 1"]
+
+
+def refusing(*_, **__):
+    raise OSError("no quota")
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [("memry://runs", "^config.checkpoint.mirror: .*unknown protocol; did you mean 'memory'")],
+)
+def test_a_store_that_is_not_known(tmp_path, url, message):
+    with pytest.raises(UserError, match=message):
+        Mirror(url, tmp_path / "run")
+
+
+def test_a_store_that_cannot_be_written_is_refused_at_the_start(tmp_path):
+    (tmp_path / "file").touch()
+    with Mirror("", tmp_path) as none:
+        assert none.fetch() == []
+    mirror = Mirror(f"{tmp_path}/file", tmp_path / "run")
+    with pytest.raises(UserError, match="config.checkpoint.mirror=.*/file/run cannot be used: .*Not a directory"):
+        mirror.fetch()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_run_whose_machine_is_lost_goes_on_from_the_copy(tmp_path):
+    """The same bits as the run that was never interrupted."""
+    config = dataclasses.replace(TINY, checkpoint=CheckpointConfig(every=3, mirror=str(tmp_path / "copies")))
+    straight = train(dataclasses.replace(config, checkpoint=CheckpointConfig()), tmp_path / "straight")
+    data = open_training_data(config)
+
+    def failing(position):
+        for number, batch in enumerate(data.batches(position)):
+            if number == 10:
+                raise ConnectionError("the machine is gone")
+            yield batch
+
+    with pytest.raises(ConnectionError):
+        train(config, tmp_path / "run", data=data._replace(batches=failing))
+    shutil.rmtree(tmp_path / "run")
+    resumed = train(config, tmp_path / "run", data=data)
+    assert_same_bits(straight, resumed)
+    losses = [row["step"] for row in metrics.read(tmp_path / "run") if "loss" in row]
+    assert losses == list(range(1, config.steps + 1))
+    assert files(tmp_path / "copies" / "run").keys() >= files(tmp_path / "run").keys() >= {"training.png"}
