@@ -17,6 +17,8 @@ from jax.experimental import multihost_utils
 
 from clip_jax.config import RunConfig
 from clip_jax.data.loader import TrainingData, open_training_data
+from clip_jax.data.records import REASONS
+from clip_jax.errors import UserError
 from clip_jax.losses import chance_loss, least_loss
 from clip_jax.program import fresh_state, initial_of, make_program
 from clip_jax.step import place_batch
@@ -90,7 +92,7 @@ def overfit_one_batch(
       data: training data instead of what `config.data` names.
 
     Raises:
-      UserError: what `clip_jax.trainer.train` would refuse too.
+      UserError: what `clip_jax.trainer.train` would refuse too; or a batch of which no two pairs can be used.
     """
     config = check_config(config, steps=steps)
     program = make_program(config)
@@ -100,6 +102,11 @@ def overfit_one_batch(
     batch = next(stream)
     stream.close()
     pairs, repeats = _repeats(batch)
+    if pairs < 2:
+        raise UserError(
+            f"of the first batch's {config.batch} pairs {pairs} can be used, and with less than 2 there is nothing to "
+            f"learn ({_unused(batch, data.where)})"
+        )
     floor = max((each.floor(config.loss.kind, pairs) for each in repeats), default=0.0)
     for line in _describe(repeats, floor, data.where):
         say(line)
@@ -199,6 +206,12 @@ def _describe(repeats: Sequence[Repeats], floor: float, where: Callable[[int], s
         more = "; …" if len(groups) > _GROUPS_SHOWN else ""
         lines.append(f"{sum(map(len, groups))} pairs share their {what} with another one: {shown}{more}")
     return lines + ([f"so the loss cannot fall under {floor:.4f}"] if lines else [])
+
+
+def _unused(batch: dict[str, np.ndarray], where: Callable[[int], str]) -> str:
+    """Returns some of this process's pairs that cannot be used, and why."""
+    rows = np.flatnonzero(batch["bad"])[:_NAMES_SHOWN]
+    return "; ".join(f"{where(int(batch['index'][row]))}: {REASONS[batch['bad'][row] - 1]}" for row in rows)
 
 
 def _repeats(batch: dict[str, np.ndarray]) -> tuple[int, tuple[Repeats, ...]]:

@@ -16,7 +16,9 @@ from tiny import TINY
 
 from clip_jax.config import LossConfig, OptimConfig
 from clip_jax.data.loader import open_training_data
+from clip_jax.data.records import REASONS
 from clip_jax.distributed import free_port
+from clip_jax.errors import UserError
 from clip_jax.losses import chance_loss, least_loss, sigmoid_loss, softmax_loss
 from clip_jax.overfit import NEAR, Overfit, advice, check_config, overfit_one_batch
 
@@ -143,6 +145,17 @@ def test_numbers_that_are_not_finite_end_it_at_once():
     assert not found.reached
     assert len(found.metrics) == 1
     assert advice(found)[0].startswith("loss or gradients are not finite at step 1: lower config.optim.lr (0.003)")
+
+
+@pytest.mark.parametrize("usable", [0, 1])
+def test_a_batch_without_two_pairs_is_refused_with_what_is_wrong_with_it(usable):
+    def change(batch):
+        batch["weight"][usable:] = 0
+        batch["bad"][usable:] = 1 + REASONS.index("image_missing")
+
+    refused = f"batch's 32 pairs {usable} can be used, .* \\(record {usable}: image_missing; record {usable + 1}: "
+    with pytest.raises(UserError, match=refused):
+        overfit_one_batch(RUN, steps=2, say=lambda line: None, data=changed(change))
 
 
 @pytest.mark.parametrize(("batch", "scale", "bias"), [(5, 3.0, -1.0), (8, 14.0, -10.0)])
