@@ -423,8 +423,8 @@ class HealthConfig:
         never.
       clamp_steps: steps in a row with the logit scale at `optim.max_scale` that raise `alarm/logit_scale`; 0 means
         never.
-      collapse_cosine: mean cosine between images, or texts, of different pairs that raises `alarm/collapse` after the
-        warm-up; 1 means never.
+      collapse_cosine: mean cosine between images, or texts, of different pairs that raises `alarm/collapse` when it has
+        been exceeded in each of 100 steps after the warm-up; 1 means never.
       hang_minutes: without a step, or another sign of progress, after which the run ends with exit code 75; compiling
         the first step counts. 0 means never.
       grace_s: seconds from SIGTERM after which the process ends, its checkpoint written or not; less than what the

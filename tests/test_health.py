@@ -377,17 +377,23 @@ def test_the_alarm_of_a_scale_at_its_clamp():
 
 @pytest.mark.parametrize("side", ["image_cosine", "text_cosine"])
 def test_the_alarm_of_collapsed_embeddings(side):
-    on = [each["alarm/collapse"] for each in judged([{side: 0.99}] * 13)]
-    assert on == [False] * 11 + [True] * 2  # a run begins like this, so not in its warm-up
-    assert not any(each["alarm/collapse"] for each in judged([{side: 0.9}] * 13))
+    def on(*cosines):
+        return [each["alarm/collapse"] for each in judged([{side: cosine} for cosine in cosines])]
+
+    together, apart = [0.99] * 150, [0.4] * 150
+    assert on(*together) == [False] * 110 + [True] * 40  # a run that never leaves how it began
+    assert on(*apart, *together, *apart) == [False] * 249 + [True] * 51 + [False] * 150
+    assert not any(on(*[0.99] * 60, *[0.93] * 13, *[0.96] * 2, *apart))  # as the demo leaves it
+    assert not any(on(*[0.9] * 300))
 
 
 def test_alarms_are_in_the_metrics_and_said_once(tmp_path, capsys):
-    """Embeddings that all point the same way: a run whose limit is below what it has."""
-    health = HealthConfig(collapse_cosine=0.01, clamp_steps=3)
+    """A run that begins at the limit of its logit scale."""
     optim = OptimConfig(lr=1e-6, warmup_steps=2, max_scale=1 / 0.07)
-    run = dataclasses.replace(RUN, health=health, optim=optim, samples=16 * 6)
-    train(run, tmp_path)
-    assert rows_of(tmp_path, "alarm/collapse") == {1: 0, 2: 0, 3: 1, 4: 1, 5: 1, 6: 1}
-    assert rows_of(tmp_path, "image_cosine")[6] > 0.01
-    assert capsys.readouterr().out.count("alarm/collapse at step 3: the embeddings of different pairs lie") == 1
+    train(dataclasses.replace(RUN, health=HealthConfig(clamp_steps=3), optim=optim, samples=16 * 6), tmp_path)
+    assert rows_of(tmp_path, "alarm/logit_scale") == {1: 0, 2: 0, 3: 1, 4: 1, 5: 1, 6: 1}
+    assert set(rows_of(tmp_path, "alarm/collapse").values()) == {0}
+    assert (
+        capsys.readouterr().out.count("alarm/logit_scale at step 3: the logit scale has been at its limit of 14.28")
+        == 1
+    )
