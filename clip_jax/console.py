@@ -14,6 +14,8 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
+_NO_ETA = "-:--:--"
+
 
 @runtime_checkable
 class Stream(Protocol):
@@ -60,7 +62,7 @@ class Progress:
             TextColumn("ETA {task.fields[eta]}"),
             console=self._console,
         )
-        self._task = self._bar.add_task("", total=total_steps, completed=start_step, eta="-:--:--")
+        self._task = self._bar.add_task("", total=total_steps, completed=start_step, eta=_NO_ETA)
         self._live = Live(self._bar, console=self._console)
 
     def __enter__(self) -> "Progress":
@@ -76,24 +78,30 @@ class Progress:
 
         Args:
           step: counted from 1.
-          scalars: `loss`, `accuracy` (0..1), `logit_scale`, `step_time` (s), `samples_per_second`, `data_wait` (0..1).
+          scalars: `loss`, `accuracy` (0..1), `logit_scale`; and where steps were timed, `step_time` (s),
+            `samples_per_second`, `data_wait` (0..1).
         """
-        numbers, eta = self._numbers(scalars), clock((self._total - step) * scalars["step_time"])
+        numbers, is_timed = self._numbers(scalars), "step_time" in scalars
+        eta = clock((self._total - step) * scalars["step_time"]) if is_timed else _NO_ETA
         if self._console.is_terminal:
             self._bar.update(self._task, completed=step, eta=eta)
             self._live.update(Group(self._bar, Text(numbers)))
         elif step % self._log_every == 0 or step in (self._start + 1, self._total):
-            self.print(f"step {step}/{self._total}  {numbers}  ETA {eta}")
+            self.print(f"step {step}/{self._total}  {numbers}" + f"  ETA {eta}" * is_timed)
 
     def print(self, text: str) -> None:
         """Shows a line, above the bar if there is one."""
         _print(self._console, text)
 
     def _numbers(self, scalars: Mapping[str, float]) -> str:
-        return (
+        numbers = (
             f"loss {scalars['loss']:.4f} (chance {self._chance_loss:.2f})  "
-            f"accuracy {scalars['accuracy']:.1%}  scale {scalars['logit_scale']:.2f}  "
-            f"{scalars['step_time'] * 1000:.0f} ms/step  {scalars['samples_per_second']:,.0f} images/s  "
+            f"accuracy {scalars['accuracy']:.1%}  scale {scalars['logit_scale']:.2f}"
+        )
+        if "step_time" not in scalars:
+            return numbers
+        return (
+            f"{numbers}  {scalars['step_time'] * 1000:.0f} ms/step  {scalars['samples_per_second']:,.0f} images/s  "
             f"data-wait {scalars['data_wait']:.0%}"
         )
 
@@ -121,7 +129,7 @@ class WorkProgress:
             TextColumn("{task.fields[numbers]}  ETA {task.fields[eta]}"),
             console=self._console,
         )
-        self._task = self._bar.add_task("", total=total, completed=done, numbers="", eta="-:--:--")
+        self._task = self._bar.add_task("", total=total, completed=done, numbers="", eta=_NO_ETA)
         self._began = time.monotonic()
         self._spoke = self._began
 

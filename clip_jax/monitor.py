@@ -177,10 +177,10 @@ class Monitor:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         values = self._bad_records.count(values)
         values = self._health.judge(step, values)
-        values |= self._since_last_row(values) | self._of_startup
-        self._of_startup = {}
+        values |= self._since_last_row(values)
         self._window_steps += 1
-        values |= self._speed()
+        values |= self._of_startup or self._speed()  # the step that was compiled says nothing of how fast steps are
+        self._of_startup = {}
         self._watch_groups(values.get("text_groups", 1.0))
         if self._progress is not None:
             self._progress.update(step, values)

@@ -296,6 +296,17 @@ def test_plain_lines_where_there_is_no_terminal(capsys):
     assert "\r" not in shown
 
 
+def test_a_step_that_was_not_timed_promises_nothing(capsys):
+    """Such as the first one, which was compiled."""
+    untimed = {name: SCALARS[name] for name in ("loss", "accuracy", "logit_scale")}
+    for stream in (None, Terminal()):
+        with Progress(95, chance_loss=2.7726, log_every=10, stream=stream) as progress:
+            progress.update(1, untimed)
+    assert capsys.readouterr().out == "step 1/95  loss 2.3456 (chance 2.77)  accuracy 12.5%  scale 14.29\n"
+    assert "ETA -:--:--" in stream.shown()
+    assert "ms/step" not in stream.shown()
+
+
 def test_lines_go_to_the_stream_given(capsys):
     stream = io.StringIO()
     show(Progress(1, chance_loss=1.0, log_every=1, stream=stream), [1])

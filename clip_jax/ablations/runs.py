@@ -51,7 +51,7 @@ class FinishedRun:
 
     @property
     def seconds(self) -> float:
-        """Time spent in steps, compilation of the first one included and evaluation left out."""
+        """Time spent in steps; compilation and evaluation are left out."""
         timed = [(row["step"], row["step_time"]) for row in self.rows if "step_time" in row]
         before = [0, *(step for step, _ in timed)]
         return sum((step - last) * step_time for last, (step, step_time) in zip(before, timed, strict=False))
