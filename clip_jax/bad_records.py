@@ -9,8 +9,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from clip_jax.data.records import REASONS
-from clip_jax.errors import UserError
+from clip_jax.data.records import REASONS, UNREACHABLE
+from clip_jax.errors import OutageError, UserError
 from clip_jax.metrics import Unwritten
 
 _PREFIX = "bad/"
@@ -61,7 +61,7 @@ class BadRecords:
           metrics: of a step, with `bad/<reason>` for pairs of that step.
 
         Raises:
-          UserError: there are too many.
+          UserError: there are too many; an OutageError where there were not but for a store that does not answer.
         """
         found = Counter({name: round(count) for name, count in metrics.items() if name.startswith(_PREFIX)})
         if len(self._window) == self._window.maxlen:
@@ -71,7 +71,9 @@ class BadRecords:
         self._totals.update(found)
         bad, pairs = self._in_window.total(), self._batch * len(self._window)
         if pairs >= _JUDGED_FROM and bad > self._max_share * pairs:
-            raise UserError(
+            of_stores = self._in_window[_PREFIX + UNREACHABLE]
+            kind = OutageError if bad - of_stores <= self._max_share * pairs else UserError
+            raise kind(
                 f"{bad:,} of the last {pairs:,} pairs could not be used ({self._by_reason()}), more than "
                 f"config.data.max_bad_share={self._max_share}; see {self._file}"
             )

@@ -15,6 +15,11 @@ class ConfigError(UserError):
     """A config value that cannot be used: an unknown key, a wrong type, or values that contradict each other."""
 
 
+class OutageError(UserError):
+    """A store did not answer, for as long as it was asked: a mistake in what the user gave, such as its address, unless
+    it has answered before; then a run ends with a `RestartError` instead."""
+
+
 class RestartError(Exception):
     """What ended a run is nobody's mistake; started again, it goes on from its newest checkpoint.
 

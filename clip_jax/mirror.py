@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 
 from clip_jax import lock
-from clip_jax.data.storage import StorageError, file_system
+from clip_jax.data.storage import file_system
 from clip_jax.distributed import any_process
 from clip_jax.errors import UserError, one_line
 from clip_jax.preemption import PreemptedError
@@ -48,7 +48,7 @@ class Mirror:
         if self._active:
             try:
                 self._system, self._root = file_system(self._url)
-            except (StorageError, UserError) as error:
+            except UserError as error:
                 raise UserError(f"{_KEY}: {error}") from None
             self._thread = ThreadPoolExecutor(1, "mirror")
 

@@ -32,6 +32,9 @@ class Monitor:
 
     Only process 0 shows and writes; the others still wait for their metrics, which bounds how far ahead they run.
 
+    Attributes:
+      has_read_pairs: whether any pair could be used so far, in any process.
+
     Args:
       config: the run's.
       workdir: where metrics go.
@@ -62,6 +65,7 @@ class Monitor:
         self._startup, self._of_startup = startup, dict[str, float]()
         self._steps_in_groups: list[float] | None = []
         self._failed_evaluations = 0
+        self.has_read_pairs = False
         self._alarms: dict[str, float] = {}
         self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
         self._progress: Progress | None = None
@@ -175,6 +179,7 @@ class Monitor:
 
     def _read(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self.has_read_pairs |= values["pairs"] > 0
         values = self._bad_records.count(values)
         values = self._health.judge(step, values)
         values |= self._since_last_row(values)

@@ -18,7 +18,7 @@ from clip_jax.checkpoint import Checkpoints, Restored
 from clip_jax.config import RunConfig, as_json
 from clip_jax.data.loader import TrainingData, open_training_data
 from clip_jax.data.skips import Skips, batches_between
-from clip_jax.errors import RestartError, UserError, one_line
+from clip_jax.errors import OutageError, RestartError, UserError, one_line
 from clip_jax.evals.evaluation import Evaluated, Evaluation, scalars
 from clip_jax.evals.held_out import HeldOut
 from clip_jax.evals.report import report_training, report_zero_shot
@@ -92,24 +92,28 @@ def train(
     Raises:
       UserError: see the module docstring; nothing was overwritten. Later on, what a person must look at.
       PreemptedError: it was told to end, and has saved.
+      RestartError: a data worker died, or a store that was read before does not answer any more.
     """
     startup = startup or Startup()
     startup.lap("import")
     program = make_program(config)
-    startup.lap("state")
     mirror = Mirror(config.checkpoint.mirror, workdir)
-    run = Run(
-        config=config,
-        workdir=workdir,
-        program=program,
-        data=open_training_data(config) if data is None else data,
-        evaluation=Evaluation.open(config, program.model, mesh=program.mesh),
-        held_out=HeldOut.open(config, program.model, mesh=program.mesh),
-        checkpoints=Checkpoints(workdir, config.checkpoint, on_change=mirror.request),
-    )
+    checkpoints = Checkpoints(workdir, config.checkpoint, on_change=mirror.request)
+    brought, newest = mirror.fetch(), checkpoints.latest()
+    startup.lap("state")
+    with _outages_pass(lambda: newest is not None):
+        run = Run(
+            config=config,
+            workdir=workdir,
+            program=program,
+            data=open_training_data(config) if data is None else data,
+            evaluation=Evaluation.open(config, program.model, mesh=program.mesh),
+            held_out=HeldOut.open(config, program.model, mesh=program.mesh),
+            checkpoints=checkpoints,
+        )
     startup.lap("data")
-    initial, brought = None, mirror.fetch()
-    if (newest := run.checkpoints.latest()) is None:
+    initial = None
+    if newest is None:
         run.data.check(0)
         initial = initial_of(config, program)
     else:
@@ -148,6 +152,7 @@ def _train_from(run: Run, start: Restored, notes: list[str], startup: Startup) -
         Preemption(health.grace_s) as preemption,
         Profiler(run.workdir / "profile", log.profile, on_signal=log.profile_steps, say=monitor.print) as profiler,
         _device_errors_explained(run),
+        _outages_pass(lambda: step > 0 or monitor.has_read_pairs),
     ):
         for line in [_describe(run), *notes]:
             monitor.print(line)
@@ -230,6 +235,17 @@ def _go_back(run: Run, skips: Skips, rewind: Rewind, watch: Watch) -> Restored:
     watch.monitor.print(f"{what}: back to step {step}; positions passed over from here on: {list(skips)}")
     watch.watchdog.progress()
     return restored._replace(skips=skips)
+
+
+@contextmanager
+def _outages_pass(has_begun: Callable[[], bool]) -> Iterator[None]:
+    """Ends a run for a restart where a store does not answer; one that has not begun may have a wrong address."""
+    try:
+        yield
+    except OutageError as error:
+        if not has_begun():
+            raise
+        raise RestartError(f"{one_line(error)}; started again, the run goes on from its newest checkpoint") from error
 
 
 @contextmanager

@@ -10,8 +10,10 @@ from tars import add, picture, write_shards
 from tiny import TINY
 
 from clip_jax.bad_records import BadRecords
-from clip_jax.config import ConfigError, data_sources, from_config_dict, to_config_dict
-from clip_jax.errors import UserError
+from clip_jax.config import CheckpointConfig, ConfigError, data_sources, from_config_dict, to_config_dict
+from clip_jax.data.loader import open_training_data
+from clip_jax.data.records import REASONS, UNREACHABLE
+from clip_jax.errors import OutageError, RestartError, UserError
 from clip_jax.trainer import train
 
 
@@ -60,20 +62,51 @@ def test_too_many_bad_pairs_end_the_run_with_a_report(tmp_path):
 
 
 @pytest.mark.parametrize("batch", [32, 1_000, 32_768])
-def test_an_outage_ends_a_long_run_within_tens_of_steps(tmp_path, batch):
+@pytest.mark.parametrize(("reason", "kind"), [("shard_missing", UserError), (UNREACHABLE, OutageError)])
+def test_an_outage_ends_a_long_run_within_tens_of_steps(tmp_path, batch, reason, kind):
     """Not so bad pairs of an allowed share, nor an interruption of three steps."""
     records = BadRecords(tmp_path, str, batch=batch, max_share=0.1)
 
     def bad(pairs, *, steps):
-        return [records.count({"loss": 1.0, "bad/shard_missing": pairs})["bad/shard_missing"] for _ in range(steps)]
+        return [records.count({"loss": 1.0, f"bad/{reason}": pairs})[f"bad/{reason}"] for _ in range(steps)]
 
     counted = bad(batch // 10, steps=2_000)
     assert counted == [(step + 1) * (batch // 10) for step in range(2_000)]
     bad(0, steps=400)
     bad(batch, steps=3)
     bad(0, steps=400)
-    with pytest.raises(UserError, match=r"of the last .* pairs could not be used \(shard_missing .*max_bad_share=0.1"):
+    message = rf"of the last .* pairs could not be used \({reason} .*max_bad_share=0.1"
+    with pytest.raises(UserError, match=message) as caught:
         bad(batch, steps=40)
+    assert type(caught.value) is kind
+
+
+def test_an_outage_ends_a_run_that_has_begun_for_a_restart(tmp_path, monkeypatch):
+    """One that has read nothing yet may have a wrong address."""
+    monkeypatch.setattr("clip_jax.bad_records._JUDGED_FROM", 64)
+    run = dataclasses.replace(TINY, checkpoint=CheckpointConfig(every=2))
+
+    def lost(*, after):
+        data = open_training_data(run)
+
+        def batches(position):
+            for number, batch in enumerate(data.batches(position)):
+                bad = np.full_like(batch["bad"], 1 + REASONS.index(UNREACHABLE))
+                yield batch if number < after else batch | {"bad": bad, "weight": np.zeros_like(batch["weight"])}
+
+        return data._replace(batches=batches)
+
+    passes = pytest.raises(RestartError, match=r"\(shard_unreachable \d+\).*; started again, the run goes on from its")
+    with passes:
+        train(run, tmp_path / "right", data=lost(after=3))
+    with passes:
+        train(run, tmp_path / "right", data=lost(after=0))
+    nobody = {"shards": "http://127.0.0.1:9/0.tar", "index_dir": str(tmp_path / "index"), "retry_s": 0.1}
+    gone = dataclasses.replace(run, data=dataclasses.replace(run.data, source="tars", **nobody))
+    with pytest.raises(OutageError, match="^http://127.0.0.1:9/sizes.json: Cannot connect"):
+        train(gone, tmp_path / "new")
+    with pytest.raises(RestartError, match="^http://127.0.0.1:9/sizes.json: Cannot connect .*; started again"):
+        train(gone, tmp_path / "right")
 
 
 def test_names_that_cannot_be_written_end_no_run(tmp_path, caplog):

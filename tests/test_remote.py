@@ -16,12 +16,12 @@ from test_tars import TRANSFORM, batches, source, windowed
 
 from clip_jax.data import storage
 from clip_jax.data.order import WindowShuffle
-from clip_jax.data.pipeline import train_batches
+from clip_jax.data.pipeline import eval_batches, train_batches
 from clip_jax.data.reading import Part
-from clip_jax.data.records import RecordError
+from clip_jax.data.records import UNREACHABLE, RecordError
 from clip_jax.data.storage import Storage, StorageError, requests_made
 from clip_jax.data.tar_counts import find_counts
-from clip_jax.errors import UserError
+from clip_jax.errors import OutageError, UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 
@@ -101,8 +101,28 @@ def test_after_the_deadline_a_shard_counts_as_missing(store, tmp_path):
     (batch,) = batches(windowed(tars), 1)
     assert (batch["bad"] > 0).all()
     assert time.monotonic() - began < 20
-    with pytest.raises(StorageError, match=r"503.*after \d+ tries"):
+    with pytest.raises(OutageError, match=r"503.*after \d+ tries"):
         Storage(0.2).read(f"{store.url}/00000.tar", 0, 10)
+
+
+def test_an_outage_is_no_fault_of_the_pairs(store, tmp_path):
+    """Where they are evaluated, or must be usable, or are to be counted or listed, it is said as such."""
+    tars = remote(store, tmp_path, retry_s=0.1)
+    store.down_until = math.inf
+    with pytest.raises(OutageError, match=r"^sample 0 of http.*503.*after \d+ tries"):
+        next(eval_batches(tars, transform=TRANSFORM, batch=4, on_bad="drop"))
+    with pytest.raises(OutageError, match=r"^sample \d+ of http.*503.*after \d+ tries"):
+        batches(windowed(tars), 1, on_bad="fail")
+    with pytest.raises(OutageError, match=r"^http.*503.*after \d+ tries"):
+        source(f"{store.url}/{{00000..00002}}.tar", tmp_path / "elsewhere", retry_s=0.1)
+    with pytest.raises(OutageError, match=r"^http.*/\*.tar cannot be listed: 503"):
+        storage.expand(f"{store.url}/*.tar")
+
+
+@pytest.mark.parametrize("pattern", ["dropbox://folder/*.tar", "dropbox://folder/0.tar"])
+def test_a_store_whose_package_is_not_installed_is_one_line(tmp_path, pattern):
+    with pytest.raises(UserError, match=r"^dropbox://folder/.*: DropboxFileSystem requires"):
+        source(pattern, tmp_path)
 
 
 def test_what_is_not_there_is_not_waited_for(store):
@@ -125,8 +145,8 @@ def test_a_remote_shard_that_changed_is_indexed_again(store, tmp_path):
     assert batch["bad"].shape == (8,)
 
 
-def test_many_remote_shards_of_unknown_size_are_refused_with_the_remedy(tmp_path):
-    paths = [f"http://127.0.0.1:9/{number}.tar" for number in range(300)]
+def test_many_remote_shards_of_unknown_size_are_refused_with_the_remedy(store, tmp_path):
+    paths = [f"{store.url}/none/{number}.tar" for number in range(300)]
     options = {"remembered": str(tmp_path / "counts"), "all_used": True, "count": len}
     with ThreadPoolExecutor(16) as pool:
         with pytest.raises(UserError, match="clip-jax data index"):
@@ -190,7 +210,7 @@ def test_a_shard_that_was_given_up_is_used_again_when_it_is_back(store, tmp_path
 def reason_of(block):
     with pytest.raises(RecordError) as caught:
         block[0]
-    assert caught.value.reason == "shard_missing"
+    assert caught.value.reason == UNREACHABLE
     return str(caught.value)
 
 

@@ -26,8 +26,8 @@ from clip_jax.data.augment import Augment, random_crop
 from clip_jax.data.images import ImageError, Preprocess, eval_image
 from clip_jax.data.order import Mixture, position_of_row, rows_of_process
 from clip_jax.data.reading import MixedReader, Part, name_record, where
-from clip_jax.data.records import REASONS, Record, RecordError, Source
-from clip_jax.errors import RestartError, UserError, one_line
+from clip_jax.data.records import REASONS, UNREACHABLE, Record, RecordError, Source
+from clip_jax.errors import OutageError, RestartError, UserError, one_line
 
 Example = dict[str, np.ndarray]
 Batch = dict[str, np.ndarray]
@@ -214,7 +214,7 @@ def train_batches(
       does an exception.
 
     Raises:
-      UserError: as `check_batches`; at `next`, a `RecordError`.
+      UserError: as `check_batches`; at `next`, a `RecordError` or an `OutageError`.
     """
     check_batches(parts, batch=batch, position=position, process_count=process_count, workers=workers)
     rows = rows_of_process(batch, process_index, process_count)
@@ -250,7 +250,8 @@ def eval_batches(
       process_count: number of processes.
       threads: batches made at the same time.
       prefetch: batches kept ready.
-      on_bad: what becomes of a record that cannot be used: an exception, or the transform's `blank` row with weight 0.
+      on_bad: what becomes of a record that cannot be used: an exception, or the transform's `blank` row with weight 0;
+        where its store does not answer, an exception in any case.
 
     Returns:
       An iterator of dicts with the transform's arrays stacked (`image` uint8 [b/P, s, s, 3] and `label` int32 [b/P]),
@@ -258,7 +259,7 @@ def eval_batches(
       padding hold zeros, and index -1.
 
     Raises:
-      UserError: `batch` does not divide, or there are no records; at `next`, a `RecordError`.
+      UserError: `batch` does not divide, or there are no records; at `next`, a `RecordError` or an `OutageError`.
     """
     _check_source(source)
     rows = rows_of_process(batch, process_index, process_count)
@@ -318,7 +319,7 @@ class _TrainBatches:
             return self.transform(record, rng), index, 0
         except (ImageError, RecordError) as error:
             if self.fail:
-                raise RecordError(error.reason, f"{where(self.parts, index)}: {error}") from None
+                raise _named(error, where(self.parts, index)) from None
             return self.transform.blank(), index, REASONS.index(error.reason) + 1
 
     def _open(self) -> MixedReader:
@@ -369,9 +370,9 @@ class _EvalBatches:
         try:
             return self.transform(self.source[index]), 1.0
         except (ImageError, RecordError) as error:
-            if self.drop and isinstance(self.transform, Transform):
+            if self.drop and isinstance(self.transform, Transform) and error.reason != UNREACHABLE:
                 return self.transform.blank(), 0.0
-            raise RecordError(error.reason, f"{name_record(self.source, index)}: {error}") from None
+            raise _named(error, name_record(self.source, index)) from None
 
 
 def _iterate(
@@ -436,6 +437,12 @@ def _mark_flags_parsed() -> None:
 
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
+
+
+def _named(error: ImageError | RecordError, record: str) -> UserError:
+    """Returns the error of a record, with what it is called."""
+    message = f"{record}: {error}"
+    return OutageError(message) if error.reason == UNREACHABLE else RecordError(error.reason, message)
 
 
 def _start_worker(_index: int, _count: int) -> None:

@@ -10,6 +10,9 @@ import numpy as np
 
 from clip_jax.errors import UserError, one_line
 
+UNREACHABLE = "shard_unreachable"
+"""The reason that is the store's, not the record's."""
+
 REASONS = (
     "image_missing",
     "image_damaged",
@@ -18,6 +21,7 @@ REASONS = (
     "caption_unreadable",
     "shard_missing",
     "shard_changed",
+    UNREACHABLE,
 )
 """Why a record cannot be used. A batch names a reason by its place here plus 1; 0 means that the record is good."""
 

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from clip_jax.errors import UserError, did_you_mean, one_line
+from clip_jax.errors import OutageError, UserError, did_you_mean, one_line
 
 T = TypeVar("T")
 
@@ -41,7 +41,7 @@ _requests = 0
 
 
 class StorageError(Exception):
-    """A file that cannot be read; the message names it and says why."""
+    """A file that is not there or that nobody may read; the message names it and says why."""
 
 
 class Stat(NamedTuple):
@@ -81,13 +81,14 @@ class Storage:
         """Returns `length` bytes from `start`; fewer where the file ends before.
 
         Raises:
-          StorageError: it is not there or cannot be read; remotely, after `retry_s`, or because it was given up lately.
+          StorageError: it is not there or cannot be read.
+          OutageError: its store did not answer for `retry_s`, or lately did not.
         """
         if not is_remote(path):
             return _local(path, lambda: _read_range(path, start, length))
         if not length:
             return b""
-        system = _system_of(path)
+        system = _system(path)
 
         def ask() -> bytes:
             try:
@@ -103,12 +104,12 @@ class Storage:
         """Returns size and tag.
 
         Raises:
-          StorageError: as `read`.
+          StorageError, OutageError: as `read`.
         """
         if not is_remote(path):
             found = _local(path, lambda: os.stat(path))
             return Stat(found.st_size, str(found.st_mtime_ns))
-        system = _system_of(path)
+        system = _system(path)
         if path.startswith("http"):
             return self._retried(path, lambda: _http_stat(system, path))
         info = self._retried(path, lambda: system.info(path))
@@ -119,21 +120,21 @@ class Storage:
         """Returns a file.
 
         Raises:
-          StorageError: as `read`.
+          StorageError, OutageError: as `read`.
         """
         if not is_remote(path):
             return _local(path, lambda: Path(path).read_bytes())
-        system = _system_of(path)
+        system = _system(path)
         return self._retried(path, lambda: system.cat_file(path))
 
     def write_whole(self, path: str, content: bytes) -> None:
         """Writes a file: whole, or not at all.
 
         Raises:
-          StorageError: it cannot be written.
+          StorageError, OutageError: it cannot be written.
         """
         if is_remote(path):
-            system = _system_of(path)
+            system = _system(path)
             self._retried(path, lambda: system.pipe_file(path, content))  # stores put objects whole
             return
         temporary = f"{path}.{os.getpid()}.{threading.get_ident()}.tmp"
@@ -155,7 +156,7 @@ class Storage:
     def _retried(self, path: str, call: Callable[[], T]) -> T:
         given_up, stopped = self._given_up.get(path), self._stopped
         if given_up and time.monotonic() < given_up.until:
-            raise StorageError(given_up.reason)
+            raise OutageError(given_up.reason)
         deadline = time.monotonic() + (0 if given_up else self._retry_s)
         for attempt in itertools.count():
             _count_request()
@@ -163,17 +164,17 @@ class Storage:
                 result = call()
                 self._given_up.pop(path, None)
                 return result
-            except _NEVER_RETRIED as error:
-                raise StorageError(f"{path}: {one_line(error)}") from None
             except Exception as error:
+                if not _may_pass(error):
+                    raise StorageError(f"{path}: {one_line(error)}") from None
                 # Full jitter (Brooker, 2015): readers that failed together must not come back together.
                 delay = random.uniform(0, min(_LONGEST_DELAY, _FIRST_DELAY * 2**attempt))
                 late = time.monotonic() + delay > deadline
-                if late or not _may_pass(error) or stopped.wait(delay):
+                if late or stopped.wait(delay):
                     reason = f"{path}: {one_line(error)} (after {attempt + 1} tries)"
                     if late:
                         self._given_up[path] = _GivenUp(time.monotonic() + _GIVEN_UP_S, reason)
-                    raise StorageError(reason) from None
+                    raise OutageError(reason) from None
                 _LOG.debug("%s: %s; trying again", path, one_line(error))
         raise AssertionError("unreachable")
 
@@ -182,10 +183,9 @@ def file_system(path: str) -> tuple[Any, str]:
     """Returns fsspec's file system for a URL or a local folder, and the path in it.
 
     Raises:
-      StorageError: the protocol's package is not installed.
-      UserError: an unknown protocol.
+      UserError: a protocol that nobody knows, or whose package is not installed.
     """
-    system = _system_of(path if is_remote(path) else f"file://{path}")
+    system = _system(path if is_remote(path) else f"file://{path}")
     return system, system._strip_protocol(path)
 
 
@@ -251,7 +251,7 @@ def expand(patterns: str) -> list[str]:
     """Returns the files that patterns name, in order: `{000..999}`, `{a,b}`, `*` and `?`; several are joined by `::`.
 
     Raises:
-      UserError: nothing is found.
+      UserError: nothing is found, or a store cannot be asked; an OutageError where it does not answer.
     """
     paths = []
     for pattern in patterns.split("::"):
@@ -271,7 +271,14 @@ def _glob(pattern: str) -> list[str]:
         found = glob.glob(pattern)
     else:
         protocol = pattern.partition("://")[0]
-        found = [path if is_remote(path) else f"{protocol}://{path}" for path in _file_system(protocol).glob(pattern)]
+        try:
+            listed = _system(pattern).glob(pattern)
+        except UserError:
+            raise
+        except Exception as error:  # stores have their own
+            kind = OutageError if _may_pass(error) else UserError
+            raise kind(f"{pattern} cannot be listed: {one_line(error)}") from None
+        found = [path if is_remote(path) else f"{protocol}://{path}" for path in listed]
     if not found:
         raise UserError(f"no file is called {pattern}")
     return sorted(found)
@@ -296,12 +303,17 @@ def _alternatives(inner: str) -> list[str]:
     return [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
 
 
-def _system_of(path: str) -> Any:
+def _system(path: str) -> Any:
+    """Returns what reads a URL.
+
+    Raises:
+      UserError: a protocol that nobody knows, or whose package is not installed.
+    """
     protocol = path.partition("://")[0]
     try:
         return _file_system(protocol)
     except ImportError as error:
-        raise StorageError(f"{path}: {one_line(error)}") from None
+        raise UserError(f"{path}: {one_line(error)}") from None
     except ValueError:
         import fsspec
 
@@ -340,6 +352,8 @@ def _http_stat(system: Any, url: str) -> Stat:
 
 def _may_pass(error: Exception) -> bool:
     """Whether another try may succeed: not where the server says that the request itself is wrong."""
+    if isinstance(error, _NEVER_RETRIED):
+        return False
     status = _status(error)
     return not (400 <= status < 500 and status not in (408, 425, 429))
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from clip_jax.data.captions import CaptionFields, parse_metadata
 from clip_jax.data.filters import Filter
-from clip_jax.data.records import MAX_FILE_BYTES, Record, RecordError
+from clip_jax.data.records import MAX_FILE_BYTES, UNREACHABLE, Record, RecordError
 from clip_jax.data.storage import Storage, StorageError, expand
 from clip_jax.data.tar_counts import find_counts, remembered_in
 from clip_jax.data.tar_index import (
@@ -32,7 +32,7 @@ from clip_jax.data.tar_index import (
     members,
     sample_key,
 )
-from clip_jax.errors import UserError
+from clip_jax.errors import OutageError, UserError
 
 _LOG = logging.getLogger(__name__)
 _GAP = 256 << 10
@@ -158,7 +158,7 @@ class TarSource:
         try:
             samples = self._samples(shard)[number : number + count]
             return TarBlock(number, samples, read_ranges(self._storage, path, samples), self._captions)
-        except StorageError as error:
+        except (StorageError, OutageError) as error:
             return TarBlock(number, error, [], self._captions)
 
     def close(self) -> None:
@@ -245,7 +245,7 @@ class TarBlock:
     def __init__(
         self,
         first: int,
-        samples: np.ndarray | StorageError,
+        samples: np.ndarray | StorageError | OutageError,
         chunks: list[tuple[int, bytes]],
         captions: CaptionFields,
     ) -> None:
@@ -287,6 +287,8 @@ class TarBlock:
     def _sample(self, member: int) -> dict[str, int]:
         if isinstance(self._samples, StorageError):
             raise RecordError("shard_missing", str(self._samples))
+        if isinstance(self._samples, OutageError):
+            raise RecordError(UNREACHABLE, str(self._samples))
         if member >= len(self._samples):
             raise RecordError("shard_changed", f"the shard has only {self.first + len(self._samples)} samples")
         return dict(zip(self._samples.dtype.names or (), self._samples[member].tolist(), strict=True))

@@ -27,7 +27,7 @@ from clip_jax.config import MeshConfig, RunConfig
 from clip_jax.data.images import ImageError, Preprocess, eval_image, open_image, to_jpeg
 from clip_jax.data.loader import open_named
 from clip_jax.data.reading import name_record
-from clip_jax.data.records import Record, RecordError, Source
+from clip_jax.data.records import UNREACHABLE, Record, RecordError, Source
 from clip_jax.data.tar_source import TarSource
 from clip_jax.data.tokenizer import tokenize
 from clip_jax.errors import UserError
@@ -306,7 +306,7 @@ def _read_rows(source: Source, records: range, preprocess: Preprocess, options: 
         try:
             rows.append(_row(index, read(), key, preprocess, options))
         except (ImageError, RecordError) as error:
-            if error.reason == "shard_missing":
+            if error.reason in ("shard_missing", UNREACHABLE):
                 raise UserError(f"{error}; when it can be read, run the same command again") from None
             reject = {"record": index, "where": name_record(source, index), "message": str(error)}
             reject = {name: _utf8(value) if isinstance(value, str) else value for name, value in reject.items()}
