@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from clip_jax.command_line import Overrides, build_config, one_line_errors, parse_flags, run_folder, take_overrides
+from clip_jax.command_line import Overrides, build_config, one_line_errors, parse_flags, take_overrides
+from clip_jax.data.storage import local_path
 from clip_jax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, such as configs/demo.py[:key=value,...].")
@@ -24,7 +25,7 @@ def main(argv: Sequence[str], *, overrides: Overrides) -> None:
     config = build_config(_CONFIG.value, overrides, file=file)
     if not _WORKDIR.value:
         raise UserError("--workdir is missing; name a folder for this run, such as --workdir=runs/first")
-    workdir = run_folder("--workdir", _WORKDIR.value)
+    workdir = local_path("--workdir", _WORKDIR.value)
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax speaks at every save
     from clip_jax.distributed import processes  # after all that can be refused without waiting for JAX

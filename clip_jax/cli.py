@@ -1,6 +1,7 @@
 """The command `clip-jax`: thin over the modules, which are imported only by the subcommand that needs them."""
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -10,7 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from clip_jax.command_line import one_line_errors, run_folder, take_overrides
+from clip_jax.command_line import one_line_errors, take_overrides
+from clip_jax.data.storage import local_path
 from clip_jax.errors import UserError, did_you_mean
 
 
@@ -98,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
 
     export = commands.add_parser("export", help="write a model in another project's layout, and prove it equal")
     export.add_argument("source", help="a file, a folder, a run's workdir, a model's name or hf-hub:owner/name")
-    export.add_argument("folder", type=Path, help="where to; must not exist")
+    _add_path(export, "folder", help="where to; must not exist")
     export.add_argument("--layout", required=True, help="openai, open_clip, hugging_face or stablehlo")
     export.add_argument("--classes", type=Path, help="stablehlo: a text file of class names, one a line")
     export.add_argument("--prompts", help="stablehlo: template set for the classes (photo)")
@@ -111,10 +113,8 @@ def _parser() -> argparse.ArgumentParser:
     interpolate.add_argument("second", help="a model of the same sizes")
     interpolate.add_argument("--alpha", default="0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1", help="shares of the second")
     interpolate.add_argument("--config", help="config file whose evaluation gives the curve")
-    interpolate.add_argument("--out", type=Path, help="write the curve's interpolation.json and .png into this folder")
-    interpolate.add_argument(
-        "--export", type=Path, help="write the weights of one alpha into this folder; must not exist"
-    )
+    _add_path(interpolate, "--out", help="write the curve's interpolation.json and .png into this folder")
+    _add_path(interpolate, "--export", help="write the weights of one alpha into this folder; must not exist")
     interpolate.add_argument("--layout", default="open_clip", help="of --export (default: open_clip)")
     interpolate.set_defaults(run=_interpolate)
 
@@ -150,14 +150,14 @@ def _parser() -> argparse.ArgumentParser:
     actions = sweep.add_subparsers(required=True, metavar="action")
     expand = actions.add_parser("expand", help="print each run's command, or write commands and resolved configs")
     expand.add_argument("--to", default="local", help="local, slurm (an array) or jobset (default: local)")
-    expand.add_argument("--out", type=Path, help="write into this folder instead of printing")
+    _add_path(expand, "--out", help="write into this folder instead of printing")
     expand.set_defaults(run=_sweep_expand)
     run = actions.add_parser("run", help="run what is not finished, on this machine; exit code 1 if a run failed")
     run.add_argument("--jobs", type=int, default=1, help="at once; cores and GPUs are divided (default: 1)")
     run.set_defaults(run=_sweep_run)
     for action in (expand, run):
         action.add_argument("sweep", type=Path, help="sweep file, such as configs/sweeps/demo_loss.py")
-        action.add_argument("--runs", default="runs", help="the sweep's folder goes in here (runs)")
+        _add_path(action, "--runs", default="runs", help="the sweep's folder goes in here (runs)")
 
     compare = commands.add_parser("compare", help="put runs side by side, and say what is more than seed noise")
     compare.add_argument("folders", type=Path, nargs="+", metavar="run", help="a workdir, or a folder above some")
@@ -165,7 +165,7 @@ def _parser() -> argparse.ArgumentParser:
         "--baseline", default="", help="the arm that the others are compared with (default: the first)"
     )
     compare.add_argument("--metric", action="append", default=[], help="may be given several times (default: all)")
-    compare.add_argument("--out", type=Path, help="write compare.md, compare.json and compare.png into this folder")
+    _add_path(compare, "--out", help="write compare.md, compare.json and compare.png into this folder")
     compare.set_defaults(run=_compare)
 
     _add_eval(commands)
@@ -176,6 +176,11 @@ def _parser() -> argparse.ArgumentParser:
     config_diff.add_argument("new", type=Path, help="a workdir or its config.json")
     config_diff.set_defaults(run=_config_diff)
     return parser
+
+
+def _add_path(parser: argparse.ArgumentParser, name: str, **options: Any) -> None:
+    """Adds a path that cannot be a URL."""
+    parser.add_argument(name, type=functools.partial(local_path, name), **options)
 
 
 def _add_eval(commands: Any) -> None:
@@ -207,7 +212,7 @@ def _add_eval(commands: Any) -> None:
     evaluate.add_argument("--threads", type=int, help="that read and decode (default: the number of cores)")
     evaluate.add_argument("--compute", default="float32", choices=("float32", "bfloat16"), help="dtype of activations")
     evaluate.add_argument("--cache", default="", help="folder in which features of images are kept; may be remote")
-    evaluate.add_argument("--out", type=Path, help="write JSON in CLIP_benchmark's format, and results.csv, here")
+    _add_path(evaluate, "--out", help="write JSON in CLIP_benchmark's format, and results.csv, here")
     evaluate.set_defaults(run=_eval)
 
 
@@ -221,7 +226,7 @@ def _add_search(commands: Any) -> None:
     classify.add_argument("--labels", nargs="+", required=True, help='texts, such as "a cat" "a dog"')
     classify.add_argument("--model", required=True, help=model_help)
     classify.add_argument("--prompts", help="template set that the labels are put into (default: labels as written)")
-    classify.add_argument("--plot", type=Path, help="PNG to draw")
+    _add_path(classify, "--plot", help="PNG to draw")
     classify.set_defaults(run=_classify)
 
     embed = commands.add_parser("embed", help="embed images and captions into Parquet; go on where it was stopped")
@@ -240,25 +245,25 @@ def _add_search(commands: Any) -> None:
 
     index = commands.add_parser("index", help="build an index of embeddings, and measure what it finds")
     index.add_argument("vectors", help="folder of clip-jax embed")
-    index.add_argument("folder", type=Path, help="where to; must not exist")
+    _add_path(index, "folder", help="where to; must not exist")
     index.add_argument("--kind", default="images", choices=("images", "texts"), help="what is found")
     index.add_argument("--recall", type=float, default=0.95, help="share of the 10 nearest to be found (default: 0.95)")
     index.add_argument("--exact-limit", type=int, default=100_000, help="more vectors than this get IVF,SQ8")
     index.set_defaults(run=_index)
 
     search = commands.add_parser("search", help="find images or captions by a text or an image")
-    search.add_argument("index", type=Path, help="folder of clip-jax index")
+    _add_path(search, "index", help="folder of clip-jax index")
     search.add_argument("text", nargs="?", help='such as "red car at night"')
     search.add_argument("--image", type=Path, help="ask with this image instead")
     search.add_argument("--model", help=default_help)
     search.add_argument("--top", type=int, default=12, help="how many (default: 12)")
     search.add_argument("--nprobe", type=int, help="cells that are searched (default: what the index was tuned to)")
-    search.add_argument("--sheet", type=Path, help="PNG of what was found")
+    _add_path(search, "--sheet", help="PNG of what was found")
     search.set_defaults(run=_search)
 
     serve = commands.add_parser("serve", help="a web page to search and classify, and a JSON API")
-    serve.add_argument("index", type=Path, help="folder of clip-jax index, of images")
-    serve.add_argument("--texts", type=Path, help="an index of captions beside it: dropped images then find captions")
+    _add_path(serve, "index", help="folder of clip-jax index, of images")
+    _add_path(serve, "--texts", help="an index of captions beside it: dropped images then find captions")
     serve.add_argument("--model", help=default_help)
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     serve.add_argument("--port", type=int, default=8000, help="port to listen on (default: 8000); 0 for any")
@@ -501,7 +506,7 @@ def _sweep_expand(arguments: argparse.Namespace) -> None:
     if arguments.to not in TARGETS:
         raise UserError(f"--to={arguments.to}{did_you_mean(arguments.to, TARGETS)} (targets: {', '.join(TARGETS)})")
     sweep = load_sweep(arguments.sweep)
-    jobs, folder = expand(sweep, arguments.overrides), run_folder("--runs", arguments.runs) / sweep.name
+    jobs, folder = expand(sweep, arguments.overrides), arguments.runs / sweep.name
     if arguments.out is None:
         print(TARGETS[arguments.to].write(sweep, jobs, folder), end="")
         return
@@ -514,7 +519,7 @@ def _sweep_run(arguments: argparse.Namespace) -> None:
     from clip_jax.console import clock, print_table
 
     sweep = load_sweep(arguments.sweep)
-    jobs, folder = expand(sweep, arguments.overrides), run_folder("--runs", arguments.runs) / sweep.name
+    jobs, folder = expand(sweep, arguments.overrides), arguments.runs / sweep.name
     outcomes = run_sweep(sweep, jobs, folder, at_once=arguments.jobs)
     rows = [[job.arm, str(job.seed), state, clock(seconds), note] for job, state, seconds, note in outcomes]
     print_table(f"Sweep {sweep.name}", ["arm", "seed", "", "time", "last line of train.log"], rows)

@@ -1,4 +1,4 @@
-"""What `train.py` and `clip-jax` share: config overrides and folders from the command line, and errors as one line.
+"""What `train.py` and `clip-jax` share: config overrides from the command line, and errors as one line.
 
 Overrides are taken out of argv before absl and config_flags see them, so that they are checked against the config's
 own types.
@@ -49,20 +49,6 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         raise UserError(" ".join(dict.fromkeys((lines[0], lines[-1])))) from None
     except Exception as error:
         raise ConfigError(describe_failure(error, where="--config")) from error
-
-
-def run_folder(flag: str, name: str) -> Path:
-    """Returns the folder of a run, or of several.
-
-    Raises:
-      UserError: a URL, of which `Path` would make a folder `gs:` on each host.
-    """
-    if "://" in name:
-        raise UserError(
-            f"{flag}={name}: runs are written to a folder that every process sees (NFS, Filestore, a bucket mounted by "
-            "gcsfuse), not to a URL"
-        )
-    return Path(name)
 
 
 def take_overrides(argv: Sequence[str]) -> tuple[list[str], Overrides]:

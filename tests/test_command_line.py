@@ -1,5 +1,6 @@
 """train.py and clip-jax as a person runs them: a mistake is one line and exit code 2, and nothing is written."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import clip_jax
+from clip_jax.cli import main
 from clip_jax.command_line import take_overrides
 from clip_jax.errors import ConfigError
 
@@ -62,8 +64,39 @@ def test_a_run_is_not_written_to_a_url(command):
     """`Path` would make a folder of it on each host, in which there is no part of the other hosts' checkpoints."""
     module, *arguments, flag = command
     message = refused(run(*arguments, f"{flag}=gs://bucket/l14", module=module))
-    assert f"{flag}=gs://bucket/l14: runs are written to a folder that every process sees" in message
+    assert f"{flag}=gs://bucket/l14: it must be on a disk, or on a share that every process sees" in message
     assert not (ROOT / "gs:").exists()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "classify a.png --labels cat --model=m --plot=gs://b/x",
+        "compare run --out=gs://b/x",
+        "data build digits --data-dir=gs://b/x",
+        "data convert digits --data-dir=gs://b/x",
+        "eval model --dataset=digits --out=gs://b/x",
+        "export model gs://b/x --layout=open_clip",
+        "index vectors gs://b/x",
+        "interpolate a b --export=gs://b/x",
+        "interpolate a b --out=gs://b/x",
+        "search gs://b/x cat",
+        "search index cat --sheet=gs://b/x",
+        "serve gs://b/x",
+        "sweep expand sweep.py --out=gs://b/x",
+    ],
+)
+def test_nothing_is_written_to_a_url(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(command.split())
+    assert ended.value.code == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert re.match(
+        r"error: (--|)(data.dir|export|folder|index|out|plot|sheet)=gs://b/x: it must be on a disk", message
+    )
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

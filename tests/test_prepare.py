@@ -583,7 +583,10 @@ def test_a_worker_that_dies_is_one_line():
         (("--tars=ok.tar", "--quality=0"), "--quality=0: it must be from 1 to 100"),
         (("--tars=ok.tar", "--short-side=0"), "--short-side=0: it must be positive"),
         (("--tars=ok.tar", "--version=1"), "'1' is no version of a dataset"),
-        (("--tars=ok.tar", "--data-dir=gs://bucket/x"), "written to a folder, not to a URL"),
+        (
+            ("--tars=ok.tar", "--data-dir=gs://bucket/x"),
+            "--data-dir=gs://bucket/x: it must be on a disk, or on a share",
+        ),
         (("--tars=ok.tar", "--data-dir=ok.tar"), "cannot write .*/ok.tar/pairs/1.0.0.preparing: Not a directory"),
         (("--tars=ok.tar", "--workers=-1"), "--workers=-1: it must be positive"),
         (("--tars=ok.tar", "--address=auto"), "--address=auto is for --runner=ray"),

@@ -29,7 +29,7 @@ from clip_jax.data.captions import CaptionFields
 from clip_jax.data.filters import Filter
 from clip_jax.data.prepare_inputs import Part
 from clip_jax.data.prepare_shard import OutputError, ShardReport, ShardSettings, ShardTask, find_report, process_shard
-from clip_jax.data.storage import appearing, is_remote, sweep, sync
+from clip_jax.data.storage import appearing, local_path, sweep, sync
 from clip_jax.data.tfds_files import FEATURES, dataset_info, shard_name
 from clip_jax.data.tfds_source import datasets_root
 from clip_jax.data.workers import cores, run
@@ -147,8 +147,7 @@ def _check(job: Job) -> None:
     for option in ("short_side", "per_shard"):
         if values[option] < 1:
             raise UserError(f"{_option(option)}={values[option]}: it must be positive")
-    if is_remote(job.data_dir):
-        raise UserError(f"--data-dir={job.data_dir}: datasets are written to a folder, not to a URL")
+    local_path("--data-dir", job.data_dir)
 
 
 def _flat(job: Job) -> dict[str, Any]:

@@ -237,6 +237,24 @@ def is_remote(path: str) -> bool:
     return _URL.match(path) is not None
 
 
+def local_path(given: str, path: str) -> Path:
+    """Returns where something lies that is neither read from stores nor written to them.
+
+    Args:
+      given: as what the path was, such as `--workdir`.
+      path: that was.
+
+    Raises:
+      UserError: a URL, of which `Path` would make a folder `gs:` on each host.
+    """
+    if is_remote(path):
+        raise UserError(
+            f"{given}={path}: it must be on a disk, or on a share that every process sees (NFS, Filestore, a bucket "
+            "mounted by gcsfuse), and is a URL"
+        )
+    return Path(path)
+
+
 def digest(*values: object) -> str:
     """Returns what changes when one of the values does: 32 hexadecimal digits."""
     return hashlib.sha256(repr(tuple(map(str, values))).encode()).hexdigest()[:32]

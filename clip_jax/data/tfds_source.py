@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_jax.data.records import Record, RecordError, decode_caption
+from clip_jax.data.storage import local_path
 from clip_jax.data.tfds_files import FILE_FORMAT
 from clip_jax.errors import UserError
 
@@ -183,8 +184,13 @@ def find_dataset(dataset: str, data_dir: str = "") -> Path:
 
 
 def datasets_root(data_dir: str) -> Path:
-    """Returns the folder of prepared datasets: `data_dir`, or TFDS's default if that is empty."""
-    return Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    """Returns the folder of prepared datasets: `data_dir`, or TFDS's default if that is empty.
+
+    Raises:
+      UserError: a URL.
+    """
+    given = "data_dir" if data_dir else "TFDS_DATA_DIR"
+    return local_path(given, data_dir or os.environ.get(given) or "~/tensorflow_datasets").expanduser()
 
 
 def prepare_command(dataset: str, root: Path) -> str:
