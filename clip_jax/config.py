@@ -361,7 +361,8 @@ class EvalConfig:
         `shards=/data/val/{00..03}.tar`, `table=val.csv`; as in `data.mixture`, `key=value,...`. Empty means none.
       held_out_pairs: their number, one batch for the loss, always the same pairs; 0 means config.batch. Where there are
         fewer, all.
-      every: steps between evaluations; 0 means only at the end.
+      every: steps between evaluations; 0 means only at the end. Without dataset and held_out it has no meaning, which
+        the run says in its first line.
       batch: images, or pairs, that go through the towers at a time, over all devices.
     """
 

@@ -338,9 +338,11 @@ def prepare_workdir(workdir: Path, config: RunConfig) -> None:
 def _describe(run: Run) -> str:
     config = run.config
     parameters, mesh = count_parameters(run.program.target.params), run.program.mesh
-    held_out = "" if run.held_out is None else f", measured on {run.held_out.description}"
+    measured = "" if run.held_out is None else f", measured on {run.held_out.description}"
+    if config.eval.every and not config.eval.metrics:
+        measured = "; nothing is evaluated: config.eval.dataset and held_out are empty"
     return (
-        f"{variant_name(config.model)} model, {parameters:,} parameters; {run.data.description}{held_out}; "
+        f"{variant_name(config.model)} model, {parameters:,} parameters; {run.data.description}{measured}; "
         f"{config.steps} steps of {config.batch} pairs on {mesh.size} device(s), "
         f"mesh {' '.join(f'{axis}={size}' for axis, size in mesh.shape.items())}"
     )

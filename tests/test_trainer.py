@@ -143,8 +143,9 @@ def test_a_run_leaves_what_a_person_looks_at(digits_dir, tmp_path, capsys):
     assert "chance 2.77" in shown
 
 
-def test_metrics_of_every_step(tmp_path):
-    train(SYNTHETIC, tmp_path)
+def test_metrics_of_every_step(tmp_path, capsys):
+    train(dataclasses.replace(SYNTHETIC, eval=EvalConfig(every=4)), tmp_path)
+    assert "; nothing is evaluated: config.eval.dataset and held_out are empty; 12 steps" in capsys.readouterr().out
     rows = metrics.read(tmp_path)
     assert [row["step"] for row in rows] == list(range(1, 13))
     names = {"loss", "accuracy", "logit_scale", "learning_rate", "gradient_norm", "pairs"}
