@@ -87,13 +87,27 @@ def detect(config: DistributedConfig, environment: Mapping[str, str]) -> str | N
         return "Open MPI"
     if "MEGASCALE_COORDINATOR_ADDRESS" in environment or "," in environment.get("TPU_WORKER_HOSTNAMES", ""):
         return "Cloud TPU"
-    return "Kubernetes" if all(name in environment for name in _KUBERNETES) else None
+    if all(name in environment for name in _KUBERNETES):
+        return "Kubernetes"
+    return "Cloud TPU" if "TPU_WORKER_HOSTNAMES" not in environment and _tpu_hosts() > 1 else None
 
 
 def half_set(environment: Mapping[str, str]) -> list[str]:
     """Returns the variables that SLURM has not set although it has set others, as in a shell of `salloc`."""
     missing = [name for name in SLURM if name not in environment]
     return missing if len(missing) < len(SLURM) else []
+
+
+def sees_all_devices(environment: Mapping[str, str]) -> bool:
+    """Whether all devices that this process can see are its own: it is the only one on its host, or has one GPU.
+
+    JAX gives a process of SLURM or Open MPI one GPU of a host, that of its number there, unless it is told otherwise:
+    of eight, a process alone would leave seven idle; and where the scheduler shows each process one GPU, there is none
+    of a higher number.
+    """
+    one_a_node = environment.get("SLURM_NTASKS", "") == environment.get("SLURM_STEP_NUM_NODES")
+    alone = one_a_node or environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
+    return alone or len(environment.get("CUDA_VISIBLE_DEVICES", ",").split(",")) == 1
 
 
 def any_process(flag: bool) -> bool:
@@ -113,10 +127,31 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def _tpu_hosts() -> int:
+    """Returns the hosts of this Cloud TPU, all slices together, which only Google's metadata know; 1 elsewhere.
+
+    Raises:
+      UserError: there are TPUs, and the metadata cannot be asked.
+    """
+    from jax._src.clusters.cloud_tpu_cluster import GceTpuCluster  # what JAX goes by, which has no public name
+
+    try:
+        return GceTpuCluster.get_process_count() if GceTpuCluster.is_env_present() else 1
+    except Exception as error:  # of the network, or of what was answered
+        raise UserError(
+            f"how many hosts this TPU has cannot be found out ({one_line(error)[:200]}); say "
+            "config.distributed.mode=off if this one is all of it, or explicit"
+        ) from None
+
+
 def _initialize(config: DistributedConfig) -> None:
-    patience = config.heartbeat + _JAX_LATER_S
+    shared: dict[str, Any] = {
+        "initialization_timeout": config.timeout,
+        "heartbeat_timeout_seconds": config.heartbeat + _JAX_LATER_S,
+        "local_device_ids": [] if sees_all_devices(os.environ) else None,  # None lets JAX choose
+    }
     if config.mode == "auto":
-        jax.distributed.initialize(initialization_timeout=config.timeout, heartbeat_timeout_seconds=patience)
+        jax.distributed.initialize(**shared)
         return
     host, _, port = config.coordinator.rpartition(":")
     if config.process_id == 0:
@@ -127,9 +162,8 @@ def _initialize(config: DistributedConfig) -> None:
         config.coordinator,
         config.processes,
         config.process_id,
-        initialization_timeout=config.timeout,
-        heartbeat_timeout_seconds=patience,
         coordinator_bind_address=config.bind or None,
+        **shared,
     )
 
 

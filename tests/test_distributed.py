@@ -10,12 +10,16 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from devices import simulating, start_script
+from jax._src.clusters import cloud_tpu_cluster
 
+from clip_jax import distributed
 from clip_jax.config import DistributedConfig
 from clip_jax.distributed import SLURM, detect, free_port, half_set
+from clip_jax.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 SMALL = (
@@ -241,6 +245,54 @@ def test_what_brings_processes_together(environment, expected):
     assert detect(DistributedConfig(), environment) == expected
     assert detect(DistributedConfig(mode="off"), environment) is None
     assert detect(dataclasses.replace(DistributedConfig(), mode="explicit"), environment) == "the config"
+
+
+EIGHT = ",".join(map(str, range(8)))
+
+
+@pytest.mark.parametrize(
+    ("environment", "given"),
+    [
+        (
+            {"SLURM_STEP_NUM_NODES": "4", "CUDA_VISIBLE_DEVICES": EIGHT},
+            [],
+        ),  # one task a node, as launch/slurm.sbatch has it
+        ({"SLURM_STEP_NUM_NODES": "2", "CUDA_VISIBLE_DEVICES": EIGHT}, None),
+        ({"SLURM_STEP_NUM_NODES": "2", "CUDA_VISIBLE_DEVICES": "0"}, []),  # each task is shown its own
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, []),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "8"}, None),
+    ],
+)
+@pytest.mark.parametrize("mode", ["auto", "explicit"])
+def test_a_process_has_all_the_devices_that_it_does_not_share(monkeypatch, environment, given, mode):
+    """JAX would give a task of SLURM's or Open MPI's one, however many it sees."""
+    known: dict[str, object] = {}
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **options: known.update(options))
+    for name in (*SLURM, "SLURM_STEP_NUM_NODES", "OMPI_COMM_WORLD_LOCAL_SIZE", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (STEP if "SLURM_STEP_NUM_NODES" in environment else {}).items() | environment.items():
+        monkeypatch.setenv(name, value)
+    distributed._initialize(DistributedConfig(mode, f"127.0.0.1:{free_port()}", 2, 0))
+    assert known["local_device_ids"] == given
+
+
+@pytest.mark.parametrize(("hosts", "slices", "expected"), [(1, "", None), (4, "", "Cloud TPU"), (1, "2", "Cloud TPU")])
+def test_a_cloud_tpu_of_several_hosts_is_known_by_its_metadata(monkeypatch, hosts, slices, expected):
+    """Its machines have none of it in their environment."""
+    metadata = {
+        "agent-worker-number": "0",
+        "worker-network-endpoints": ",".join(f"unknown:unknown:10.0.0.{host}" for host in range(hosts)),
+        "tpu-env": f"MEGASCALE_NUM_SLICES: '{slices}'\n" if slices else "",
+    }
+    monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)  # which JAX sets where there are no TPUs
+    monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
+    monkeypatch.setattr(cloud_tpu_cluster, "get_metadata", lambda key: (metadata[key], 200))
+    assert detect(DistributedConfig(), {}) == expected
+    metadata.clear()
+    with pytest.raises(
+        UserError, match=r"hosts this TPU has .* \('agent-worker-number'\); say config.distributed.mode="
+    ):
+        detect(DistributedConfig(), {})
 
 
 def test_half_set_schedulers_are_named():
