@@ -6,9 +6,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from clip_jax.errors import RESTART
+
+_REPORT_S = 10.0
+"""How long the report may take: what hangs may be the disk that it goes to."""
 
 
 class Watchdog:
@@ -42,7 +46,9 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._over.wait(min(self._seconds / 10, 5)):
             if time.monotonic() - self._last > self._seconds:
-                self._report()
+                report = threading.Thread(target=self._report, daemon=True)
+                report.start()
+                report.join(_REPORT_S)
                 self._leave(RESTART)
                 return
 
@@ -54,5 +60,5 @@ class Watchdog:
             file=sys.stderr,
             flush=True,
         )
-        with self._file.open("a") as file:
+        with suppress(OSError), self._file.open("a") as file:
             faulthandler.dump_traceback(file=file, all_threads=True)

@@ -204,6 +204,7 @@ def test_an_array_task_starts_what_the_command_starts(tmp_path):
         given = shown.splitlines()[-1].rstrip("\0").split("\0")
         assert given[:4] == ["python", "train.py", f"--config={DEMO}", f"--workdir=runs/study/{job.folder}"]
         launched = [("mesh.dcn_data", "1"), ("compilation_cache", f"runs/study/{job.folder}/programs")]
+        launched += [("health.grace_s", "100")]
         assert take_overrides(given[4:])[1] == [*launched, *job.overrides]
 
 
@@ -221,7 +222,7 @@ def test_jobsets_differ_from_the_template_in_name_and_arguments_alone():
         rest, overrides = take_overrides(container(document)["args"])
         assert rest == [f"--config={DEMO}", f"--workdir=/runs/study/{job.folder}"]
         programs = ("compilation_cache", f"/runs/study/{job.folder}/programs")
-        assert overrides == [*job.overrides, ("mesh.dcn_data", "4"), programs]
+        assert overrides == [*job.overrides, ("health.grace_s", "45"), ("mesh.dcn_data", "4"), programs]
         document["metadata"], container(document)["args"] = template["metadata"], container(template)["args"]
         assert document == template
 

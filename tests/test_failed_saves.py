@@ -167,6 +167,19 @@ def test_two_runs_in_one_workdir(tmp_path):
         pass
 
 
+@pytest.mark.parametrize("gone", [True, False])
+def test_a_lock_of_another_host_is_waited_for(tmp_path, monkeypatch, gone):
+    """A file server keeps that of a host that is gone for a while, in which the run is started again."""
+    monkeypatch.setattr("clip_jax.lock._LEASE_S", 60.0 if gone else -1.0)
+    with contextlib.ExitStack() as other:
+        other.enter_context(locked(tmp_path))
+        (tmp_path / "lock").write_text(json.dumps({"host": "elsewhere", "process": 7, "since": "then"}))
+        monkeypatch.setattr("clip_jax.lock.time.sleep", lambda seconds: other.close())
+        expected = contextlib.nullcontext() if gone else pytest.raises(UserError, match="process 7 on elsewhere, since")
+        with expected, locked(tmp_path):
+            assert json.loads((tmp_path / "lock").read_text())["process"] == os.getpid()
+
+
 def test_a_killed_owner_leaves_no_lock(tmp_path):
     code = f"""
 import sys, time

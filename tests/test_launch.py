@@ -31,7 +31,7 @@ def stand_in(path, body):
     path.chmod(0o755)
 
 
-@pytest.mark.parametrize(("code", "requeued"), [(0, 0), (2, 0), (1, 0), (75, 1), (134, 1), (137, 1), (143, 0)])
+@pytest.mark.parametrize(("code", "requeued"), [(0, 0), (2, 0), (1, 0), (75, 1), (134, 1), (137, 1), (143, 1)])
 def test_slurm_queues_a_run_again_that_should_go_on(tmp_path, code, requeued):
     """The script itself, with a srun that ends with a given code."""
     for name, body in (
@@ -50,6 +50,18 @@ def test_slurm_queues_a_run_again_that_should_go_on(tmp_path, code, requeued):
         assert ended.returncode == code
         assert (tmp_path / "asked").read_text() == "requeue 7\n" * expected
     assert set((tmp_path / "cores").read_text().splitlines()) == {"96"}
+
+
+def _grace(text):
+    """Seconds in which a launched run must have saved."""
+    (found,) = re.findall(r"--config.health.grace_s=(\d+)", text)
+    return int(found)
+
+
+def test_slurm_gives_the_time_that_the_run_may_take_to_save():
+    script = (LAUNCH / "slurm.sbatch").read_text()
+    (signalled,) = re.findall(r"^#SBATCH --signal=TERM@(\d+)$", script, re.MULTILINE)
+    assert int(signalled) >= _grace(script) + 15
 
 
 @pytest.mark.parametrize("more", [(), ("--config.data.dataset=my pairs", "--config.seed=3")], ids=["none", "two"])
@@ -81,8 +93,7 @@ def test_the_jobset_has_what_its_schema_requires():
     (container,) = pod["containers"]
     assert set(container) >= {"name", "image", "args"}
     assert f"--config.mesh.dcn_data={job['completions']}" in container["args"]
-    grace = to_config_dict(TINY).health.grace_s
-    assert pod["terminationGracePeriodSeconds"] > grace + 10
+    assert pod["terminationGracePeriodSeconds"] >= _grace(" ".join(container["args"])) + 15
     # Exit code 2 fails the job for its pods' policy, and that fails the JobSet; after all others it starts again.
     (rule,) = job["podFailurePolicy"]["rules"]
     assert (rule["action"], rule["onExitCodes"]["values"]) == ("FailJob", [2])

@@ -19,6 +19,7 @@ import pytest
 from test_distributed import lines, peers, start
 from test_health import RUN, bits, rows_of
 
+from clip_jax import watchdog
 from clip_jax.data.loader import open_training_data
 from clip_jax.errors import RESTART, UserError
 from clip_jax.evals.evaluation import Evaluated, Evaluation
@@ -152,12 +153,25 @@ def test_a_process_that_cannot_save_ends_all_the_same(grace, then, said):
     assert time.monotonic() - began < 25
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["hangs", "is full"])
+def test_a_hang_of_the_disk_that_the_stacks_go_to_ends_too(tmp_path, monkeypatch, make):
+    """A pipe without a reader hangs as a lost file server does; a folder cannot be written, as on a full disk."""
+    monkeypatch.setattr(watchdog, "_REPORT_S", 0.2)
+    left, file = [], tmp_path / "hang-0.txt"
+    make(file)
+    with Watchdog(0.1 / 60, file, leave=left.append):
+        time.sleep(1.0)
+    assert left == [RESTART]
+    if make is os.mkfifo:
+        os.close(os.open(file, os.O_RDONLY | os.O_NONBLOCK))  # lets the thread go
+
+
 def test_a_hang_ends_with_the_stacks_of_all_threads(tmp_path, capfd):
     left = []
-    with Watchdog(0.5 / 60, tmp_path / "hang-0.txt", leave=left.append) as watchdog:
+    with Watchdog(0.5 / 60, tmp_path / "hang-0.txt", leave=left.append) as running:
         for _ in range(8):
             time.sleep(0.1)
-            watchdog.progress()
+            running.progress()
         assert left == []
         time.sleep(1.5)
     assert left == [RESTART]
@@ -177,6 +191,7 @@ import dataclasses
 sys.path[:0] = ["tests"]
 from test_health import RUN
 from clip_jax.config import HealthConfig
+from clip_jax import watchdog
 from clip_jax.data.loader import open_training_data
 from clip_jax.trainer import train
 data = open_training_data(RUN)

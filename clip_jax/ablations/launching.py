@@ -131,9 +131,10 @@ def _jobset(template: Any, sweep: Sweep, job: Job, folder: Path, number: int) ->
     document["metadata"] |= {"name": f"{name}-{number}", "annotations": {"clip-jax/run": job.folder}}
     (replicated,) = document["spec"]["replicatedJobs"]
     (container,) = replicated["template"]["spec"]["template"]["spec"]["containers"]
-    nodes = [argument for argument in container["args"] if argument.startswith("--config.mesh.dcn_data=")]
+    kept = ("--config.mesh.dcn_data=", "--config.health.grace_s=")
+    cluster = [argument for argument in container["args"] if argument.startswith(kept)]
     programs = f"--config.compilation_cache={folder / job.folder / 'programs'}"
-    container["args"] = [*train_arguments(sweep, job, folder)[1:], *nodes, programs]
+    container["args"] = [*train_arguments(sweep, job, folder)[1:], *cluster, programs]
     return document
 
 
