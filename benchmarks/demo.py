@@ -29,6 +29,7 @@ class PermutedCaptions:
 
     def __init__(self, source: Source, *, seed: int) -> None:
         self._source = source
+        self.fingerprint, self.state = source.fingerprint | {"permuted": seed}, source.state
         self._caption_of = np.random.default_rng(seed).permutation(len(source))
 
     def __len__(self) -> int:

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -350,6 +351,15 @@ def test_a_pickled_source_opens_its_files_again(digits_dir):
     assert len(pickle.dumps(source)) < 1_000
     assert len(copy) == len(source) == 300
     assert copy[7] == source[7]
+
+
+def test_a_dataset_that_is_prepared_anew_has_another_state(digits_dir, tmp_path):
+    shutil.copytree(digits_dir / "digits", tmp_path / "digits")  # with its times
+    original, copy = (TfdsSource("digits", "test", data_dir=str(root)) for root in (digits_dir, tmp_path))
+    assert copy.state == original.state
+    os.utime(next((tmp_path / "digits" / "1.0.0").glob("digits-test*")))
+    assert copy.state != original.state
+    assert copy.fingerprint == original.fingerprint
 
 
 def test_the_newest_version_is_found(digits_dir, tmp_path):

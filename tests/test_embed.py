@@ -17,8 +17,9 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 from search_fixtures import BAD, GOOD, MODEL, bomb, picture, write_pictures
-from tars import add, write_shards
+from tars import add, write_shard, write_shards
 
+import clip_jax
 from clip_jax import cli
 from clip_jax.data.folder_source import FolderSource
 from clip_jax.errors import UserError
@@ -125,6 +126,12 @@ def test_another_job_in_the_same_folder_is_refused(options, message, pictures, v
         run(FolderSource(pictures), vectors, model, kinds=("images", "texts"), **options)
 
 
+def test_another_precision_is_refused(pictures, vectors, model_dir):
+    half = clip_jax.load(model_dir, dtype="bfloat16")
+    with pytest.raises(UserError, match=r"another job \(model\.compute 'float32' -> 'bfloat16'\)"):
+        run(FolderSource(pictures), vectors, half, kinds=("images", "texts"))
+
+
 def test_a_folder_that_grew_is_refused(model, tmp_path):
     write_pictures(tmp_path / "in", 3)
     run(FolderSource(tmp_path / "in"), tmp_path / "out", model)
@@ -133,7 +140,7 @@ def test_a_folder_that_grew_is_refused(model, tmp_path):
         run(FolderSource(tmp_path / "in"), tmp_path / "out", model)
 
 
-@pytest.mark.parametrize("name", ["", "pairs.csv", "pairs.parquet"])
+@pytest.mark.parametrize("name", ["", "pairs.csv", "pairs.parquet", "pairs.tar"])
 def test_data_that_changed_under_the_same_names_are_refused(name, model, tmp_path):
     """By what is kept of them alone: what a checkpoint or a result says of its data holds for a copy too."""
     data = tmp_path / "in"
@@ -143,6 +150,7 @@ def test_data_that_changed_under_the_same_names_are_refused(name, model, tmp_pat
         (data / "0.png").write_bytes(picture(number))
         (data / "pairs.csv").write_text(f"image,caption\n0.png,{number}\n")
         parquet.write_table(pyarrow.table({"image": [picture(number)], "caption": ["c"]}), data / "pairs.parquet")
+        write_shard(data / "pairs.tar", [number])
         return open_images(str(data / name), model)
 
     before = write(1)

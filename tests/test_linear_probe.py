@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import tarfile
 from pathlib import Path
 
 import jax
@@ -12,6 +13,7 @@ from PIL import Image
 from search_fixtures import picture, write_pictures
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
+from tars import add
 
 import clip_jax.evals.linear_probe as linear_probe
 from clip_jax.config import MeshConfig
@@ -185,10 +187,9 @@ def test_features_are_kept_and_what_is_missing_is_made(model, model_dir, job, tm
         embedded.append(len(part))
         return evaluator.embed(part)
 
-    def cache(fingerprint):
-        return FeatureCache(
-            str(tmp_path / "cache"), model=fingerprint, kind="unit", preprocess=model.preprocess, shard=10
-        )
+    def cache(fingerprint, dtype="float32"):
+        about = {"model": fingerprint, "dtype": dtype, "kind": "unit", "preprocess": model.preprocess}
+        return FeatureCache(str(tmp_path / "cache"), **about, shard=10)
 
     with pytest.raises(KeyboardInterrupt):
         cache(model.fingerprint).images(source, embed)
@@ -201,21 +202,25 @@ def test_features_are_kept_and_what_is_missing_is_made(model, model_dir, job, tm
     assert len(embedded) == 4
     cache("another").images(source, embed)
     assert len(embedded) == 8
+    cache(model.fingerprint, "bfloat16").images(source, embed)
+    assert len(embedded) == 12
 
 
 def test_features_of_images_that_changed_are_made_again(model, model_dir, tmp_path):
-    """Also of images that are written on."""
+    """Also of images that are written on, and of tar shards in which nothing lies elsewhere than before."""
     write_pictures(tmp_path / "in", 4)
     evaluator = Evaluator(model, str(model_dir), batch=8, threads=2, cache=str(tmp_path / "cache"))
 
-    def features():
-        folders = open_labelled(str(tmp_path / "in"))
+    def features(number):
+        (tmp_path / "in" / "even" / "000.png").write_bytes(picture(number))
+        with tarfile.open(tmp_path / "in.tar", "w") as tar:
+            add(tar, "0.bmp", picture(number, kind="BMP"))
+            add(tar, "0.cls", b"0")
+        folders, tars = open_labelled(str(tmp_path / "in")), open_labelled(str(tmp_path / "in.tar"))
         written = Written(folders, folders.classes, preprocess=model.preprocess, size=0.2, kind="blank")
-        return [evaluator.images(images).features[0] for images in (folders, written)]
+        return [evaluator.images(images).features[0] for images in (folders, written, tars)]
 
-    before = features()
-    (tmp_path / "in" / "even" / "000.png").write_bytes(picture(9))
-    after = features()
+    before, after = features(0), features(9)
     fresh = Evaluator(model, str(model_dir), batch=8, threads=2).images(open_labelled(str(tmp_path / "in"))).features
     np.testing.assert_array_equal(after[0], fresh[0])
     for changed, unchanged in zip(after, before, strict=True):

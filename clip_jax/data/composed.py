@@ -51,8 +51,8 @@ class Written:
 
     @property
     def state(self) -> str | None:
-        """The source's, if it has one."""
-        return getattr(self._source, "state", None)
+        """The source's."""
+        return self._source.state
 
     def __len__(self) -> int:
         return len(self._source)

@@ -5,13 +5,13 @@ Links to folders are followed, but for those that lead back to a folder which th
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from clip_jax.data.captions import CaptionFields
 from clip_jax.data.records import MAX_FILE_BYTES, Record, RecordError, read_image_file
-from clip_jax.data.storage import digest
+from clip_jax.data.storage import state_of
 from clip_jax.data.tar_index import IMAGES
 from clip_jax.errors import UserError
 
@@ -42,7 +42,7 @@ class FolderSource:
 
     @property
     def state(self) -> str:
-        """Says what the images are now; for what is kept of them, since a copy may have other times."""
+        """A digest of the images' sizes and times of change."""
         return state_of(self.root, self._paths)
 
     def __len__(self) -> int:
@@ -86,11 +86,6 @@ def images_below(root: Path) -> list[str]:
     return found
 
 
-def state_of(root: Path, images: Sequence[str]) -> str:
-    """Returns a digest of images' names, sizes and times of change; of one that is not there, of its name."""
-    return digest(*((image, *_size_and_time(root / image)) for image in images))
-
-
 def beside(image: Path, suffix: str) -> bytes | None:
     """Returns the content of the file of the same name with another suffix; None where there is none.
 
@@ -120,14 +115,6 @@ def _walk(root: Path) -> Iterator[str]:
 def _leads_back(folder: Path) -> bool:
     """Whether a folder is a link to one of those above it, by device and inode."""
     return folder.is_symlink() and any(map(folder.samefile, folder.parents))
-
-
-def _size_and_time(path: Path) -> tuple[int, ...]:
-    try:
-        about = path.stat()
-        return about.st_size, about.st_mtime_ns
-    except OSError:
-        return ()
 
 
 def _refuse(error: OSError) -> None:

@@ -4,12 +4,12 @@ import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol
 
 from clip_jax.data.captions import parse_metadata
 from clip_jax.data.folder_source import FolderSource
 from clip_jax.data.records import MAX_FILE_BYTES, Record, RecordError, Source
-from clip_jax.data.storage import Storage, StorageError, expand
+from clip_jax.data.storage import Storage, StorageError, digest, expand
 from clip_jax.data.tar_index import IMAGES, members, read_at, sample_key
 from clip_jax.data.tfds_source import TfdsSource
 from clip_jax.errors import UserError
@@ -17,17 +17,14 @@ from clip_jax.errors import UserError
 _LONGEST_LABEL = 1 << 12
 
 
-@runtime_checkable
 class LabelledSource(Source, Protocol):
     """Records that have a `label`.
 
     Attributes:
       classes: names of the classes in the order of the labels; empty where the dataset has none.
-      fingerprint: what identifies the records, as JSON holds it.
     """
 
     classes: tuple[str, ...]
-    fingerprint: dict[str, Any]
 
 
 def open_labelled(
@@ -95,7 +92,7 @@ class ClassFolders:
 
     @property
     def state(self) -> str:
-        """Says what the images are now, see `FolderSource`."""
+        """That of the `FolderSource`."""
         return self._images.state
 
     def __len__(self) -> int:
@@ -142,6 +139,7 @@ class ClassTars:
       classes: of `classnames.txt`; empty where there is none.
       templates: of `zeroshot_classification_templates.txt`, as they stand there; empty where there is none.
       fingerprint: the shards, number of samples and a digest of where they lie, as JSON holds them.
+      state: a digest of the shards' sizes and tags.
     """
 
     def __init__(self, shards: str, *, label_key: str = "cls") -> None:
@@ -156,19 +154,23 @@ class ClassTars:
         """
         self._storage, self._paths, self._patterns = Storage(), expand(shards), shards
         try:
-            self._places = [place for shard in range(len(self._paths)) for place in self._look(shard, label_key)]
+            stats = [self._storage.stat(path) for path in self._paths]
+            self._places = [
+                place for shard, stat in enumerate(stats) for place in self._look(shard, stat.size, label_key)
+            ]
         except StorageError as error:
             raise UserError(str(error)) from None
         if not self._places:
             raise UserError(f"{shards} has no images (members that end in {', '.join(sorted(IMAGES))})")
         self.classes = tuple(self._lines("classnames.txt"))
         self.templates = tuple(self._lines("zeroshot_classification_templates.txt"))
-        digest = hashlib.sha256(repr([(*place[1:4], place.key) for place in self._places]).encode())
+        self.state = digest(*stats)
+        samples = hashlib.sha256(repr([(*place[1:4], place.key) for place in self._places]).encode())
         self.fingerprint: dict[str, Any] = {
             "name": "tars",
             "shards": shards,
             "records": len(self._places),
-            "samples": digest.hexdigest()[:16],
+            "samples": samples.hexdigest()[:16],
         }
 
     def __len__(self) -> int:
@@ -201,10 +203,10 @@ class ClassTars:
         """Returns what a sample's files are called, up to the first dot."""
         return self._places[index].key
 
-    def _look(self, shard: int, label_key: str) -> Iterator[_Place]:
+    def _look(self, shard: int, size: int, label_key: str) -> Iterator[_Place]:
         """Yields the samples of a shard."""
         path = self._paths[shard]
-        file = read_at(self._storage, path, self._storage.stat(path).size)
+        file = read_at(self._storage, path, size)
         label_file = "json" if label_key.startswith("json.") else label_key
         samples: dict[str, dict[str, tuple[int, int]]] = {}
         for member in members(file):

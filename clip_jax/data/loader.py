@@ -274,7 +274,7 @@ def synthetic_data(config: RunConfig) -> TrainingData:
 
 
 def _fingerprint(parts: Sequence[Part], shares: Sequence[float]) -> dict[str, Any]:
-    prints = [getattr(part.source, "fingerprint", {"name": str(part.source)}) for part in parts]
+    prints = [part.source.fingerprint for part in parts]
     if len(prints) == 1:
         return prints[0]
     return {"mixture": [each | {"share": share} for each, share in zip(prints, shares, strict=True)]}

@@ -36,6 +36,8 @@ class Photographs:
       fingerprint: their names.
     """
 
+    state = None
+
     def __init__(self) -> None:
         """Finds them.
 

@@ -26,7 +26,7 @@ from clip_jax.data.augment import Augment, random_crop
 from clip_jax.data.images import ImageError, Preprocess, eval_image
 from clip_jax.data.order import Mixture, position_of_row, rows_of_process
 from clip_jax.data.reading import MixedReader, Part, name_record, where
-from clip_jax.data.records import REASONS, UNREACHABLE, Record, RecordError, Source
+from clip_jax.data.records import REASONS, UNREACHABLE, Record, RecordError, Records
 from clip_jax.errors import OutageError, RestartError, UserError, one_line
 
 Example = dict[str, np.ndarray]
@@ -230,7 +230,7 @@ def train_batches(
 
 
 def eval_batches(
-    source: Source,
+    source: Records,
     *,
     transform: Callable[[Record], Example],
     batch: int,
@@ -339,7 +339,7 @@ class _TrainBatches:
 class _EvalBatches:
     """Batch number -> this process's rows of it, padded."""
 
-    source: Source
+    source: Records
     transform: Callable[[Record], Example]
     batch: int
     rows: range
@@ -476,6 +476,6 @@ def _streams(parts: Sequence[Part]) -> int:
     return max(part.order.streams for part in parts)
 
 
-def _check_source(source: Source) -> None:
+def _check_source(source: Records) -> None:
     if not len(source):
         raise UserError(f"{source} has no records")

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from clip_jax.data.captions import CaptionFields, parse_metadata
-from clip_jax.data.folder_source import beside, images_below, state_of
+from clip_jax.data.folder_source import beside, images_below
 from clip_jax.data.records import Record, RecordError, read_image_file
-from clip_jax.data.storage import Stat, Storage, StorageError, absolute, digest, expand, is_remote
+from clip_jax.data.storage import Stat, Storage, StorageError, absolute, digest, expand, is_remote, state_of
 from clip_jax.data.table_source import TableSource
 from clip_jax.data.tar_index import index_samples, members, read_at
 from clip_jax.data.tar_source import TarBlock, read_ranges

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from clip_jax.data.order import Mixture, Order, Place, Window, WindowShuffle
-from clip_jax.data.records import Record, RecordError, Source
+from clip_jax.data.records import Record, RecordError, Records, Source
 from clip_jax.errors import UserError
 
 
@@ -25,7 +25,7 @@ class Block(Protocol):
 
 
 @runtime_checkable
-class BlockSource(Source, Protocol):
+class BlockSource(Records, Protocol):
     """A source that reads consecutive records at once.
 
     Attributes:
@@ -197,7 +197,7 @@ class Subset:
       records: their numbers in it, in the order in which they are read.
     """
 
-    def __init__(self, source: Source, records: Sequence[int]) -> None:
+    def __init__(self, source: Records, records: Sequence[int]) -> None:
         self._source, self._records = source, records
 
     def __len__(self) -> int:
@@ -223,7 +223,7 @@ def where(parts: Sequence[Part], index: int) -> str:
     return f"record {index}"
 
 
-def name_record(source: Source, index: int) -> str:
+def name_record(source: Records, index: int) -> str:
     """Returns what to call a record of a source in messages."""
     named = getattr(source, "where", None)
     return named(index) if named else f"record {index} of {source}"

@@ -4,7 +4,7 @@ import math
 import stat
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -88,12 +88,27 @@ class Record(NamedTuple):
 
 
 @runtime_checkable
-class Source(Protocol):
-    """What the pipeline reads from; `str(source)` names it in errors. Worker processes receive a pickle of it."""
+class Records(Protocol):
+    """What the pipeline reads from; `str(records)` names it in errors. Worker processes receive a pickle of it."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Record: ...
+
+
+class Source(Records, Protocol):
+    """Records that say what they are.
+
+    Attributes:
+      fingerprint: what identifies the records, as JSON holds it; the same of a copy.
+      state: another one when the files behind them change, for what is kept of the records; a copy may have another.
+        None where nothing is known of files.
+    """
+
+    fingerprint: dict[str, Any]
+
+    @property
+    def state(self) -> str | None: ...
 
 
 def decode_caption(raw: bytes) -> str:

@@ -18,7 +18,7 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -260,6 +260,11 @@ def digest(*values: object) -> str:
     return hashlib.sha256(repr(tuple(map(str, values))).encode()).hexdigest()[:32]
 
 
+def state_of(root: Path, files: Iterable[str]) -> str:
+    """Returns a digest of local files' names, sizes and times of change; of one that is not there, of its name."""
+    return digest(*((file, *_size_and_time(root / file)) for file in files))
+
+
 def absolute(path: str) -> str:
     """Returns a local path from the root on, and a URL as it is."""
     return path if is_remote(path) else os.path.abspath(path)
@@ -391,6 +396,14 @@ def _read_range(path: str, start: int, length: int) -> bytes:
         return os.pread(descriptor, length, start)
     finally:
         os.close(descriptor)
+
+
+def _size_and_time(path: Path) -> tuple[int, ...]:
+    try:
+        about = path.stat()
+        return about.st_size, about.st_mtime_ns
+    except OSError:
+        return ()
 
 
 def _local(path: str, call: Callable[[], T]) -> T:

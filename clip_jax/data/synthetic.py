@@ -25,6 +25,7 @@ class SyntheticSource:
     """
 
     classes = tuple(f"class {label}" for label in range(_CLASSES))
+    state = None
 
     def __init__(self, size: int, image_size: int, seed: int):
         """Args:

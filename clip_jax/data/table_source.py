@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_jax.data.records import Record, RecordError, decode_caption, read_image_file
-from clip_jax.data.storage import Storage, digest
+from clip_jax.data.storage import state_of
 from clip_jax.errors import UserError, did_you_mean, one_line
 
 _TEXT = frozenset({"string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null"})
@@ -49,8 +49,8 @@ class TableSource:
 
     @property
     def state(self) -> str:
-        """Says what the table is now: a digest of its size and time of change, which a copy may have otherwise."""
-        return digest(*Storage().stat(str(self._path)))
+        """A digest of the table's size and time of change."""
+        return state_of(self._path.parent, [self._path.name])
 
     def __len__(self) -> int:
         return self.fingerprint["records"]

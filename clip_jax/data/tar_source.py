@@ -13,6 +13,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ import numpy as np
 from clip_jax.data.captions import CaptionFields, parse_metadata
 from clip_jax.data.filters import Filter
 from clip_jax.data.records import MAX_FILE_BYTES, UNREACHABLE, Record, RecordError
-from clip_jax.data.storage import Storage, StorageError, expand
+from clip_jax.data.storage import Storage, StorageError, expand, is_remote, state_of
 from clip_jax.data.tar_counts import find_counts, remembered_in
 from clip_jax.data.tar_index import (
     BLOCK,
@@ -110,6 +111,15 @@ class TarSource:
             "records": int(self.counts.sum()),
             "filter": digest,
         }
+
+    @property
+    def state(self) -> str | None:
+        """A digest of local shards' sizes and times of change.
+
+        Remote ones are not asked for theirs, which would be a request for each from every process.
+        """
+        local = [path for path in self._paths if not is_remote(path)]
+        return state_of(Path(), local) if local else None
 
     def __len__(self) -> int:
         return self.fingerprint["records"]

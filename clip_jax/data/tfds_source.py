@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_jax.data.records import Record, RecordError, decode_caption
-from clip_jax.data.storage import local_path
+from clip_jax.data.storage import local_path, state_of
 from clip_jax.data.tfds_files import FILE_FORMAT
 from clip_jax.errors import UserError
 
@@ -80,6 +80,12 @@ class TfdsSource:
             "split": split,
             "records": len(self._records),
         }
+
+    @property
+    def state(self) -> str:
+        """A digest of the dataset's ArrayRecord files' sizes and times of change."""
+        files = self._directory.glob(f"*.{FILE_FORMAT}*")
+        return state_of(self._directory, sorted(file.name for file in files))
 
     def __len__(self) -> int:
         return self.fingerprint["records"]

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from clip_jax.data.images import Preprocess, normalize, preprocess_of
 from clip_jax.data.pipeline import EvalTransform, eval_batches
-from clip_jax.data.records import Source
+from clip_jax.data.records import Records
 from clip_jax.distributed import any_process
 from clip_jax.models.clip import CLIP, Variables, image_features, probe_features, text_features
 from clip_jax.partition import place_rows, replicated
@@ -64,7 +64,7 @@ class Embedder:
         self._encode_texts = jax.jit(self._text_features, out_shardings=replicated(mesh))
 
     def source(
-        self, variables: Variables, source: Source, *, progress: Callable[[], None] = lambda: None
+        self, variables: Variables, source: Records, *, progress: Callable[[], None] = lambda: None
     ) -> ImageFeatures:
         """Embeds every image of a source once, in order; collective over processes, of which each reads its slice.
 

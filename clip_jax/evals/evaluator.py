@@ -11,7 +11,7 @@ import numpy as np
 from clip_jax.config import MeshConfig
 from clip_jax.console import WorkProgress
 from clip_jax.data.labelled import LabelledSource
-from clip_jax.data.records import Source
+from clip_jax.data.records import Records
 from clip_jax.data.tokenizer import tokenize
 from clip_jax.errors import UserError
 from clip_jax.evals.embedding import Embedder, ImageFeatures
@@ -80,10 +80,16 @@ class Evaluator:
         """
         if not self._cache:
             return self.embed(source, kind=kind)
-        cache = FeatureCache(self._cache, model=self.fingerprint, kind=kind, preprocess=self.preprocess)
+        cache = FeatureCache(
+            self._cache,
+            model=self.fingerprint,
+            dtype=self.config.dtype,
+            kind=kind,
+            preprocess=self.preprocess,
+        )
         return cache.images(source, lambda part: self.embed(part, kind=kind))
 
-    def embed(self, source: Source, *, kind: Literal["unit", "probe"] = "unit") -> ImageFeatures:
+    def embed(self, source: Records, *, kind: Literal["unit", "probe"] = "unit") -> ImageFeatures:
         """Embeds a source's images whatever is in the cache; as `images`."""
         with self._progress(len(source)) as progress:
             return self._embedder(kind).source(self._variables, source, progress=progress)

@@ -17,7 +17,7 @@ import pyarrow
 from clip_jax.data.images import Preprocess
 from clip_jax.data.labelled import LabelledSource
 from clip_jax.data.reading import Subset
-from clip_jax.data.records import Source
+from clip_jax.data.records import Records
 from clip_jax.distributed import from_first
 from clip_jax.evals.embedding import ImageFeatures
 from clip_jax.search.store import FORMAT, VectorStore, embedding_column, vectors_of
@@ -31,16 +31,20 @@ class FeatureCache:
     Args:
       folder: gets a folder for every model, kind of features and dataset.
       model: its fingerprint.
+      dtype: in which it computes.
       kind: of the features.
       preprocess: how images were cut.
       shard: records that are embedded, and lost by a kill, at once.
     """
 
-    def __init__(self, folder: str, *, model: str, kind: str, preprocess: Preprocess, shard: int = SHARD) -> None:
+    def __init__(
+        self, folder: str, *, model: str, dtype: str, kind: str, preprocess: Preprocess, shard: int = SHARD
+    ) -> None:
         self._folder, self._shard = folder.rstrip("/"), shard
-        self._about = {"model": {"fingerprint": model, "preprocess": preprocess.to_dict()}, "features": kind}
+        about = {"fingerprint": model, "compute": dtype, "preprocess": preprocess.to_dict()}
+        self._about = {"model": about, "features": kind}
 
-    def images(self, source: LabelledSource, embed: Callable[[Source], ImageFeatures]) -> ImageFeatures:
+    def images(self, source: LabelledSource, embed: Callable[[Records], ImageFeatures]) -> ImageFeatures:
         """Returns a source's features and labels; collective over processes.
 
         Args:
@@ -50,7 +54,7 @@ class FeatureCache:
         Raises:
           UserError: the folder cannot be read or written.
         """
-        data = {"data": source.fingerprint, "state": getattr(source, "state", None)}
+        data = {"data": source.fingerprint, "state": source.state}
         job = self._about | data | {"records": len(source), "shard_records": self._shard}
         name = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:16]
         store = VectorStore(f"{self._folder}/{name}")

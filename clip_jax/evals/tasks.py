@@ -49,11 +49,7 @@ def zero_shot_retrieval(evaluator: Evaluator, job: EvalJob) -> Found:
     metrics = recalls(found.images, found.texts, found.image_of_text, mesh=evaluator.mesh)
     counts = {"image": len(found.texts), "text": len(found.images)}
     intervals = {name: wilson_interval(value, counts[name.partition("_")[0]]) for name, value in metrics.items()}
-    details = {
-        "images": len(found.images),
-        "texts": len(found.texts),
-        "data": getattr(source, "fingerprint", {"name": str(source)}),
-    }
+    details = {"images": len(found.images), "texts": len(found.texts), "data": source.fingerprint}
     return Found(metrics, intervals, details)
 
 
