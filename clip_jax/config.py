@@ -8,6 +8,7 @@ unknown keys, wrong types and contradictions by name. The annotations below are 
 import dataclasses
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -166,6 +167,22 @@ def held_out_source(data: DataConfig, evaluation: "EvalConfig") -> DataConfig:
       ConfigError: an unknown key or a wrong value.
     """
     return parse_source(dataclasses.replace(data, mixture=()), evaluation.held_out, "eval.held_out")
+
+
+def kind_named(data: str) -> Literal["folder", "source", "table", "tars", "tfds"]:
+    """Returns what a person names on a command line.
+
+    A folder; keys of a source, such as `source=tfds,dataset=digits`; a `.csv`, `.tsv` or `.parquet` table; tar shards,
+    such as `/data/{000..999}.tar`; any other name is a TFDS dataset's.
+    """
+    if re.match(r"\w+=", data) and not os.path.exists(data):
+        return "source"
+    suffix = data.lower().rpartition(".")[2]
+    if suffix in ("csv", "tsv", "parquet"):
+        return "table"
+    if suffix == "tar":
+        return "tars"
+    return "folder" if os.path.isdir(os.path.expanduser(data)) else "tfds"
 
 
 def parse_source(base: DataConfig, text: str, where: str) -> DataConfig:

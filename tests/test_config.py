@@ -15,6 +15,7 @@ from clip_jax.config import (
     describe_diff,
     diff,
     from_config_dict,
+    kind_named,
     override,
     to_config_dict,
 )
@@ -351,3 +352,18 @@ def test_every_model_has_a_config():
 def test_config_files_take_arguments():
     assert load("vit_b32", "batch=64,fsdp=2").batch == 64
     assert isinstance(from_config_dict(load("demo", "seed=3")).model, ModelConfig)
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        ("source=tars,shards=/data/{0..9}.tar", "source"),
+        ("s3://bucket/date=2024-01-01/{000..999}.tar", "tars"),
+        ("/data/split=train/PAIRS.CSV", "table"),
+        ("{folder}", "folder"),
+        ("imagenet2012:5.1.0", "tfds"),
+        ("x" * 300, "tfds"),
+    ],
+)
+def test_what_a_person_names_on_a_command_line(data, kind, tmp_path):
+    assert kind_named(data.replace("{folder}", str(tmp_path))) == kind

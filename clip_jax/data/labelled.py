@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from clip_jax.config import kind_named
 from clip_jax.data.captions import parse_metadata
 from clip_jax.data.folder_source import FolderSource
 from clip_jax.data.records import MAX_FILE_BYTES, Record, RecordError, Source
@@ -49,10 +50,16 @@ def open_labelled(
     Raises:
       UserError: nothing there, no classes, or a split without labels, such as ImageNet's `test`.
     """
-    if dataset.endswith(".tar"):
+    kind = kind_named(dataset)
+    if kind == "tars":
         return ClassTars(dataset, label_key="cls" if label_key == "label" else label_key)
-    if Path(dataset).expanduser().is_dir():
+    if kind == "folder":
         return ClassFolders(Path(dataset))
+    if kind != "tfds":
+        raise UserError(
+            f"{dataset} names no classes; for classification a dataset is a folder with a folder of images for every "
+            "class, tar shards, or a TFDS name"
+        )
     if dataset.startswith((os.sep, ".", "~")) or dataset.endswith(os.sep):
         raise UserError(f"{dataset} is not a folder")
     source = TfdsSource(dataset, split, data_dir=data_dir, image_key=image_key, caption_key="", label_key=label_key)

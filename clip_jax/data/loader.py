@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from clip_jax.config import DataConfig, RunConfig, data_sources, parse_source
+from clip_jax.config import DataConfig, RunConfig, data_sources, kind_named, parse_source
 from clip_jax.data.augment import Augment
 from clip_jax.data.filters import Filter
 from clip_jax.data.folder_source import FolderSource
@@ -118,8 +118,7 @@ def open_named(data: str, config: RunConfig, *, need_captions: bool = True, capt
     """Opens data that a person names on a command line.
 
     Args:
-      data: a folder; a `.csv`, `.tsv` or `.parquet` table; tar shards, such as `/data/{000..999}.tar`; or the keys of a
-        source of `config.data`, such as `source=tfds,dataset=digits,split=test`.
+      data: a folder, a table, tar shards, or the keys of a source of `config.data`; see `kind_named`.
       config: for the size of synthetic images.
       need_captions: refuse a source, or a sample of tar shards, that has none.
       captions_by_line: in tar shards, every line of a `.txt` is a caption.
@@ -127,14 +126,15 @@ def open_named(data: str, config: RunConfig, *, need_captions: bool = True, capt
     Raises:
       UserError: nothing there, or another kind of thing.
     """
-    if "=" in data.partition(",")[0] and not Path(data).exists():
-        section = parse_source(DataConfig(build=True), data, "data")
-    elif data.endswith((".csv", ".tsv", ".parquet")):
-        section = DataConfig(source="table", table=data)
-    elif data.endswith(".tar"):
-        section = DataConfig(source="tars", shards=data)
-    else:
-        return FolderSource(Path(data))
+    match kind_named(data):
+        case "source":
+            section = parse_source(DataConfig(build=True), data, "data")
+        case "table":
+            section = DataConfig(source="table", table=data)
+        case "tars":
+            section = DataConfig(source="tars", shards=data)
+        case _:
+            return FolderSource(Path(data))
     return open_source(config, section, need_captions=need_captions, captions_by_line=captions_by_line)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from clip_jax.config import kind_named
 from clip_jax.errors import UserError, did_you_mean
 from clip_jax.evals.prompts import OPEN_CLIP, TEMPLATES
 from clip_jax.evals.results import Target, parse_target
@@ -121,28 +122,17 @@ class EvalJob:
 
     @property
     def kind(self) -> str:
-        """What the dataset is: `folder`, `tars`, `table`, `source` (key=value), `tfds`; without one `photographs`."""
-        if not self.dataset:
-            return "photographs"
-        if self.dataset.endswith(".tar"):
-            return "tars"
-        if self.dataset.endswith((".csv", ".tsv", ".parquet")):
-            return "table"
-        if Path(self.dataset).expanduser().is_dir():
-            return "folder"
-        return "source" if "=" in self.dataset else "tfds"
+        """What the dataset is, see `kind_named`; without one `photographs`."""
+        return kind_named(self.dataset) if self.dataset else "photographs"
 
     @property
     def called(self) -> str:
         """What results call the dataset."""
         if self.name:
             return self.name
-        if not self.dataset:
-            return "photographs"
-        path = Path(self.dataset).expanduser()
-        if path.suffix == ".tar":
-            return path.parent.name
-        return path.resolve().name if path.is_dir() else self.dataset
+        kind, path = self.kind, Path(self.dataset).expanduser()
+        named = {"photographs": kind, "tars": path.parent.name, "folder": path.resolve().name}
+        return named.get(kind, self.dataset)
 
 
 def make_job(given: Mapping[str, Any], shared: Mapping[str, Any] | None = None) -> EvalJob:
