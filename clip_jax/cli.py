@@ -756,7 +756,7 @@ def _number(flag: str, text: str) -> float:
 
 def _read_lines(path: Path) -> list[str]:
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     found = [line for line in lines if line]

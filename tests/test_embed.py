@@ -283,7 +283,7 @@ def test_tables_and_tfds(model, tmp_path, digits_dir):
     ("arguments", "message"),
     [
         (["{none}"], "is not a folder"),
-        (["{empty}"], "holds no images (files that end in bmp, gif"),
+        (["{empty}"], "holds no images (files that end in avif, bmp, gif, jpeg, jpg, pgm, png, ppm, "),
         (["source=tras"], "config.data.source is 'tras'; it must be one of"),
         (["sorce=tars"], "did you mean 'source'?"),
         (["{pictures}", "--kinds=image"], "--kinds=image: it must be images, texts, or images,texts"),

@@ -372,7 +372,7 @@ def test_clip_benchmarks_json(tmp_path, monkeypatch):
 
 
 def test_class_names_and_templates_from_text_files(tmp_path):
-    (tmp_path / "t.txt").write_text("a photo of {c}\n\nthe {}\n")
+    (tmp_path / "t.txt").write_text("a photo of {c}\n\nthe {}\n", encoding="utf-8-sig")
     assert templates(str(tmp_path / "t.txt")) == ("a photo of {}", "the {}")
     (tmp_path / "bad.txt").write_text("a photo of {name}\n")
     with pytest.raises(UserError, match=r"the template 'a photo of \{name\}' must have \{\} or \{c\}"):

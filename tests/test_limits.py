@@ -183,7 +183,7 @@ def half_blind():
 
 def test_the_gap_between_groups(plates, half_blind, tmp_path):
     seen = "\n".join(["seen"] * 9 + ["unseen"] * 6)
-    (tmp_path / "g.txt").write_text(seen)
+    (tmp_path / "g.txt").write_text(seen, encoding="utf-8-sig")
     job = EvalJob(str(plates), task="groups", groups=str(tmp_path / "g.txt"))
     found = groups(half_blind, job)
     assert found.metrics == {"acc1": 0.6, "gap": 1.0, "acc1/seen": 1.0, "acc1/unseen": 0.0}
@@ -192,7 +192,7 @@ def test_the_gap_between_groups(plates, half_blind, tmp_path):
     assert found.details["groups"] == {"seen": 9, "unseen": 6}
     keys = [f"{name}/{number}.png" for name in NAMES for number in range(3)]
     rows = [f"{key},{group}" for key, group in zip(keys, seen.splitlines(), strict=True)]
-    (tmp_path / "g.csv").write_text("key,group\n" + "\n".join(rows[::-1]))
+    (tmp_path / "g.csv").write_text("key,group\n" + "\n".join(rows[::-1]), encoding="utf-8-sig")
     assert groups(half_blind, dataclasses.replace(job, groups=str(tmp_path / "g.csv"))).metrics == found.metrics
 
 

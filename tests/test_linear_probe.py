@@ -235,3 +235,17 @@ def test_other_classes_are_refused(model, model_dir, tmp_path):
     job = EvalJob(str(tmp_path / "test"), task="linear_probe", train=str(tmp_path / "train"))
     with pytest.raises(UserError, match="has other classes than"):
         evaluate(evaluator, job)
+
+
+def test_a_label_that_is_no_classs_is_refused(model, model_dir, tmp_path):
+    """In what is fitted on too, where it would go into the loss as anything."""
+    (tmp_path / "names.txt").write_text("a\nb\n")
+    for name, labels in (("test", "01"), ("train", "012012")):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
+            for number, label in enumerate(labels):
+                add(tar, f"{number}.png", picture(number))
+                add(tar, f"{number}.cls", label.encode())
+    test, train = str(tmp_path / "test.tar"), str(tmp_path / "train.tar")
+    job = EvalJob(test, task="linear_probe", classes=str(tmp_path / "names.txt"), train=train)
+    with pytest.raises(UserError, match="has the label 2, and 2 classes are named"):
+        evaluate(Evaluator(model, str(model_dir), batch=8, threads=2), job)

@@ -15,6 +15,8 @@ from clip_jax.data.storage import state_of
 from clip_jax.data.tar_index import IMAGES
 from clip_jax.errors import UserError
 
+_IMAGES = IMAGES | {"avif", "pgm", "ppm"}
+
 
 class FolderSource:
     """Images by the order of their paths; one without a caption has none, which is no fault.
@@ -82,7 +84,7 @@ def images_below(root: Path) -> list[str]:
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
     if not found:
-        raise UserError(f"{root} holds no images (files that end in {', '.join(sorted(IMAGES))})")
+        raise UserError(f"{root} holds no images (files that end in {', '.join(sorted(_IMAGES))})")
     return found
 
 
@@ -108,7 +110,7 @@ def _walk(root: Path) -> Iterator[str]:
         folders[:] = [name for name in folders if not name.startswith(".") and not _leads_back(Path(folder, name))]
         below = os.path.relpath(folder, root)
         for name in files:
-            if not name.startswith(".") and name.rpartition(".")[2].lower() in IMAGES:
+            if not name.startswith(".") and name.rpartition(".")[2].lower() in _IMAGES:
                 yield os.path.normpath(os.path.join(below, name))
 
 

@@ -234,7 +234,7 @@ class ClassTars:
         folder = self._paths[0].rpartition("/")[0]
         for where in (folder, folder.rpartition("/")[0]):
             try:
-                text = self._storage.read_whole(f"{where}/{name}").decode("utf-8")
+                text = self._storage.read_whole(f"{where}/{name}").decode("utf-8-sig")
             except (StorageError, UnicodeDecodeError):
                 continue
             return [line.strip() for line in text.splitlines() if line.strip()]

@@ -14,7 +14,7 @@ from clip_jax.errors import UserError
 from clip_jax.evals import linear_probe, prompts
 from clip_jax.evals.evaluator import Evaluator
 from clip_jax.evals.job import EvalJob
-from clip_jax.evals.zero_shot import ZeroShotResult, class_weights, classify, named_classes
+from clip_jax.evals.zero_shot import ZeroShotResult, check_labels, class_weights, classify, named_classes
 
 SHOWN_CONFUSIONS = 20
 
@@ -101,10 +101,10 @@ def linear_probe_classification(evaluator: Evaluator, job: EvalJob) -> Found:
     """
     source, classes = open_classes(job)
     fitted_on = job.train or "train"
-    train = _embedded_beside(evaluator, job, fitted_on, source)
+    train = _embedded_beside(evaluator, job, fitted_on, source, classes=len(classes))
     test = evaluator.images(source, kind="probe")
     if job.validation:
-        validation = _embedded_beside(evaluator, job, job.validation, source)
+        validation = _embedded_beside(evaluator, job, job.validation, source, classes=len(classes))
     else:
         features, labels = train
         held_out = linear_probe.split_off(labels)
@@ -138,12 +138,12 @@ def linear_probe_classification(evaluator: Evaluator, job: EvalJob) -> Found:
 
 
 def _embedded_beside(
-    evaluator: Evaluator, job: EvalJob, where: str, source: LabelledSource
+    evaluator: Evaluator, job: EvalJob, where: str, source: LabelledSource, *, classes: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns probe features and labels of another split of a TFDS dataset, or of another folder or other tar shards.
 
     Raises:
-      UserError: nothing there, or other classes.
+      UserError: nothing there, other classes, or a label that is none of theirs.
     """
     if isinstance(source, TfdsSource):
         beside = open_job(dataclasses.replace(job, split=where))
@@ -152,4 +152,5 @@ def _embedded_beside(
     if beside.classes != source.classes:
         raise UserError(f"{beside} has other classes than {source}; their labels would mean something else")
     found = evaluator.images(beside, kind="probe")
+    check_labels(found.labels, classes)
     return found.features, found.labels

@@ -6,6 +6,7 @@ prompts (paper, §3.1.4).
 """
 
 import csv
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -204,7 +205,7 @@ def _read_groups(path: Path, source: LabelledSource) -> Sequence[str]:
       UserError: the file cannot be read, or does not name a group for each.
     """
     try:
-        text = path.expanduser().read_text(encoding="utf-8")
+        text = path.expanduser().read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     if path.suffix != ".csv":
@@ -212,7 +213,7 @@ def _read_groups(path: Path, source: LabelledSource) -> Sequence[str]:
         if len(names) != len(source):
             raise UserError(f"{path} has {len(names):,} lines, and {source} {len(source):,} images; one for each")
         return names
-    rows = list(csv.DictReader(text.splitlines()))
+    rows = list(csv.DictReader(io.StringIO(text)))
     key = getattr(source, "key", str)
     if not rows or not {"key", "group"} <= rows[0].keys():
         raise UserError(f"{path} must have the columns key and group")

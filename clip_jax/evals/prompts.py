@@ -111,7 +111,7 @@ def _is_file(name: str) -> bool:
 def _of_file(path: Path, dataset: str) -> tuple[str, ...]:
     path = path.expanduser()
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         values = json.loads(text) if path.suffix == ".json" else text.splitlines()
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None

@@ -138,9 +138,7 @@ def classify(
     Raises:
       UserError: a label that is no class's.
     """
-    if len(labels) and not 0 <= labels.min() <= labels.max() < len(classes):
-        wrong = labels.min() if labels.min() < 0 else labels.max()
-        raise UserError(f"the dataset has the label {wrong}, and {len(classes):,} classes are named (0 is the first)")
+    check_labels(labels, len(classes))
     found, rank = np.zeros(len(labels), np.int64), np.zeros(len(labels), np.int64)
     for start in range(0, len(labels), _AT_ONCE):  # a matrix of all images and classes need not fit in memory
         part = slice(start, start + _AT_ONCE)
@@ -153,6 +151,17 @@ def classify(
     np.add.at(confusion, (labels, found), 1)
     top5 = float(np.mean(rank < 5)) if len(classes) >= 5 else math.nan
     return ZeroShotResult(prompts, tuple(classes), confusion, top5, found == labels, found)
+
+
+def check_labels(labels: np.ndarray, classes: int) -> None:
+    """Refuses labels that are no class's.
+
+    Raises:
+      UserError: there is one.
+    """
+    if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
+        wrong = labels.min() if labels.min() < 0 else labels.max()
+        raise UserError(f"the dataset has the label {wrong}, and {classes:,} classes are named (0 is the first)")
 
 
 def wilson_interval(share: float, count: int, *, z: float = 1.959964) -> tuple[float, float]:
