@@ -11,6 +11,7 @@ from clip_jax.pretrained import Pretrained
 
 AS_WRITTEN = ("{}",)
 """Templates of labels that are whole prompts already."""
+_AT_ONCE = 64
 
 
 def label_weights(model: Pretrained, labels: Sequence[str], templates: Sequence[str] = AS_WRITTEN) -> np.ndarray:
@@ -63,5 +64,7 @@ def classify_images(
       >>> classify_images(clip_jax.load("ViT-B/32"), ["pet.jpg"], ["a photo of a cat", "a photo of a dog"])
     """
     weights = label_weights(model, labels, templates)
-    features = model.encode_image(model.preprocess(images), normalize=True)
-    return probabilities(model, np.asarray(features), weights)
+    pixels = model.preprocess(images)
+    parts = [pixels[start : start + _AT_ONCE] for start in range(0, len(pixels), _AT_ONCE)]
+    features = np.concatenate([model.encode_image(part, normalize=True) for part in parts])
+    return probabilities(model, features, weights)

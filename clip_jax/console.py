@@ -1,6 +1,7 @@
 """What a run shows: a progress bar on a terminal, plain lines elsewhere; and small tables."""
 
 import os
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 _NO_ETA = "-:--:--"
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]+")
+"""Control characters, line ends, and what turns the direction of writing."""
 
 
 @runtime_checkable
@@ -172,16 +175,21 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
         return
     table = Table(*columns, title=title, title_justify="left")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(_cell, row))
     console.print(table)
 
 
 def plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Returns a table as text with aligned columns."""
-    lines = [list(columns), *map(list, rows)]
+    lines = [list(columns), *(list(map(_cell, row)) for row in rows)]
     widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
     aligned = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
     return "\n".join([title, *("  " + line.rstrip() for line in aligned)])
+
+
+def _cell(text: str) -> str:
+    """Returns a text on one line that a terminal only shows: captions of the web may hold escape sequences."""
+    return _CONTROLS.sub(" ", text)
 
 
 class _Output:

@@ -50,8 +50,8 @@ def test_numbers_that_are_not_finite_are_gaps(tmp_path):
     plot_training(data, tmp_path / "t.png", chance_loss=3.0, title="")
 
 
-def test_names_with_dollars_are_no_formulas(tmp_path):
-    names = [r"$\bad$", "from $5 to $6"]
+def test_names_with_dollars_are_no_formulas_and_any_letters_are_drawn(tmp_path):
+    names = [r"$\bad$", "from $5 to $6 猫"]
     plot_confusion(np.eye(2, dtype=int), names, tmp_path / "c.png", title=r"$\frac$")
     plot_training(
         rows(2) + [{"step": 2, r"zero_shot/$\x$/top1": 0.5}], tmp_path / "t.png", chance_loss=1.0, title=names[0]

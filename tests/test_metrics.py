@@ -402,3 +402,4 @@ def test_tables_are_aligned(capsys):
     print_table("Result", ["class", "images"], [["seven", "3"], ["one", "12"]])
     assert capsys.readouterr().out == "Result\n  class  images\n  seven  3\n  one    12\n"
     assert plain_table("Empty", ["a"], []) == "Empty\n  a"
+    assert plain_table("t", ["a"], [["\x1b[31mred\r\nline\u2028\u202eevil"]]) == "t\n  a\n   [31mred line evil"

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from search_fixtures import GOOD, picture
 
-from clip_jax import cli
+from clip_jax import classify, cli
 from clip_jax.classify import classify_images, label_weights, probabilities
 from clip_jax.data.images import decode
 from clip_jax.errors import UserError
@@ -20,8 +20,9 @@ from clip_jax.interop.open_clip import write_open_clip
 from clip_jax.interop.read import read_weights
 from clip_jax.interop.weights import Weights
 from clip_jax.pretrained import Pretrained
-from clip_jax.search.index import SearchIndex, build_index, exact_neighbours, perturbed
-from clip_jax.search.query import open_searcher
+from clip_jax.search import sheet
+from clip_jax.search.index import Item, SearchIndex, build_index, exact_neighbours, perturbed
+from clip_jax.search.query import Hit, open_searcher
 from clip_jax.search.store import FORMAT, VectorStore, embedding_column, vectors_of
 
 
@@ -225,6 +226,7 @@ def test_search_from_the_command_line(index_dir, texts_dir, pictures, tmp_path, 
     [
         (["{index}"], "ask with a text or with --image"),
         (["{index}", "car", "--image={pictures}/odd/003.png"], "ask with a text or with --image"),
+        (["{index}", " "], "the text to search for is blank"),
         (["{index}", "car", "--top=0"], "--top is 0; it must be positive"),
         (["{index}", "--image={pictures}/none.png"], "none.png cannot be read"),
         (["{index}", "--image={pictures}/vast.png"], "more than 67,108,864"),
@@ -257,7 +259,8 @@ def test_index_from_the_command_line(vectors, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_probabilities_by_definition(model, pictures):
+def test_probabilities_by_definition(model, pictures, monkeypatch):
+    monkeypatch.setattr(classify, "_AT_ONCE", 1)
     paths, labels = [pictures / "even/000.png", pictures / "odd/001.png"], ["a cat", "a dog", "a {} of braces"]
     shares = classify_images(model, paths, labels, templates=("{}", "a photo of {}."))
     images = np.asarray(model.encode_image(model.preprocess(paths), normalize=True), np.float64)
@@ -295,6 +298,20 @@ def test_classify_from_the_command_line(model_dir, pictures, tmp_path, capsys):
     assert lines[4].split()[0] == images[1]
     pixels = np.asarray(Image.open(plot).convert("RGB"))
     assert {tuple(colour) for colour in decode(picture(0)).reshape(-1, 3)} & {tuple(c) for c in pixels.reshape(-1, 3)}
+
+
+def test_pictures_of_many_answers_hold_the_first(tmp_path, monkeypatch):
+    """More would take minutes, or more rows than a PNG has."""
+    for name, most in (("_MOST_HITS", 2), ("_MOST_IMAGES", 1), ("_MOST_BARS", 2)):
+        monkeypatch.setattr(sheet, name, most)
+    hits = [Hit(number, 0.5, Item(number, "key", "猫", None)) for number in range(7)]
+    for name, count in (("few", 2), ("many", 7)):
+        sheet.draw_sheet(hits[:count], tmp_path / f"{name}.png", title="")
+    images, labels, values = [np.zeros((4, 4, 3), np.uint8)] * 2, [["a", "b", "c"]] * 2, [[0.5, 0.3, 0.2]] * 2
+    sheet.draw_bars(images, "xy", labels, values, tmp_path / "bars.png", axis="")
+    sheet.draw_bars(images[:1], "x", labels[:1], values[:1], tmp_path / "first.png", axis="")
+    for first, second in (("few", "many"), ("first", "bars")):
+        assert (tmp_path / f"{first}.png").read_bytes() == (tmp_path / f"{second}.png").read_bytes()
 
 
 @pytest.mark.parametrize(

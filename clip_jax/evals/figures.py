@@ -5,6 +5,7 @@ drawn.
 """
 
 import textwrap
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -180,7 +181,9 @@ def save(figure: Figure, path: Path) -> None:
     for text in figure.findobj(Text):  # a caption with two dollars is no formula
         text.set_parse_math(False)
     try:
-        with appearing(path) as temporary:
+        with appearing(path) as temporary, warnings.catch_warnings():
+            # Letters that the font lacks are drawn as boxes; a line for each of them on stderr says no more.
+            warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
             FigureCanvasAgg(figure).print_png(temporary)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from None

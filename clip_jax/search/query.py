@@ -48,7 +48,13 @@ class Searcher:
         self.index, self.model = index, model
 
     def by_text(self, texts: Sequence[str], *, top: int) -> list[list[Hit]]:
-        """Returns what is nearest to each text, best first."""
+        """Returns what is nearest to each text, best first.
+
+        Raises:
+          UserError: a text is blank.
+        """
+        if not all(text.strip() for text in texts):
+            raise UserError('the text to search for is blank; write what to look for, such as "red car at night"')
         tokens = self.model.tokenize(list(texts))
         return self.nearest(np.asarray(self.model.encode_text(tokens, normalize=True)), top=top)
 

@@ -186,7 +186,7 @@ def make_app(service: Service, options: ServeOptions) -> Starlette:
             Route("/api/info", api.info),
             Route("/api/search", api.search, methods=["POST"]),
             Route("/api/classify", api.classify, methods=["POST"]),
-            Route("/api/image/{number:int}", api.image),
+            Route("/api/image/{number}", api.image),
             Mount("/static", StaticFiles(directory=_WEB / "static")),
         ],
         middleware=outermost_first,
@@ -292,8 +292,9 @@ class _Api:
     def image(self, request: Request) -> Response:
         """Gives the picture of an item, and nothing that is not one."""
         index = self._service.searchers["images"].index
+        number = request.path_params["number"]
         try:
-            item = index.item(request.path_params["number"])
+            item = index.item(int(number) if number.isascii() and number.isdecimal() and len(number) < 20 else -1)
         except IndexError:
             raise HTTPException(404, f"there is no such item; they are 0 to {len(index) - 1}") from None
         if request.query_params.get("original") == "1" and index.root is not None:

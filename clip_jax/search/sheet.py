@@ -12,11 +12,13 @@ from clip_jax.evals.figures import BLUE, GREY, new_figure, save
 from clip_jax.search.query import Hit
 
 _COLUMNS = 6
+_MOST_HITS, _MOST_IMAGES, _MOST_BARS = 96, 50, 20
+"""The layout's time grows with the square of what is drawn, and a PNG has at most 65,535 rows."""
 _BAR_LABEL = 44
 
 
 def draw_sheet(hits: Sequence[Hit], path: Path, *, title: str, query: np.ndarray | None = None) -> None:
-    """Draws what was found as a grid, best first, each with its score and its caption or key.
+    """Draws what was found as a grid, the 96 best first, each with its score and its caption or key.
 
     Args:
       hits: of one query.
@@ -24,6 +26,7 @@ def draw_sheet(hits: Sequence[Hit], path: Path, *, title: str, query: np.ndarray
       title: of the figure.
       query: the image that was asked with, uint8 [h, w, 3]; it is drawn first.
     """
+    hits = hits[:_MOST_HITS]
     cells = len(hits) + (query is not None)
     columns = min(_COLUMNS, max(cells, 1))
     rows = max(-(-cells // columns), 1)
@@ -50,20 +53,23 @@ def draw_bars(
     *,
     axis: str,
 ) -> None:
-    """Draws each image beside bars, longest first.
+    """Draws each image beside its first 20 bars.
 
     Args:
-      images: uint8 [h, w, 3] each.
+      images: uint8 [h, w, 3] each; 50 are drawn.
       names: of the images.
-      labels: of each image's bars.
+      labels: of each image's bars, longest first.
       values: of each image's bars, from 0 to 1.
       path: the PNG.
       axis: what the values are.
     """
-    bars = max(map(len, labels))
-    figure = new_figure(9.0, (0.9 + max(1.6, 0.3 * bars)) * len(images))
-    grid = figure.subplots(len(images), 2, squeeze=False, width_ratios=[1, 2])
-    for (left, right), image, name, texts, shares in zip(grid, images, names, labels, values, strict=True):
+    drawn = min(len(images), _MOST_IMAGES)
+    bars = min(max(map(len, labels)), _MOST_BARS)
+    rows = (column[:drawn] for column in (images, names, labels, values))
+    figure = new_figure(9.0, (0.9 + max(1.6, 0.3 * bars)) * drawn)
+    grid = figure.subplots(drawn, 2, squeeze=False, width_ratios=[1, 2])
+    for (left, right), image, name, texts, shares in zip(grid, *rows, strict=True):
+        texts, shares = texts[:bars], shares[:bars]
         left.axis("off")
         _draw(left, image, _short(name, 40), colour=None)
         places = range(len(texts), 0, -1)
