@@ -16,7 +16,7 @@ import jax
 from clip_jax import lock
 from clip_jax.data.storage import file_system
 from clip_jax.distributed import any_process
-from clip_jax.errors import UserError, one_line
+from clip_jax.errors import RestartError, UserError, one_line
 from clip_jax.preemption import PreemptedError
 
 _KEY = "config.checkpoint.mirror"
@@ -63,7 +63,7 @@ class Mirror:
         together = kind is None or issubclass(kind, PreemptedError)
         if self._wanted and together and any_process(bool(self._failure)) and kind is None:
             reason = self._failure or "process 0 says why"
-            raise UserError(
+            raise RestartError(
                 f"{self._workdir} could not be copied to {_KEY}={self._url}: {reason}; it is whole where it is. The "
                 "same command copies it"
             )
@@ -78,6 +78,7 @@ class Mirror:
 
         Raises:
           UserError: the store cannot be read or written, or another run is in the workdir.
+          RestartError: the same store, for a run that has begun, and may have come further elsewhere.
         """
         error, steps = None, []
         if self._active:
@@ -85,12 +86,13 @@ class Mirror:
                 self._system.pipe_file(f"{self._root}/workdir", str(self._workdir).encode())  # refused now, if ever
                 with lock.locked(self._workdir):
                     steps = self._fetch()
-            except UserError as refused:
+            except (UserError, RestartError) as refused:
                 error = refused
             except Exception as raised:  # of any kind: it went through a store's package
-                error = UserError(f"{_KEY}={self._url} cannot be used: {one_line(raised)}")
+                kind = RestartError if _steps(self._local) else UserError
+                error = kind(f"{_KEY}={self._url} cannot be used: {one_line(raised)}")
         if self._wanted and any_process(error is not None):
-            raise error or UserError(f"{_KEY}={self._url} cannot be used; process 0 says why")
+            raise error or RestartError(f"{_KEY}={self._url} cannot be used; process 0 says why")
         return [f"brought from {self._url}: checkpoints {', '.join(map(str, steps))}"] if steps else []
 
     def request(self) -> None:

@@ -13,7 +13,7 @@ from clip_jax import metrics
 from clip_jax.checkpoint import Checkpoints
 from clip_jax.config import CheckpointConfig
 from clip_jax.data.loader import open_training_data
-from clip_jax.errors import UserError
+from clip_jax.errors import RestartError, UserError
 from clip_jax.mirror import Mirror
 from clip_jax.trainer import train
 
@@ -93,7 +93,7 @@ def test_a_store_that_fails_ends_no_training(tmp_path, url, monkeypatch, caplog)
     """The end of the run says so, if it lasts; what was missed is copied the next time."""
     with monkeypatch.context() as patched:
         patched.setattr(type(fsspec.filesystem("memory")), "put", refusing)
-        with pytest.raises(UserError, match="could not be copied .* no quota; it is whole where it is"):
+        with pytest.raises(RestartError, match="could not be copied .* no quota; it is whole where it is"):
             trained(tmp_path / "run", url)
     assert "no quota; it is tried again with the next checkpoint" in caplog.text
     workdir = tmp_path / "run"
@@ -147,6 +147,9 @@ def test_a_store_that_cannot_be_written_is_refused_at_the_start(tmp_path):
     with pytest.raises(UserError, match="config.checkpoint.mirror=.*/file/run cannot be used: .*Not a directory"):
         mirror.fetch()
     assert not (tmp_path / "run").exists()
+    (tmp_path / "run" / "checkpoints" / "7").mkdir(parents=True)  # it has begun: an outage, and not a wrong name
+    with pytest.raises(RestartError, match="config.checkpoint.mirror=.*/file/run cannot be used: .*Not a directory"):
+        mirror.fetch()
 
 
 @pytest.mark.slow
