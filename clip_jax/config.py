@@ -701,13 +701,14 @@ def _must_be_positive(config: RunConfig) -> Iterator[tuple[bool, str]]:
     names += " distributed.timeout checkpoint.keep eval.batch log.every data.threads data.prefetch model.embed_dim"
     names += " model.temperature distributed.heartbeat health.spike_window health.grace_s log.profile_steps"
     names += " checkpoint.timeout_s"
-    sizes = [key for key in values if key.startswith(("model.vision.", "model.text.")) and type(values[key]) is int]
-    for key in [*names.split(), *sizes]:
+    sizes = {key for key in values if key.startswith(("model.vision.", "model.text.")) and type(values[key]) is int}
+    widths = {key for key in sizes if key.endswith(".mlp_width")}  # of which 0 means the paper's
+    for key in [*names.split(), *sorted(sizes - widths)]:
         yield values[key] <= 0, f"config.{key} is {values[key]}; it must be positive"
     names = "data.workers eval.every model.bn_group micro_batch optim.clip_norm optim.weight_decay seed"
     names += " checkpoint.minutes checkpoint.keep_every eval.held_out_pairs"
     names += " health.max_skipped health.max_rewinds health.spike_deviations health.clamp_steps health.hang_minutes"
-    for key in names.split():
+    for key in [*names.split(), *sorted(widths)]:
         yield values[key] < 0, f"config.{key} is {values[key]}; it must not be negative"
 
 

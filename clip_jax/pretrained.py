@@ -59,7 +59,10 @@ class Pretrained:
 
         Embeddings can be compared where it is the same.
         """
-        sizes = {name: value for name, value in dataclasses.asdict(self.config).items() if name not in NOT_SIZES}
+        config: dict[str, Any] = dataclasses.asdict(self.config)
+        sizes = {name: value for name, value in config.items() if name not in NOT_SIZES}
+        for tower in (sizes["vision"], sizes["text"]):
+            tower.pop("mlp_width", None)  # came later, and the weights say it
         about = {"model": sizes, "preprocess": self.preprocess.to_dict(), "leaves": leaf_paths(self.variables)}
         digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
         for leaf in jax.tree.leaves(self.variables):

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from clip_jax.checkpoint import Contents
-from clip_jax.config import RunConfig, as_json, describe_diff, diff, model_diff
-from clip_jax.errors import UserError
+from clip_jax.config import RunConfig, as_json, describe_diff, diff, from_saved, model_diff
+from clip_jax.errors import ConfigError, UserError
 
 _ORDER = ("seed", "data.order", "data.streams", "data.block", "data.window", "data.mixture", "data.weight")
 """Keys that decide which pair is at a position, beside the data themselves."""
@@ -26,19 +26,18 @@ def check_resumable(saved: Contents, config: RunConfig, *, step: int, where: Pat
       step: the checkpoint's.
       where: the workdir, for the message.
     """
-    changes = model_diff(saved.config["model"], as_json(config)["model"])
-    if changes:
+    old, new = _saved_config(saved), as_json(config)
+    if changes := model_diff(old["model"], new["model"]):
         raise UserError(
             f"{where} holds checkpoints of another model: {describe_diff(changes)} (saved -> config); "
             "use another --workdir, or the config that the run began with"
         )
-    old, new = saved.config["optim"], as_json(config)["optim"]
     for key in ("freeze", "mu_dtype"):
-        _check_same(f"optim.{key}", old.get(key), new[key], where)
-    _check_same("optim.ema_decay > 0", old.get("ema_decay", 0) > 0, new["ema_decay"] > 0, where)
-    if config.batch != saved.config["batch"] and config.steps <= step:
+        _check_same(f"optim.{key}", old["optim"][key], new["optim"][key], where)
+    _check_same("optim.ema_decay > 0", old["optim"]["ema_decay"] > 0, new["optim"]["ema_decay"] > 0, where)
+    if config.batch != old["batch"] and config.steps <= step:
         raise UserError(
-            f"config.batch is {config.batch}, and was {saved.config['batch']} for the {step} steps of {where}: the run "
+            f"config.batch is {config.batch}, and was {old['batch']} for the {step} steps of {where}: the run "
             f"has {config.steps} steps now (config.samples / config.batch), so nothing is left to do; "
             f"{_samples_for_the_rest(saved, config, step)}"
         )
@@ -53,7 +52,7 @@ def describe_resume(saved: Contents, config: RunConfig, *, step: int, data: dict
       step: the checkpoint's.
       data: what identifies the training data.
     """
-    changes = diff(saved.config, as_json(config))
+    changes = diff(_saved_config(saved), as_json(config))
     lines = [f"resuming at step {step}" + (f"; changed since: {describe_diff(changes)}" if changes else "")]
     if "batch" in changes:
         lines.append(_describe_batch(saved, config, step))
@@ -65,6 +64,14 @@ def describe_resume(saved: Contents, config: RunConfig, *, step: int, data: dict
             "come twice or not at all, and once in every later one"
         )
     return lines
+
+
+def _saved_config(saved: Contents) -> dict[str, Any]:
+    """Returns a checkpoint's config; keys that came later have their defaults."""
+    try:
+        return as_json(from_saved(saved.config))
+    except ConfigError as error:
+        raise UserError(f"the config of the newest checkpoint is not understood by this version: {error}") from None
 
 
 def _describe_batch(saved: Contents, config: RunConfig, step: int) -> str:

@@ -17,7 +17,7 @@ def compiled_gradient(depth, shape):
     As in a training step on CPUs.
     """
     sizes = TextConfig(width=8, heads=1, layers=depth)
-    tower = Transformer(sizes, False, BlockInit.scaled(8, depth), TINY.model)
+    tower = Transformer(sizes, False, BlockInit.scaled(sizes), TINY.model)
     x, rows = jnp.ones(shape), jnp.zeros((shape[0], 1), jnp.int32)
     weights = tower.init(jax.random.key(0), x, rows)
     gradient = jax.grad(lambda weights, x: tower.apply(weights, x, rows).sum(), argnums=(0, 1))

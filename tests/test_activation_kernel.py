@@ -99,7 +99,7 @@ def test_a_step_computes_by_them_what_it_does_without(interpreted, devices):
 
         def both(kind):
             model = dataclasses.replace(TINY.model, dtype="float64", mlp=kind)
-            module = MLP(BlockInit.torch_default(32), model)
+            module = MLP(128, BlockInit.torch_default(TINY.model.text), model)
             variables = jax.tree.map(jnp.float64, module.init(jax.random.key(1), x))
             with jax.set_mesh(make_mesh(TINY.mesh, devices=jax.devices()[:devices])):
                 result, pull = jax.jit(functools.partial(jax.vjp, module.apply))(variables, x)
@@ -114,7 +114,7 @@ def test_a_step_computes_by_them_what_it_does_without(interpreted, devices):
 def test_outside_of_a_step_they_are_not_used():
     assert not activates_by_kernels("pallas", jnp.bfloat16, 128, "quick_gelu")
     assert not activates_by_kernels("auto", jnp.bfloat16, 128, "quick_gelu")
-    module = MLP(BlockInit.torch_default(8), dataclasses.replace(TINY.model, mlp="pallas"))
+    module = MLP(128, BlockInit.torch_default(TINY.model.text), dataclasses.replace(TINY.model, mlp="pallas"))
     module.init(jax.random.key(0), jnp.ones((1, 2, 8)))
 
 
@@ -185,7 +185,7 @@ def test_what_is_cheap_is_computed_again_where_products_are_kept(interpreted):
     for remat in ("none", "dots"):
         options = {"dtype": "bfloat16", "dead_tokens": "compute", "remat": remat, "attention": "xla", "mlp": "pallas"}
         sizes, model = TextConfig(width=32, heads=2, layers=3), dataclasses.replace(TINY.model, **options)
-        tower = Transformer(sizes, True, BlockInit.scaled(32, 3), model)
+        tower = Transformer(sizes, True, BlockInit.scaled(sizes), model)
         weights = tower.init(jax.random.key(0), x, rows)
         with jax.sharding.use_abstract_mesh(make_mesh(TINY.mesh, devices=jax.devices()[:1]).abstract_mesh):
             gradient = jax.grad(lambda weights, tower=tower: tower.apply(weights, x, rows).astype(jnp.float32).sum())

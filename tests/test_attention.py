@@ -190,7 +190,7 @@ def test_kernels_are_run_again_only_where_whole_blocks_are(in_a_step, monkeypatc
     for remat in ("none", "dots", "block"):
         options = {"dtype": "bfloat16", "dead_tokens": "compute", "remat": remat, "attention": kind}
         sizes, model = TextConfig(width=128, heads=2, layers=3), dataclasses.replace(TINY.model, **options)
-        tower = Transformer(sizes, True, BlockInit.scaled(128, 3), model)
+        tower = Transformer(sizes, True, BlockInit.scaled(sizes), model)
         weights = jax.eval_shape(tower.init, jax.random.key(0), x, rows)
         gradient = jax.grad(lambda weights, tower=tower: tower.apply(weights, x, rows).astype(jnp.float32).sum())
         found[remat] = runs_of(kernel, jax.make_jaxpr(gradient)(weights).jaxpr)

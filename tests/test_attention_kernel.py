@@ -122,7 +122,7 @@ def test_a_step_computes_by_them_what_it_does_by_the_definition(interpreted, dev
 
         def both(kind):
             model = dataclasses.replace(TINY.model, dtype="float64", attention=kind)
-            module = Attention(2, True, BlockInit.scaled(32, 2), model, groups)
+            module = Attention(2, True, BlockInit.scaled(TINY.model.text), model, groups)
             variables = module.init(jax.random.key(1), x)
             mesh = make_mesh(TINY.mesh, devices=jax.devices()[:devices])
             with jax.set_mesh(mesh):

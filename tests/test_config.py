@@ -205,6 +205,8 @@ def test_contradictions(values, message):
         ("model.patch_dropout", "1.0", r"config.model.patch_dropout is 1.0; it must be at least 0 and less than 1"),
         ("model.remat", "blocks", r"config.model.remat is 'blocks'; it must be one of 'none', 'dots', 'block', 'full'"),
         ("model.text.layers", "0", r"config.model.text.layers is 0; it must be positive"),
+        ("model.vision.mlp_width", "-1", r"config.model.vision.mlp_width is -1; it must not be negative"),
+        ("model.text.mlp_width", "2.5", r"config.model.text.mlp_width is 2.5; it must be an int"),
     ],
 )
 def test_model_contradictions(key, text, message):
@@ -301,6 +303,15 @@ def test_argument_of_a_config_file():
     assert (run.batch, run.mesh.fsdp, run.data.crop_scale, run.optim.lr) == (4096, 8, (0.2, 0.9), 1e-3)
     with pytest.raises(ConfigError, match=r"config argument '8' is not key=value"):
         apply_argument(base(), "batch=4096,8")
+
+
+def test_an_mlp_width_of_four_times_the_width_is_the_default():
+    run = overridden(("model.vision.mlp_width", "3072"), ("text.mlp_width", "2047"))
+    assert (run.model.vision.mlp_width, run.model.text.mlp_width) == (0, 2047)
+    assert variant_name(run.model) == "custom"
+    assert overridden(("model.vision.mlp_width", "3072"), ("model.text.mlp_width", "2048")).model == model_config(
+        "ViT-B/32"
+    )
 
 
 def test_model_override_replaces_the_sizes_and_keeps_the_rest():

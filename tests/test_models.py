@@ -285,8 +285,8 @@ def test_dots_recomputes_no_product_and_no_convolution():
 
 @pytest.mark.parametrize(("platform", "walls"), [("cpu", 0), ("cuda", 2), ("tpu", 0)])
 def test_no_product_adds_to_the_stream_on_gpus(platform, walls):
-    block = Block(2, False, BlockInit.scaled(8, 1), SMALL)
-    x = jnp.ones((2, 3, 8))
+    block = Block(SMALL.text, False, BlockInit.scaled(SMALL.text), SMALL)
+    x = jnp.ones((2, 3, 16))
     variables = block.init(jax.random.key(0), x)
     text = jax.jit(block.apply).trace(variables, x).lower(lowering_platforms=(platform,)).as_text()
     assert text.count("stablehlo.optimization_barrier") == walls
@@ -328,16 +328,17 @@ def expected_stds(config: ModelConfig) -> dict[str, float]:
     def uniform(bound):
         return bound / math.sqrt(3)
 
-    def blocks(tower, width, layers, scaled):
-        into = width**-0.5 * (2 * layers) ** -0.5
-        for i in range(layers):
+    def blocks(tower, sizes, mlp, scaled):
+        width = sizes.width
+        into = width**-0.5 * (2 * sizes.layers) ** -0.5
+        for i in range(sizes.layers):
             at = f"{tower}/transformer/block_{i}"
             yield f"{at}/attention/qkv/kernel", width**-0.5 if scaled else uniform(math.sqrt(6 / (4 * width)))
             yield f"{at}/attention/out/kernel", into if scaled else uniform(width**-0.5)
             yield f"{at}/mlp/in/kernel", (2 * width) ** -0.5 if scaled else uniform(width**-0.5)
-            yield f"{at}/mlp/out/kernel", into if scaled else uniform((4 * width) ** -0.5)
+            yield f"{at}/mlp/out/kernel", into if scaled else uniform(mlp**-0.5)
             yield f"{at}/mlp/in/bias", uniform(width**-0.5)
-            yield f"{at}/mlp/out/bias", uniform((4 * width) ** -0.5)
+            yield f"{at}/mlp/out/bias", uniform(mlp**-0.5)
 
     vision, text = config.vision, config.text
     return dict(
@@ -349,8 +350,8 @@ def expected_stds(config: ModelConfig) -> dict[str, float]:
             ("text/token_embedding/embedding", 0.02),
             ("text/positions", 0.01),
             ("text/projection/kernel", text.width**-0.5),
-            *blocks("image", vision.width, vision.layers, config.init == "scaled"),
-            *blocks("text", text.width, text.layers, True),
+            *blocks("image", vision, 4 * vision.width, config.init == "scaled"),
+            *blocks("text", text, text.mlp_width, True),
         ]
     )
 
@@ -360,7 +361,7 @@ def test_initial_standard_deviation_of_every_tensor(scheme):
     config = ModelConfig(
         embed_dim=96,
         vision=ViTConfig(image_size=48, patch=8, width=256, heads=4, layers=3),
-        text=TextConfig(width=192, heads=3, layers=2, vocab_size=500),
+        text=TextConfig(width=192, heads=3, layers=2, vocab_size=500, mlp_width=300),
         init=scheme,
     )
     params = initial(CLIP(config))

@@ -28,14 +28,16 @@ from clip_jax.data.images import normalize, preprocess_of
 from clip_jax.errors import UserError
 from clip_jax.interop.hugging_face import config_to_hugging_face
 from clip_jax.interop.names import from_torch, to_torch
+from clip_jax.interop.open_clip import config_from_open_clip
 from clip_jax.interop.weights import Weights
 from clip_jax.losses import softmax_loss
-from clip_jax.models.clip import CLIP, forward, forward_train
+from clip_jax.models.clip import CLIP, forward, forward_train, init_variables
+from clip_jax.models.flops import image_flops, text_flops
 from clip_jax.models.variants import VARIANTS, ViTConfig, model_config
 from clip_jax.optim import learning_rate, make_optimizer
 from clip_jax.partition import make_mesh, place_rows
 from clip_jax.pretrained import Pretrained
-from clip_jax.state import TrainState
+from clip_jax.state import TrainState, count_parameters
 from clip_jax.step import make_train_step
 
 SMALL = {"ViT": SMALL_VIT, "RN": SMALL_RESNET}
@@ -234,6 +236,29 @@ def randomise_constants(model):
                 near_one = name.endswith(("weight", "running_var"))
                 low, high = (0.5, 1.5) if near_one else (-0.1, 0.1)
                 tensor.uniform_(low, high, generator=generator)
+
+
+@pytest.mark.parametrize("name", ["ViT-g-14", "ViT-bigG-14", "ViT-e-14"])
+@pytest.mark.parametrize("layers", [1, pytest.param(None, marks=pytest.mark.slow, id="all")])
+def test_the_largest_models_have_open_clips_parameters_and_operations(name, layers):
+    """Of shapes alone: their MLPs are not four times as wide as their image towers."""
+    open_clip = import_open_clip()
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    described = open_clip.get_model_config(name)
+    for tower in ("vision_cfg", "text_cfg"):
+        described[tower]["layers"] = layers or described[tower]["layers"]
+    config, _ = config_from_open_clip({"model_cfg": described}, where=name)
+    shapes = jax.eval_shape(lambda: init_variables(CLIP(config), jax.random.key(0)))
+    with torch.device("meta"):
+        theirs = open_clip.model.CLIP(**described)
+        with FlopCounterMode(display=False) as image:
+            theirs.encode_image(torch.zeros(1, 3, 224, 224))
+        with FlopCounterMode(display=False) as text:
+            theirs.encode_text(torch.zeros(1, 77, dtype=torch.int32))
+    assert count_parameters(shapes["params"]) == sum(parameter.numel() for parameter in theirs.parameters())
+    assert (image_flops(config), text_flops(config)) == (image.get_total_flops(), text.get_total_flops())
 
 
 @pytest.mark.slow

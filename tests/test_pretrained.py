@@ -28,10 +28,11 @@ from clip_jax.models.resolution import change_resolution, resize_positions
 from clip_jax.models.variants import ResNetConfig
 from clip_jax.optim import make_optimizer
 from clip_jax.partition import make_mesh
+from clip_jax.pretrained import Pretrained
 from clip_jax.state import abstract_state
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+@pytest.fixture(scope="module", params=["vit", "resnet"])
 def loaded(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights")
     write_open_clip(folder, weights_of(request.param))
@@ -89,6 +90,12 @@ def test_images_that_are_none(loaded, images, message):
 def test_tokens_that_are_none(loaded, tokens):
     with pytest.raises(UserError, match=r"tokens are .*needs integers \[b, 10\]"):
         loaded[2].encode_text(tokens)
+
+
+def test_a_fingerprint_stays_what_indexes_hold():
+    weights = weights_of("vit")
+    zeros = jax.tree.map(np.zeros_like, weights.variables)
+    assert Pretrained(dataclasses.replace(weights, variables=zeros)).fingerprint == "beb29e93f9b6b010"
 
 
 def test_another_model_than_asked_for_is_refused(loaded):

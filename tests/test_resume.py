@@ -28,6 +28,19 @@ def test_another_model_is_refused_by_name():
     lines(model=dataclasses.replace(TINY.model, dtype="bfloat16", init="scaled"))
 
 
+def test_keys_that_came_later_had_their_defaults():
+    older = as_json(TINY)
+    for section in (older["model"]["vision"], older["model"]["text"]):
+        del section["mlp_width"]
+    del older["optim"]["freeze"]
+    saved = SAVED._replace(config=older)
+    check_resumable(saved, TINY, step=10, where=Path("w"))
+    assert describe_resume(saved, TINY, step=10, data=DATA) == ["resuming at step 10"]
+    older["optim"]["frozen"] = []
+    with pytest.raises(UserError, match=r"newest checkpoint is not understood .*: unknown key config.optim.frozen"):
+        check_resumable(saved, TINY, step=10, where=Path("w"))
+
+
 def test_what_computes_a_step_may_change():
     lines(model=dataclasses.replace(TINY.model, attention="pallas", mlp="pallas", remat="dots", scan_layers=True))
 

@@ -21,7 +21,8 @@ def block_both_ways(dtype, takes_up, seed=0):
     """Returns a block's result and gradients by parameters and rows; random ones, whose norms do much."""
     rng = np.random.default_rng(seed)
     model = dataclasses.replace(TINY.model, dtype=jnp.dtype(dtype).name)
-    block = Block(2, False, BlockInit.scaled(32, 1), model)
+    sizes = TINY.model.text
+    block = Block(sizes, False, BlockInit.scaled(sizes), model)
     x, weights = 2 + 3 * rng.standard_normal((8, 50, 32)), rng.standard_normal((8, 50, 32))
     shapes = jax.eval_shape(block.init, jax.random.key(0), x)["params"]
     wide = jnp.promote_types(dtype, jnp.float32)

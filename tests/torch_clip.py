@@ -1,5 +1,7 @@
 """open_clip's model with our sizes and weights, and random batches for both."""
 
+import dataclasses
+
 import jax
 import numpy as np
 from random_weights import random_like
@@ -12,14 +14,17 @@ from clip_jax.interop.weights import Weights
 from clip_jax.models.clip import CLIP, init_variables
 from clip_jax.models.variants import ModelConfig, ResNetConfig, TextConfig, ViTConfig
 
-# As small as a model can be that has every part: two blocks a tower, a bottleneck with and one without a shortcut.
+# As small as a model can be that has every part: two blocks a tower, a bottleneck with and one without a shortcut. The
+# ViT's MLPs have other widths than the paper's.
 SMALL_VIT = ModelConfig(
     embed_dim=24,
-    vision=ViTConfig(image_size=32, patch=8, width=64, heads=2, layers=2),
-    text=TextConfig(width=32, heads=2, layers=2, context=12, vocab_size=96),
+    vision=ViTConfig(image_size=32, patch=8, width=64, heads=2, layers=2, mlp_width=315),
+    text=TextConfig(width=32, heads=2, layers=2, context=12, vocab_size=96, mlp_width=75),
 )
 SMALL_RESNET = ModelConfig(
-    embed_dim=24, vision=ResNetConfig(image_size=64, width=16, heads=8, layers=(1, 2, 1, 1)), text=SMALL_VIT.text
+    embed_dim=24,
+    vision=ResNetConfig(image_size=64, width=16, heads=8, layers=(1, 2, 1, 1)),
+    text=dataclasses.replace(SMALL_VIT.text, mlp_width=0),
 )
 
 

@@ -20,7 +20,7 @@ from clip_jax.interop.weights import (
     write_json,
     write_safetensors,
 )
-from clip_jax.models.variants import ModelConfig, ViTConfig
+from clip_jax.models.variants import ModelConfig, ViTConfig, mlp_width
 
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
@@ -127,6 +127,7 @@ def config_from_hugging_face(values: Mapping[str, Any], *, where: object) -> Mod
             "width": vision["hidden_size"],
             "heads": vision["num_attention_heads"],
             "layers": vision["num_hidden_layers"],
+            "mlp_width": vision["intermediate_size"],
         },
         "text": {
             "width": text["hidden_size"],
@@ -134,6 +135,7 @@ def config_from_hugging_face(values: Mapping[str, Any], *, where: object) -> Mod
             "layers": text["num_hidden_layers"],
             "context": text["max_position_embeddings"],
             "vocab_size": text["vocab_size"],
+            "mlp_width": text["intermediate_size"],
         },
         "activation": text["hidden_act"],
     }
@@ -153,7 +155,7 @@ def config_to_hugging_face(config: ModelConfig) -> dict[str, Any]:
         | {
             "model_type": "clip_text_model",
             "hidden_size": text.width,
-            "intermediate_size": 4 * text.width,
+            "intermediate_size": mlp_width(text),
             "num_attention_heads": text.heads,
             "num_hidden_layers": text.layers,
             "max_position_embeddings": text.context,
@@ -167,7 +169,7 @@ def config_to_hugging_face(config: ModelConfig) -> dict[str, Any]:
         | {
             "model_type": "clip_vision_model",
             "hidden_size": vision.width,
-            "intermediate_size": 4 * vision.width,
+            "intermediate_size": mlp_width(vision),
             "num_attention_heads": vision.heads,
             "num_hidden_layers": vision.layers,
             "image_size": vision.image_size,
@@ -233,7 +235,6 @@ def _check_section(section: str, values: Mapping[str, Any], where: object) -> No
         ("hidden_act", ("quick_gelu", "gelu")),
         ("layer_norm_eps", (1e-5,)),
         ("num_channels", (3,)),
-        ("intermediate_size", (4 * values["hidden_size"],)),
     ):
         if values.get(key, allowed[0]) not in allowed:
             choices = " or ".join(map(repr, allowed))

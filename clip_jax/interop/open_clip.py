@@ -4,6 +4,7 @@ Layout: open_clip `factory.py` (`local-dir:`, `hf-hub:`) and `model.py` (CLIPVis
 another architecture than CLIP's are refused by name; keys that change nothing in evaluation are passed over.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from clip_jax.interop.weights import (
     write_json,
     write_safetensors,
 )
-from clip_jax.models.variants import ModelConfig, ViTConfig
+from clip_jax.models.variants import ModelConfig, TextConfig, ViTConfig
 
 CONFIG = "open_clip_config.json"
 SAFETENSORS = "open_clip_model.safetensors"
@@ -38,7 +39,6 @@ _NEUTRAL_MODEL = {
     "output_dict": _ANY,
 }
 _NEUTRAL_VISION = {
-    "mlp_ratio": 4.0,
     "ls_init_value": None,
     "patch_dropout": _ANY,
     "attentional_pool": False,
@@ -54,7 +54,6 @@ _NEUTRAL_VISION = {
     "timm_model_name": None,
 }
 _NEUTRAL_TEXT = {
-    "mlp_ratio": 4.0,
     "ls_init_value": None,
     "hf_tokenizer_name": None,
     "tokenizer_kwargs": None,
@@ -139,7 +138,7 @@ def config_to_open_clip(weights: Weights) -> dict[str, Any]:
     vision, text = config.vision, config.text
     sizes: dict[str, Any] = {"image_size": vision.image_size, "layers": vision.layers, "width": vision.width}
     if isinstance(vision, ViTConfig):
-        sizes |= {"patch_size": vision.patch, "head_width": vision.width // vision.heads}
+        sizes |= {"patch_size": vision.patch, "head_width": vision.width // vision.heads} | _mlp_ratio(vision)
     else:
         sizes |= {"layers": list(vision.layers), "patch_size": None, "head_width": 32 * vision.width // vision.heads}
     return {
@@ -154,7 +153,8 @@ def config_to_open_clip(weights: Weights) -> dict[str, Any]:
                 "width": text.width,
                 "heads": text.heads,
                 "layers": text.layers,
-            },
+            }
+            | _mlp_ratio(text),
         },
         "preprocess_cfg": {
             "mean": list(weights.preprocess.mean),
@@ -170,15 +170,29 @@ def _vision_from(vision: dict[str, Any]) -> dict[str, Any]:
     head, patch = vision.pop("head_width", HEAD_WIDTH), vision.pop("patch_size", 16)
     side = size[0] if isinstance(size, list | tuple) and size[0] == size[1] else size
     sizes = {"image_size": side, "layers": layers, "width": width}
+    mlp = _mlp_width(vision, width)
     if isinstance(layers, list | tuple):
         return sizes | {"kind": "resnet", "heads": 32 * width // head}
-    return sizes | {"kind": "vit", "heads": width // head, "patch": patch}
+    return sizes | {"kind": "vit", "heads": width // head, "patch": patch, "mlp_width": mlp}
 
 
 def _text_from(text: dict[str, Any]) -> dict[str, Any]:
     defaults = {"width": 512, "heads": 8, "layers": 12, "context_length": 77, "vocab_size": 49_408}
     sizes = {key: text.pop(key, default) for key, default in defaults.items()}
-    return sizes | {"context": sizes.pop("context_length")}
+    return sizes | {"context": sizes.pop("context_length"), "mlp_width": _mlp_width(text, sizes["width"])}
+
+
+def _mlp_width(section: dict[str, Any], width: int) -> int:
+    """Takes a tower's ratio, and returns what open_clip makes of it."""
+    return math.floor(width * section.pop("mlp_ratio", 4.0))
+
+
+def _mlp_ratio(sizes: ViTConfig | TextConfig) -> dict[str, float]:
+    """Returns the ratio of which `_mlp_width` makes this width, where it is not 4, which goes without saying."""
+    if not sizes.mlp_width:
+        return {}
+    ratio = sizes.mlp_width / sizes.width
+    return {"mlp_ratio": ratio if int(sizes.width * ratio) == sizes.mlp_width else math.nextafter(ratio, math.inf)}
 
 
 def _preprocess_from(values: dict[str, Any], config: ModelConfig, where: object) -> Preprocess:

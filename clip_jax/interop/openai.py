@@ -56,6 +56,7 @@ def write_openai(path: Path, weights: Weights) -> None:
         (config.activation != "quick_gelu", "QuickGELU"),
         (weights.preprocess != preprocess_of(config), "OpenAI's mean and deviation of pixels"),
         (config.logit_bias, "logits without a bias"),
+        (_has_other_mlps(config), "MLPs four times as wide as their tower"),
     ):
         if wrong:
             raise WeightsError(f"OpenAI's layout takes {what} for granted, and this model has another; use open_clip's")
@@ -80,6 +81,7 @@ def infer_config(tensors: Tensors, *, where: object) -> ModelConfig:
             "layers": _count(tensors, r"transformer\.resblocks\.(\d+)\."),
             "context": tensors["positional_embedding"].shape[0],
             "vocab_size": tensors["token_embedding.weight"].shape[0],
+            "mlp_width": _mlp_width(tensors, ""),
         }
         vision = _infer_vit(tensors) if "visual.proj" in tensors else _infer_resnet(tensors)
         values = {"embed_dim": tensors["text_projection"].shape[1], "vision": vision, "text": text}
@@ -96,7 +98,7 @@ def _infer_vit(tensors: Tensors) -> dict[str, Any]:
     grid = math.isqrt(tensors["visual.positional_embedding"].shape[0] - 1)
     layers = _count(tensors, r"visual\.transformer\.resblocks\.(\d+)\.")
     sizes = {"image_size": grid * patch, "patch": patch, "width": width, "heads": width // HEAD_WIDTH}
-    return sizes | {"layers": layers, "kind": "vit"}
+    return sizes | {"layers": layers, "kind": "vit", "mlp_width": _mlp_width(tensors, "visual.")}
 
 
 def _infer_resnet(tensors: Tensors) -> dict[str, Any]:
@@ -105,6 +107,14 @@ def _infer_resnet(tensors: Tensors) -> dict[str, Any]:
     layers = tuple(_count(tensors, rf"visual\.layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4))
     sizes = {"image_size": 32 * grid, "width": width, "heads": 32 * width // HEAD_WIDTH}
     return sizes | {"layers": layers, "kind": "resnet"}
+
+
+def _has_other_mlps(config: ModelConfig) -> bool:
+    return any(getattr(tower, "mlp_width", 0) for tower in (config.vision, config.text))
+
+
+def _mlp_width(tensors: Tensors, tower: str) -> int:
+    return tensors[f"{tower}transformer.resblocks.0.mlp.c_fc.weight"].shape[0]
 
 
 def _count(tensors: Tensors, pattern: str) -> int:

@@ -16,7 +16,7 @@ from clip_jax.data.images import Preprocess
 from clip_jax.errors import ConfigError, one_line
 from clip_jax.interop.names import WeightsError
 from clip_jax.models.clip import Variables
-from clip_jax.models.variants import ModelConfig, ResNetConfig, ViTConfig, model_config, variant_name
+from clip_jax.models.variants import ModelConfig, ResNetConfig, TextConfig, ViTConfig, model_config, variant_name
 from clip_jax.state import count_parameters
 
 HEAD_WIDTH = 64
@@ -135,13 +135,19 @@ def default_heads(config: ModelConfig) -> bool:
 
 
 def describe(config: ModelConfig) -> str:
-    """Returns the sizes in a few words: `vit 768 x 12 at 224 px, text 512 x 12, embedding 512`."""
+    """Returns the sizes in a few words: `vit 768 x 12 at 224 px, text 512 x 12, embedding 512`.
+
+    MLPs of another width than the paper's are told: `vit 1664 x 48 (MLP 8192) at 224 px`.
+    """
     vision, text = config.vision, config.text
-    layers = "-".join(map(str, vision.layers)) if isinstance(vision, ResNetConfig) else vision.layers
-    return (
-        f"{vision.kind} {vision.width} x {layers} at {vision.image_size} px, text {text.width} x {text.layers}, "
-        f"embedding {config.embed_dim}"
-    )
+    image = f"{vision.kind} {_describe_tower(vision)} at {vision.image_size} px"
+    return f"{image}, text {_describe_tower(text)}, embedding {config.embed_dim}"
+
+
+def _describe_tower(sizes: ViTConfig | ResNetConfig | TextConfig) -> str:
+    if isinstance(sizes, ResNetConfig):
+        return f"{sizes.width} x {'-'.join(map(str, sizes.layers))}"
+    return f"{sizes.width} x {sizes.layers}" + (f" (MLP {sizes.mlp_width})" if sizes.mlp_width else "")
 
 
 def facts(weights: Weights) -> dict[str, str]:

@@ -4,10 +4,10 @@ Two for every multiply-add of a matrix product or a convolution, nothing for the
 recomputed work too, so utilisation is measured against these.
 """
 
-from clip_jax.models.variants import ModelConfig, ResNetConfig, TextConfig, ViTConfig
+from clip_jax.models.variants import ModelConfig, ResNetConfig, TextConfig, ViTConfig, mlp_width
 from clip_jax.text_groups import Groups
 
-EXPANSION = 4
+EXPANSION = 4  # output channels of a ResNet's bottleneck over its inner channels
 
 
 def image_flops(config: ModelConfig, *, train: bool = False, read: bool = False) -> int:
@@ -24,7 +24,7 @@ def image_flops(config: ModelConfig, *, train: bool = False, read: bool = False)
         return stem + sum(map(sum, stages)) + pool
     tokens = _kept_tokens(config, vision) if train else vision.tokens
     embedding = 2 * (vision.tokens - 1) * 3 * vision.patch**2 * vision.width
-    blocks = _transformer(vision, tokens) - read * _unread(vision.width, tokens)
+    blocks = _transformer(vision, tokens) - read * _unread(vision, tokens)
     return embedding + blocks + 2 * vision.width * config.embed_dim
 
 
@@ -43,9 +43,9 @@ def grouped_text_flops(config: ModelConfig, groups: Groups) -> float:
       groups: (captions, length) of each; none means that all have the whole length.
     """
     groups = groups or ((1, config.text.context),)
-    width = config.text.width
-    blocks = sum(count * (_transformer(config.text, length) - _unread(width, length)) for count, length in groups)
-    return blocks / sum(count for count, _ in groups) + 2 * width * config.embed_dim
+    text = config.text
+    blocks = sum(count * (_transformer(text, length) - _unread(text, length)) for count, length in groups)
+    return blocks / sum(count for count, _ in groups) + 2 * text.width * config.embed_dim
 
 
 def loss_flops(embed_dim: int, batch: int, *, tiled: bool) -> int:
@@ -86,7 +86,7 @@ def recomputed_flops(config: ModelConfig) -> int:
 def _recomputed_blocks(config: ViTConfig | TextConfig, tokens: int, *, twice: bool) -> int:
     """All but each block's last product, which no gradient needs; for `full`, before that the blocks up to the last."""
     whole = _transformer(config, tokens)
-    last_products = config.layers * tokens * 2 * EXPANSION * config.width**2
+    last_products = config.layers * tokens * 2 * mlp_width(config) * config.width
     return whole - last_products + twice * (whole - whole // config.layers)
 
 
@@ -101,14 +101,15 @@ def _attention(config: ViTConfig | TextConfig, tokens: int) -> int:
 
 
 def _transformer(config: ViTConfig | TextConfig, tokens: int) -> int:
-    """Per token and block: 12 width² in the dense layers, and width · tokens in each of attention's two products."""
+    """Per token and block: the dense layers, 3 + 1 of width² and the MLP's two, and attention's two products."""
     width = config.width
-    return config.layers * tokens * 2 * (12 * width**2 + 2 * tokens * width)
+    return config.layers * tokens * 2 * (4 * width**2 + 2 * mlp_width(config) * width + 2 * tokens * width)
 
 
-def _unread(width: int, tokens: int) -> int:
+def _unread(config: ViTConfig | TextConfig, tokens: int) -> int:
     """What a last block saves that is read at one row: but for q, k and v, all is computed there alone."""
-    return (tokens - 1) * 2 * (9 * width**2 + 2 * tokens * width)
+    width = config.width
+    return (tokens - 1) * 2 * (width**2 + 2 * mlp_width(config) * width + 2 * tokens * width)
 
 
 def _resnet_parts(config: ResNetConfig, embed_dim: int) -> tuple[int, list[list[int]], int]:

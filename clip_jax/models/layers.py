@@ -22,7 +22,7 @@ from clip_jax.models.activations import ACTIVATIONS, activate, activates_by_kern
 from clip_jax.models.attention import attend_in_groups, attend_packed, takes_packed
 from clip_jax.models.dense import add_parameter, dense_of
 from clip_jax.models.norm import LayerNorm
-from clip_jax.models.variants import ModelConfig, Remat, TextConfig, ViTConfig
+from clip_jax.models.variants import ModelConfig, Remat, TextConfig, ViTConfig, mlp_width
 from clip_jax.partition import constrain_rows
 from clip_jax.text_groups import Groups
 
@@ -50,9 +50,10 @@ class BlockInit:
     mlp_out_bias: Initializer
 
     @classmethod
-    def torch_default(cls, width: int) -> "BlockInit":
+    def torch_default(cls, sizes: ViTConfig | TextConfig) -> "BlockInit":
         """What torch gives unasked, and the released ViTs therefore have: fan-in uniform, Xavier for q, k, v."""
-        mlp_in, mlp_out = symmetric_uniform(width**-0.5), symmetric_uniform((4 * width) ** -0.5)
+        width = sizes.width
+        mlp_in, mlp_out = symmetric_uniform(width**-0.5), symmetric_uniform(mlp_width(sizes) ** -0.5)
         return cls(
             qkv=symmetric_uniform(math.sqrt(6 / (4 * width))),
             out=symmetric_uniform(width**-0.5),
@@ -63,16 +64,20 @@ class BlockInit:
         )
 
     @classmethod
-    def scaled(cls, width: int, layers: int) -> "BlockInit":
-        """The text tower's scheme: branches into the residual stream are scaled by 1/sqrt(2·layers)."""
-        into_stream = nn.initializers.normal(width**-0.5 * (2 * layers) ** -0.5)
+    def scaled(cls, sizes: ViTConfig | TextConfig) -> "BlockInit":
+        """The text tower's scheme: branches into the residual stream are scaled by 1/sqrt(2·layers).
+
+        It goes by the width of the stream alone, whatever the MLP's, as open_clip's does.
+        """
+        width = sizes.width
+        into_stream = nn.initializers.normal(width**-0.5 * (2 * sizes.layers) ** -0.5)
         return cls(
             qkv=nn.initializers.normal(width**-0.5),
             out=into_stream,
             mlp_in=nn.initializers.normal((2 * width) ** -0.5),
             mlp_out=into_stream,
             mlp_in_bias=symmetric_uniform(width**-0.5),
-            mlp_out_bias=symmetric_uniform((4 * width) ** -0.5),
+            mlp_out_bias=symmetric_uniform(mlp_width(sizes) ** -0.5),
         )
 
 
@@ -114,8 +119,9 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two dense layers, four times as wide between them."""
+    """Two dense layers, `hidden` channels wide between them."""
 
+    hidden: int
     init_from: BlockInit
     model: ModelConfig
 
@@ -123,8 +129,8 @@ class MLP(nn.Module):
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
         width, init, model = x.shape[-1], self.init_from, self.model
         dense = dense_of(model)
-        first = dense(4 * width, kernel_init=init.mlp_in, bias_init=init.mlp_in_bias, name="in")
-        if activates_by_kernels(model.mlp, model.dtype, 4 * width, model.activation):
+        first = dense(self.hidden, kernel_init=init.mlp_in, bias_init=init.mlp_in_bias, name="in")
+        if activates_by_kernels(model.mlp, model.dtype, self.hidden, model.activation):
             product, bias = first.summands(x)
             hidden = activate(product, bias, model.activation)
         else:
@@ -135,7 +141,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """A pre-LN transformer block; `rows` as in `Attention`."""
 
-    heads: int
+    sizes: ViTConfig | TextConfig
     causal: bool
     init_from: BlockInit
     model: ModelConfig
@@ -144,11 +150,11 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b l d"], rows: Int[Array, "b r"] | None = None) -> Float[Array, "b r d"]:
         dtype = self.model.dtype
-        attention = Attention(self.heads, self.causal, self.init_from, self.model, self.groups, name="attention")
+        attention = Attention(self.sizes.heads, self.causal, self.init_from, self.model, self.groups, name="attention")
         mixed = attention(LayerNorm(dtype, name="ln_1")(x), rows)
         # Without walls XLA's compiler for GPUs lets a product add to a copy of the stream, where a norm could add.
         x = (x if rows is None else pick(x, rows)) + fence(mixed, "cuda")
-        mlp = MLP(self.init_from, self.model, name="mlp")
+        mlp = MLP(mlp_width(self.sizes), self.init_from, self.model, name="mlp")
         x = x + fence(mlp(LayerNorm(dtype, name="ln_2")(x)), "cuda")
         x = constrain_rows(x)
         record(self, "output", x)
@@ -203,7 +209,7 @@ class Transformer(nn.Module):
     intermediate `block_i/output`, with all its rows. Neither `remat` nor `scan_layers` changes a name or a value.
 
     Attributes:
-      sizes: layers and heads.
+      sizes: layers, heads and the MLPs' width.
       causal: a token sees no later one.
       init_from: initializers of every block.
       model: how all of that is computed.
@@ -219,7 +225,7 @@ class Transformer(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b l d"], rows: Int[Array, "b r"]) -> Float[Array, "b r d"]:
         model = self.model
-        block = functools.partial(Block, self.sizes.heads, self.causal, self.init_from, model, self.groups)
+        block = functools.partial(Block, self.sizes, self.causal, self.init_from, model, self.groups)
         last = self.sizes.layers - 1
         x = apply_blocks(self, block, range(last), x, model)
         module = _rematerialised(block, model.remat)(name=f"block_{last}")

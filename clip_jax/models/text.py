@@ -69,8 +69,7 @@ class TextTransformer(nn.Module):
             x = add_parameter(embedding(tokens), positions[: tokens.shape[1]])
             rows = ends[:, None]
         transformer = nn.remat(Transformer) if model.remat == "full" else Transformer
-        blocks = BlockInit.scaled(width, config.layers)
-        x = transformer(config, True, blocks, model, groups, name="transformer")(x, rows)
+        x = transformer(config, True, BlockInit.scaled(config), model, groups, name="transformer")(x, rows)
         x = x[:, 0] if order is None else pick(x, jnp.argsort(order, axis=1)).reshape(-1, width)
 
         pooled = LayerNorm(dtype, name="ln_final")(x)

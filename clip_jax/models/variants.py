@@ -27,6 +27,8 @@ class ViTConfig:
       width: width of the residual stream; a multiple of `heads`.
       heads: attention heads (width / 64 in the paper's models).
       layers: number of pre-LN blocks.
+      mlp_width: channels between an MLP's two layers; 0 means four times `width`, as in the paper's models, and four
+        times `width` becomes 0.
     """
 
     image_size: int
@@ -34,7 +36,11 @@ class ViTConfig:
     width: int
     heads: int
     layers: int
+    mlp_width: int = 0
     kind: Literal["vit"] = "vit"
+
+    def __post_init__(self) -> None:
+        _settle_mlp_width(self)
 
     @property
     def tokens(self) -> int:
@@ -80,6 +86,7 @@ class TextConfig:
       context: tokens in a row, SOT and EOT included (77 in the released code; the paper says 76).
       vocab_size: rows of the token embedding (49,408 in the released code; the paper says 49,152). Only synthetic pairs
         can do with fewer than the tokenizer's.
+      mlp_width: as in `ViTConfig`.
     """
 
     width: int
@@ -87,6 +94,21 @@ class TextConfig:
     layers: int
     context: int = 77
     vocab_size: int = VOCABULARY
+    mlp_width: int = 0
+
+    def __post_init__(self) -> None:
+        _settle_mlp_width(self)
+
+
+def mlp_width(sizes: ViTConfig | TextConfig) -> int:
+    """Returns the channels between the two layers of a transformer's MLPs."""
+    return sizes.mlp_width or 4 * sizes.width
+
+
+def _settle_mlp_width(sizes: ViTConfig | TextConfig) -> None:
+    """Gives one model one spelling: configs are compared."""
+    if sizes.mlp_width == 4 * sizes.width:
+        object.__setattr__(sizes, "mlp_width", 0)
 
 
 @dataclass(frozen=True)

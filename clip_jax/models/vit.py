@@ -48,7 +48,7 @@ class VisionTransformer(nn.Module):
             x = jnp.concatenate([x[:, :1], drop_patches(x[:, 1:], keys, share=model.patch_dropout)], axis=1)
         x = LayerNorm(dtype, name="ln_pre")(x)
 
-        blocks = BlockInit.scaled(width, config.layers) if model.init == "scaled" else BlockInit.torch_default(width)
+        blocks = BlockInit.scaled(config) if model.init == "scaled" else BlockInit.torch_default(config)
         transformer = nn.remat(Transformer) if model.remat == "full" else Transformer
         first = jnp.zeros((x.shape[0], 1), jnp.int32)
         x = transformer(config, False, blocks, model, name="transformer")(x, first)
