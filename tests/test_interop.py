@@ -21,7 +21,14 @@ from clip_jax.interop import export as export_module
 from clip_jax.interop.export import LAYOUTS, classes_of, export, features_of
 from clip_jax.interop.hugging_face import config_to_hugging_face, read_hugging_face, write_hugging_face
 from clip_jax.interop.names import from_torch, source_of, to_torch
-from clip_jax.interop.open_clip import CONFIG, SAFETENSORS, _mlp_ratio, read_open_clip, write_open_clip
+from clip_jax.interop.open_clip import (
+    CONFIG,
+    SAFETENSORS,
+    _mlp_ratio,
+    config_to_open_clip,
+    read_open_clip,
+    write_open_clip,
+)
 from clip_jax.interop.openai import infer_config, read_openai, write_openai
 from clip_jax.interop.read import read_weights
 from clip_jax.interop.torch_file import write_torch_file
@@ -159,6 +166,24 @@ def test_a_trainers_checkpoint_wants_its_activation(tmp_path):
     assert read_weights(tmp_path / "folder").config.activation == "gelu"
     with pytest.raises(UserError, match="folder says that its activation is gelu, not quick_gelu"):
         read_weights(tmp_path / "folder", activation="quick_gelu")
+
+
+def test_heads_that_a_file_does_not_say_are_not_guessed(tmp_path):
+    """open_clip's ViT-H has 16 heads, and OpenAI's rule would make 20 of its width."""
+    vision = ViTConfig(image_size=8, patch=8, width=1280, heads=16, layers=1, mlp_width=8)
+    config = ModelConfig(8, vision, TEXT, activation="gelu")
+    shapes = jax.eval_shape(lambda: init_variables(CLIP(config), jax.random.key(0)))
+    weights = Weights(config, random_like(shapes, dtype=np.float32), Preprocess(size=8))
+    path = tmp_path / "open_clip_pytorch_model.bin"
+    write_torch_file(path.with_suffix(".pt"), to_torch(weights.variables, "openai"))
+    with pytest.raises(UserError, match=r"does not say how many attention heads .* 1280 wide .* beside the model's"):
+        read_weights(path.with_suffix(".pt"), activation="gelu")
+    path.with_suffix(".pt").rename(path)
+    (tmp_path / CONFIG).write_text(json.dumps({"model_cfg": config_to_open_clip(weights)["model_cfg"]}))
+    assert_same(read_weights(tmp_path), weights)
+    guessed = dataclasses.replace(config, activation="quick_gelu", vision=dataclasses.replace(vision, heads=20))
+    with pytest.raises(UserError, match=r"takes attention heads of 64 channels and ViTs at most 1024 wide"):
+        write_openai(path, dataclasses.replace(weights, config=guessed))
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ from typing import Any
 
 from clip_jax.data.images import preprocess_of
 from clip_jax.interop.names import Tensors, WeightsError, from_torch, to_torch
+from clip_jax.interop.open_clip import CONFIG, TORCH
 from clip_jax.interop.torch_file import is_training_checkpoint, read_torch_file, write_torch_file
-from clip_jax.interop.weights import HEAD_WIDTH, Weights, checked_model, default_heads
+from clip_jax.interop.weights import HEAD_WIDTH, WIDEST_VIT, Weights, checked_model, default_heads
 from clip_jax.models.variants import Activation, ModelConfig
 
 
@@ -47,12 +48,12 @@ def write_openai(path: Path, weights: Weights) -> None:
     """Writes a plain state dict in float32, which `clip.load` and open_clip's `load_openai_model` read.
 
     Raises:
-      WeightsError: a model of which the layout cannot tell: other heads, activation, preprocessing or logits than
+      WeightsError: a model of which the layout cannot tell: other heads, activation, preprocessing, logits or MLPs than
         OpenAI's.
     """
     config = weights.config
     for wrong, what in (
-        (not default_heads(config), f"attention heads of {HEAD_WIDTH} channels"),
+        (not default_heads(config), f"attention heads of {HEAD_WIDTH} channels and ViTs at most {WIDEST_VIT} wide"),
         (config.activation != "quick_gelu", "QuickGELU"),
         (weights.preprocess != preprocess_of(config), "OpenAI's mean and deviation of pixels"),
         (config.logit_bias, "logits without a bias"),
@@ -89,7 +90,12 @@ def infer_config(tensors: Tensors, *, where: object) -> ModelConfig:
         raise WeightsError(f"{where} does not hold a CLIP model in OpenAI's layout: no usable {error}") from None
     config = checked_model(values, where=where)
     if not default_heads(config):
-        raise WeightsError(f"{where}: a width is not a multiple of {HEAD_WIDTH}, the channels of OpenAI's heads")
+        raise WeightsError(
+            f"{where} does not say how many attention heads there are. OpenAI's have {HEAD_WIDTH} channels, and this "
+            f"image tower is {config.vision.width} wide and this text tower {config.text.width}, not a multiple of "
+            f"that, or a ViT wider than {WIDEST_VIT}, of which open_clip's have others; give a folder with this file "
+            f"as {TORCH} beside the model's {CONFIG}"
+        )
     return config
 
 

@@ -21,6 +21,8 @@ from clip_jax.state import count_parameters
 
 HEAD_WIDTH = 64
 """Channels of an attention head in all of the paper's models; weights do not show it."""
+WIDEST_VIT = 1024
+"""Of the paper's models. open_clip's wider ones, ViT-H to e, have 16 heads of 80 to 112 channels."""
 
 
 @dataclass(frozen=True)
@@ -128,10 +130,15 @@ def check_activation(metadata: Mapping[str, str], activation: str, *, where: Pat
 
 
 def default_heads(config: ModelConfig) -> bool:
-    """Returns whether every head has 64 channels, which formats without a count of heads take for granted."""
+    """Returns whether the widths tell the heads, as formats without a count of heads take for granted.
+
+    Every head has 64 channels, and the image tower is none of the wider ViTs.
+    """
     vision, text = config.vision, config.text
-    width = vision.width if isinstance(vision, ViTConfig) else 32 * vision.width
-    return width == HEAD_WIDTH * vision.heads and text.width == HEAD_WIDTH * text.heads
+    is_vit = isinstance(vision, ViTConfig)
+    width = vision.width if is_vit else 32 * vision.width
+    known = not is_vit or width <= WIDEST_VIT
+    return known and width == HEAD_WIDTH * vision.heads and text.width == HEAD_WIDTH * text.heads
 
 
 def describe(config: ModelConfig) -> str:
