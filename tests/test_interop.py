@@ -19,7 +19,12 @@ from clip_jax.data.tokenizer import tokenize
 from clip_jax.errors import UserError
 from clip_jax.interop import export as export_module
 from clip_jax.interop.export import LAYOUTS, classes_of, export, features_of
-from clip_jax.interop.hugging_face import config_to_hugging_face, read_hugging_face, write_hugging_face
+from clip_jax.interop.hugging_face import (
+    config_to_hugging_face,
+    preprocess_to_hugging_face,
+    read_hugging_face,
+    write_hugging_face,
+)
 from clip_jax.interop.names import from_torch, source_of, to_torch
 from clip_jax.interop.open_clip import (
     CONFIG,
@@ -270,6 +275,14 @@ def edit(path, *keys, value):
         ("open_clip", CONFIG, ("model_cfg",), 3, "does not describe a CLIP model"),
         ("hugging_face", "config.json", ("model_type",), "siglip", "model_type is 'siglip', not 'clip'"),
         ("hugging_face", "config.json", ("text_config", "hidden_act"), "gelu", "hidden_act is 'gelu' in text_config"),
+        (
+            "hugging_face",
+            "config.json",
+            ("vision_config_dict",),
+            {"hidden_act": "gelu", "eos_token_id": None},
+            "hidden_act is 'quick_gelu' in text_config and 'gelu' in vision_config",
+        ),
+        ("hugging_face", "config.json", ("text_config", "eos_token_id"), 7, "eos_token_id is 7; CLIP's captions"),
         ("hugging_face", "config.json", ("text_config", "hidden_act"), "silu", "hidden_act is 'silu'"),
         ("hugging_face", "config.json", ("vision_config", "layer_norm_eps"), 1e-6, "layer_norm_eps is 1e-06"),
         ("hugging_face", "config.json", ("vision_config", "intermediate_size"), 5, r"fc1.* has shape \[512"),
@@ -279,6 +292,7 @@ def edit(path, *keys, value):
         ("hugging_face", "config.json", ("vision_config", "patch_size"), 7, r"image_size is 32; it must be a multiple"),
         ("hugging_face", "preprocessor_config.json", ("resample",), 2, "resample is 2"),
         ("hugging_face", "preprocessor_config.json", ("size",), {"height": 32, "width": 32}, "size is"),
+        ("hugging_face", "preprocessor_config.json", ("rescale_factor",), 1 / 127.5, "rescale_factor is 0.0078"),
         ("hugging_face", "preprocessor_config.json", ("image_mean",), ["a", 1, 2], "three numbers"),
     ],
 )
@@ -288,6 +302,19 @@ def test_configs_that_are_not_these_weights_are_refused(layout, file, keys, valu
     with pytest.raises(UserError, match=message) as caught:
         read_weights(tmp_path)
     assert str(tmp_path) in str(caught.value)
+
+
+def test_pixels_as_transformers_5_writes_them(tmp_path):
+    """In a file of CLIPProcessor's, which comes before the image processor's own."""
+    weights = weights_of("vit")
+    other = dataclasses.replace(weights, preprocess=Preprocess(size=32, mean=(0.5, 0.25, 0.125)))
+    write_hugging_face(tmp_path, weights)
+    values = {"processor_class": "CLIPProcessor", "image_processor": preprocess_to_hugging_face(other.preprocess)}
+    (tmp_path / "processor_config.json").write_text(json.dumps(values))
+    assert_same(read_weights(tmp_path), other)
+    edit(tmp_path / "processor_config.json", "image_processor", "do_resize", value=False)
+    with pytest.raises(UserError, match=r"processor_config\.json: do_resize is False"):
+        read_weights(tmp_path)
 
 
 def test_both_activations_changed_together_are_refused_by_the_weights(tmp_path):

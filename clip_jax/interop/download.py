@@ -13,6 +13,14 @@ from clip_jax.interop.weights import file_sha256
 
 HUB_PREFIX = "hf-hub:"
 
+# Config and weights, of which a repository may hold several pairs with the same numbers: the first pair is taken.
+_HUB_FILES = (
+    ("open_clip_config.json", "open_clip_model.safetensors"),
+    ("open_clip_config.json", "open_clip_pytorch_model.bin"),
+    ("config.json", "model.safetensors"),
+    ("config.json", "pytorch_model.bin"),
+)
+
 # fmt: off
 _SHA256 = {
     "RN50":         ("RN50.pt",           "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762"),
@@ -59,11 +67,12 @@ def download_hub(repository: str) -> Path:
     """
     from huggingface_hub import snapshot_download
 
-    wanted = ["open_clip_config.json", "open_clip_model.safetensors", "config.json", "preprocessor_config.json"]
+    folder = Path()
     try:
-        folder = Path(snapshot_download(repository, allow_patterns=[*wanted, "model.safetensors"]))
-        if not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(repository, allow_patterns=[*wanted, "*pytorch_model.bin"]))
+        for files in _HUB_FILES:
+            folder = Path(snapshot_download(repository, allow_patterns=[*files, "*processor_config.json"]))
+            if all((folder / name).exists() for name in files):
+                break
     except Exception as error:  # the Hub's client raises a dozen kinds, of three libraries
         raise UserError(f"{HUB_PREFIX}{repository} cannot be downloaded: {one_line(error)}") from None
     return folder

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from clip_jax.data.images import Preprocess, preprocess_of
+from clip_jax.data.images import Preprocess
 from clip_jax.data.tokenizer import END, START, Tokenizer, vocabulary
 from clip_jax.interop.names import WeightsError, from_torch, to_torch
 from clip_jax.interop.torch_file import read_torch_file
@@ -24,6 +24,7 @@ from clip_jax.models.variants import ModelConfig, ViTConfig, mlp_width
 
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
+PROCESSOR = "processor_config.json"  # what CLIPProcessor writes since transformers 5
 SAFETENSORS = "model.safetensors"
 TORCH = "pytorch_model.bin"
 
@@ -34,6 +35,7 @@ _TEXT_DEFAULTS: dict[str, Any] = {
     "num_hidden_layers": 12,
     "max_position_embeddings": 77,
     "vocab_size": 49_408,
+    "eos_token_id": END,
     "hidden_act": "quick_gelu",
     "layer_norm_eps": 1e-5,
 }
@@ -67,9 +69,8 @@ def read_hugging_face(folder: Path) -> Weights:
     else:
         raise WeightsError(f"{folder} has neither {SAFETENSORS} nor {TORCH} beside its {CONFIG}; join sharded weights")
     check_activation(metadata, config.activation, where=path)
-    preprocess = preprocess_of(config)
-    if (spec := folder / PREPROCESSOR).exists():
-        preprocess = preprocess_from_hugging_face(read_json(spec), size=preprocess.size, where=spec)
+    spec, values = _image_processor(folder)
+    preprocess = preprocess_from_hugging_face(values, size=config.vision.image_size, where=spec)
     return Weights(config, from_torch(tensors, config, "hugging_face", where=path), preprocess)
 
 
@@ -108,7 +109,7 @@ def config_from_hugging_face(values: Mapping[str, Any], *, where: object) -> Mod
     if values.get("model_type") != "clip":
         raise WeightsError(f"{where}: model_type is {values.get('model_type')!r}, not 'clip'")
     text, vision = (
-        defaults | dict(values.get(section) or {})
+        defaults | dict(values.get(f"{section}_dict") or values.get(section) or {})  # what older files say twice
         for section, defaults in (("text_config", _TEXT_DEFAULTS), ("vision_config", _VISION_DEFAULTS))
     )
     _check_section("text_config", text, where)
@@ -117,6 +118,11 @@ def config_from_hugging_face(values: Mapping[str, Any], *, where: object) -> Mod
         raise WeightsError(
             f"{where}: hidden_act is {text['hidden_act']!r} in text_config and {vision['hidden_act']!r} in "
             "vision_config; CLIP has one activation"
+        )
+    if text["eos_token_id"] not in (END, text["vocab_size"] - 1, 2):  # of 2, transformers makes the row's largest id
+        raise WeightsError(
+            f"{where}: text_config.eos_token_id is {text['eos_token_id']!r}; CLIP's captions end with the tokenizer's "
+            f"{END}, or the largest id"
         )
     sizes = {
         "embed_dim": values.get("projection_dim", 512),
@@ -180,10 +186,10 @@ def config_to_hugging_face(config: ModelConfig) -> dict[str, Any]:
 
 
 def preprocess_from_hugging_face(values: Mapping[str, Any], *, size: int, where: object) -> Preprocess:
-    """Returns the preprocessing of a `preprocessor_config.json`.
+    """Returns the preprocessing of an image processor's config.
 
     Args:
-      values: the file's object.
+      values: its object; what it lacks is CLIP's.
       size: side of the model's input.
       where: the file, for messages.
 
@@ -195,6 +201,7 @@ def preprocess_from_hugging_face(values: Mapping[str, Any], *, size: int, where:
         ("size", (size, {"shortest_edge": size})),
         ("crop_size", (size, {"height": size, "width": size})),
         ("resample", (_BICUBIC,)),
+        ("rescale_factor", (1 / 255,)),
         *((f"do_{step}", (True,)) for step in ("resize", "center_crop", "rescale", "normalize", "convert_rgb")),
     ):
         if values.get(key, allowed[0]) not in allowed:
@@ -228,6 +235,19 @@ def preprocess_to_hugging_face(preprocess: Preprocess) -> dict[str, Any]:
         "image_mean": list(preprocess.mean),
         "image_std": list(preprocess.std),
     }
+
+
+def _image_processor(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Returns the file that says how pixels are prepared, and what it says; nothing where there is none.
+
+    It is the file that `transformers` takes.
+    """
+    path = folder / PROCESSOR
+    values = read_json(path).get("image_processor") if path.exists() else None
+    if isinstance(values, dict):
+        return path, values
+    path = folder / PREPROCESSOR
+    return path, read_json(path) if path.exists() else {}
 
 
 def _check_section(section: str, values: Mapping[str, Any], where: object) -> None:
