@@ -65,7 +65,7 @@ def _take(file: TextIO, workdir: Path) -> None:
                     f"--workdir {workdir} is in use by {owner}; let it end, or name another folder"
                 ) from None
             _LOG.warning("%s is in use by %s; waiting, since that host may be gone", workdir, owner)
-            time.sleep(min(10.0, _LEASE_S / 2))
+            time.sleep(10.0)
         except OSError as error:
             _LOG.warning("%s has no locks (%s): another run in it would not be noticed", workdir, error.strerror)
             return

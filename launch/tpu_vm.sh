@@ -7,7 +7,8 @@ set -euo pipefail
 name=${1:?TPU name} zone=${2:?zone} config=${3:?config file} workdir=${4:?workdir}
 shift 4
 archive=$(mktemp -d)/clip_jax.tar.gz
-git archive --format=tar.gz --output="$archive" HEAD
+changed=$(git stash create) # changes that are not committed go with it; of files that git does not know yet, none
+git archive --format=tar.gz --output="$archive" "${changed:-HEAD}"
 
 everywhere() { gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --command="$1"; }
 

@@ -67,8 +67,9 @@ def test_slurm_gives_the_time_that_the_run_may_take_to_save():
 @pytest.mark.parametrize("more", [(), ("--config.data.dataset=my pairs", "--config.seed=3")], ids=["none", "two"])
 def test_a_tpu_run_gets_the_arguments_that_were_given(tmp_path, more):
     """The script itself, with this machine for the only host; also where the run is started again, after 75."""
-    for name in ("git", "tar", "python3", "sleep"):
+    for name in ("tar", "python3", "sleep"):
         stand_in(tmp_path / name, "")
+    stand_in(tmp_path / "git", f'echo "$@" >> {tmp_path}/asked; case $1 in stash) echo 5eed;; esac')
     remote = f'cd {tmp_path}; for last; do :; done; case "$last" in --command=*) sh -c "${{last#*=}}";; esac'
     stand_in(tmp_path / "gcloud", remote)
     (tmp_path / "clip_jax" / ".venv" / "bin").mkdir(parents=True)
@@ -77,6 +78,7 @@ def test_a_tpu_run_gets_the_arguments_that_were_given(tmp_path, more):
     command = ["bash", LAUNCH / "tpu_vm.sh", "my-tpu", "us-east5-a", "configs/vit_l14.py", "/mnt/shared/l14", *more]
     assert subprocess.run(command, env={"PATH": f"{tmp_path}:/usr/bin:/bin"}).returncode == 2
     folders = ["--workdir=/mnt/shared/l14", "--config.compilation_cache=/mnt/shared/l14/programs"]
+    assert (tmp_path / "asked").read_text().endswith(" 5eed\n")  # what is not committed goes with it
     expected = ["train.py", "--config=configs/vit_l14.py", *folders, *more]
     assert (tmp_path / "given").read_text().splitlines() == expected * 2
 
