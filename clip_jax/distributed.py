@@ -105,6 +105,8 @@ def sees_all_devices(environment: Mapping[str, str]) -> bool:
     of eight, a process alone would leave seven idle; and where the scheduler shows each process one GPU, there is none
     of a higher number.
     """
+    if "JAX_LOCAL_DEVICE_IDS" in environment:
+        return False
     one_a_node = environment.get("SLURM_NTASKS", "") == environment.get("SLURM_STEP_NUM_NODES")
     alone = one_a_node or environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
     return alone or len(environment.get("CUDA_VISIBLE_DEVICES", ",").split(",")) == 1

@@ -260,6 +260,7 @@ EIGHT = ",".join(map(str, range(8)))
         ({"SLURM_STEP_NUM_NODES": "2", "CUDA_VISIBLE_DEVICES": EIGHT}, None),
         ({"SLURM_STEP_NUM_NODES": "2", "CUDA_VISIBLE_DEVICES": "0"}, []),  # each task is shown its own
         ({"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, []),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "1", "JAX_LOCAL_DEVICE_IDS": "0,1"}, None),  # JAX is told
         ({"OMPI_COMM_WORLD_LOCAL_SIZE": "8"}, None),
     ],
 )
