@@ -43,14 +43,14 @@ def processes(config: DistributedConfig) -> Iterator[None]:
     A preemption, which all processes raise together, is passed on when they have left each other in order.
 
     Raises:
-      UserError: the coordinator's port is taken, or nobody answers there.
+      UserError: the coordinator's port is taken, or nobody answers there; or JAX does not find the others.
       PreemptedError: was raised inside.
     """
     cluster = detect(config, os.environ)
     if cluster is None:
         yield
         return
-    _initialize(config)
+    _initialize(config, cluster)
     peers = _join_peers(config)
     try:
         yield
@@ -146,14 +146,20 @@ def _tpu_hosts() -> int:
         ) from None
 
 
-def _initialize(config: DistributedConfig) -> None:
+def _initialize(config: DistributedConfig, cluster: str) -> None:
     shared: dict[str, Any] = {
         "initialization_timeout": config.timeout,
         "heartbeat_timeout_seconds": config.heartbeat + _JAX_LATER_S,
         "local_device_ids": [] if sees_all_devices(os.environ) else None,  # None lets JAX choose
     }
     if config.mode == "auto":
-        jax.distributed.initialize(**shared)
+        try:
+            jax.distributed.initialize(**shared)
+        except ValueError as error:  # of Open MPI 5, and where JAX_COORDINATOR_ADDRESS stands alone
+            raise UserError(
+                f"JAX does not find the processes that {cluster} brings together ({one_line(error).rstrip('.')}); say "
+                "which they are with config.distributed.mode=explicit (docs/launch.md), or off where this is all"
+            ) from None
         return
     host, _, port = config.coordinator.rpartition(":")
     if config.process_id == 0:

@@ -273,8 +273,18 @@ def test_a_process_has_all_the_devices_that_it_does_not_share(monkeypatch, envir
         monkeypatch.delenv(name, raising=False)
     for name, value in (STEP if "SLURM_STEP_NUM_NODES" in environment else {}).items() | environment.items():
         monkeypatch.setenv(name, value)
-    distributed._initialize(DistributedConfig(mode, f"127.0.0.1:{free_port()}", 2, 0))
+    distributed._initialize(DistributedConfig(mode, f"127.0.0.1:{free_port()}", 2, 0), "SLURM")
     assert known["local_device_ids"] == given
+
+
+def test_processes_that_jax_does_not_find_are_one_line(monkeypatch):
+    """Such as those of Open MPI 5, whose variables it does not know."""
+    for name in (*SLURM, "JAX_COORDINATOR_ADDRESS", "KUBERNETES_SERVICE_HOST", "OMPI_MCA_orte_hnp_uri"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    refused = r"processes that Open MPI brings together \(coord.*\); say which they are with config"
+    with pytest.raises(UserError, match=refused), distributed.processes(DistributedConfig()):
+        pass
 
 
 @pytest.mark.parametrize(("hosts", "slices", "expected"), [(1, "", None), (4, "", "Cloud TPU"), (1, "2", "Cloud TPU")])
