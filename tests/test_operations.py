@@ -22,7 +22,10 @@ from test_health import RUN, bits, rows_of
 from clip_jax import watchdog
 from clip_jax.data.loader import open_training_data
 from clip_jax.errors import RESTART, UserError
+from clip_jax.evals.embedding import Embedder
 from clip_jax.evals.evaluation import Evaluated, Evaluation
+from clip_jax.models.clip import CLIP
+from clip_jax.partition import make_mesh
 from clip_jax.preemption import PreemptedError
 from clip_jax.trainer import train
 from clip_jax.watchdog import Watchdog
@@ -124,6 +127,24 @@ def test_sigterm_during_an_evaluation_saves_the_step_before_it(tmp_path, monkeyp
         assert (tmp_path / "checkpoints" / str(step)).is_dir()
     assert list(rows_of(tmp_path, "loss")) == list(range(1, 15))
     assert rows_of(tmp_path, "evaluation_failed") == {}
+
+
+def test_a_batch_of_prompts_is_left_as_one_of_images_is():
+    """ImageNet's 80,000 prompts may take longer than a scheduler waits."""
+    embedder = Embedder(CLIP(RUN.model), lambda texts, context: np.zeros(len(texts)), mesh=make_mesh(RUN.mesh), batch=8)
+    vars(embedder).update(_encode_texts=lambda variables, batch: np.zeros((8, 2)), source=lambda *_, progress: None)
+    evaluation = Evaluation.__new__(Evaluation)
+    vars(evaluation).update(templates={"two": ("{}", "of {}")}, _embedder=embedder, _source=None, _classes=["a"] * 10)
+    asked = []
+
+    def progress():
+        asked.append(None)
+        if len(asked) == 3:
+            raise PreemptedError("stopped")
+
+    with pytest.raises(PreemptedError):
+        evaluation.run({}, progress=progress)
+    assert len(asked) == 3
 
 
 STUCK = """

@@ -105,9 +105,11 @@ class Embedder:
             parts.append(tuple(found[name][kept] for name in ImageFeatures._fields))
         return ImageFeatures(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
-    def texts(self, variables: Variables, texts: Sequence[str]) -> np.ndarray:
-        """Embeds texts: float [n, e], unit length."""
-        return self.tokens(variables, self.tokenize(texts))
+    def texts(
+        self, variables: Variables, texts: Sequence[str], *, progress: Callable[[], None] = lambda: None
+    ) -> np.ndarray:
+        """Embeds texts: float [n, e], unit length; `progress` is called before every batch."""
+        return self._encode(self._encode_texts, variables, self.tokenize(texts), progress=progress)
 
     def tokenize(self, texts: Sequence[str]) -> np.ndarray:
         """Returns texts as the text tower reads them: int32 [n, context]."""
@@ -127,10 +129,18 @@ class Embedder:
         """
         return self._encode(self._encode_pixels, variables, images)
 
-    def _encode(self, encode: Callable[..., jax.Array], variables: Variables, rows: np.ndarray) -> np.ndarray:
+    def _encode(
+        self,
+        encode: Callable[..., jax.Array],
+        variables: Variables,
+        rows: np.ndarray,
+        *,
+        progress: Callable[[], None] = lambda: None,
+    ) -> np.ndarray:
         """Encodes rows batch by batch; the last batch is padded with zeros."""
         parts = []
         for start in range(0, len(rows), self._batch):
+            progress()
             chunk = rows[start : start + self._batch]
             padding = np.zeros((self._batch - len(chunk), *rows.shape[1:]), rows.dtype)
             padded = self._rows_of_this_process(np.concatenate([chunk, padding]))

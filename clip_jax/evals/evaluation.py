@@ -1,5 +1,6 @@
 """The evaluation that a run's config asks for: zero-shot classification of held-out images, and retrieval by prompt."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -84,15 +85,16 @@ class Evaluation:
 
         Args:
           variables: of the model, on the mesh.
-          progress: called before every batch.
+          progress: called before every batch, of images and of prompts.
 
         Raises:
           RecordError: an image cannot be read.
         """
         images = self._embedder.source(variables, self._source, progress=progress)
+        embed = functools.partial(self._embedder.texts, variables, progress=progress)
         results = []
         for name, prompts in self.templates.items():
-            weights = class_weights(lambda texts: self._embedder.texts(variables, texts), self._classes, prompts)
+            weights = class_weights(embed, self._classes, prompts)
             results.append(classify(images.features, images.labels, weights, prompts=name, classes=self._classes))
         return Evaluated(tuple(results), images)
 
