@@ -289,6 +289,10 @@ def edit(path, *keys, value):
         ("hugging_face", "config.json", ("text_config", "intermediate_size"), -1, "mlp_width is -1; it must not be"),
         ("open_clip", CONFIG, ("model_cfg", "vision_cfg", "mlp_ratio"), 5, r"c_fc.* has shape \[512.*\[640"),
         ("open_clip", CONFIG, ("model_cfg", "text_cfg", "mlp_ratio"), "4", "does not describe a CLIP model"),
+        ("open_clip", CONFIG, ("model_cfg", "text_cfg", "mlp_ratio"), 0.01, "mlp_ratio 0.01 leaves no channel"),
+        ("open_clip", CONFIG, ("model_cfg", "text_cfg", "mlp_ratio"), 1e30, "no array can have the sizes"),
+        ("hugging_face", "config.json", ("text_config",), 3, "text_config is 3, not an object"),
+        ("hugging_face", "config.json", ("text_config", "intermediate_size"), 0, "intermediate_size is 0"),
         ("hugging_face", "config.json", ("vision_config", "patch_size"), 7, r"image_size is 32; it must be a multiple"),
         ("hugging_face", "preprocessor_config.json", ("resample",), 2, "resample is 2"),
         ("hugging_face", "preprocessor_config.json", ("size",), {"height": 32, "width": 32}, "size is"),
@@ -408,6 +412,19 @@ def test_a_library_that_cannot_read_an_export_counts(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"cannot read the export: 'visual\.proj'; nothing was kept"):
         export(weights_of("vit"), tmp_path / "new", "open_clip", source="here")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_library_that_cannot_be_imported_is_no_judge(tmp_path, monkeypatch):
+    """Such as transformers beside a torchvision of another torch."""
+    transformers = pytest.importorskip("transformers")
+
+    def fail(name):
+        raise ModuleNotFoundError(f"Could not import module {name!r}")
+
+    monkeypatch.delitem(vars(transformers), "CLIPModel", raising=False)
+    monkeypatch.setattr(type(transformers), "__getattr__", lambda self, name: fail(name))
+    ((reader, _),) = export(weights_of("vit"), tmp_path / "new", "hugging_face", source="here")
+    assert reader == "clip_jax"
 
 
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):

@@ -108,12 +108,8 @@ def config_from_hugging_face(values: Mapping[str, Any], *, where: object) -> Mod
     """
     if values.get("model_type") != "clip":
         raise WeightsError(f"{where}: model_type is {values.get('model_type')!r}, not 'clip'")
-    text, vision = (
-        defaults | dict(values.get(f"{section}_dict") or values.get(section) or {})  # what older files say twice
-        for section, defaults in (("text_config", _TEXT_DEFAULTS), ("vision_config", _VISION_DEFAULTS))
-    )
-    _check_section("text_config", text, where)
-    _check_section("vision_config", vision, where)
+    text = _section(values, "text_config", _TEXT_DEFAULTS, where)
+    vision = _section(values, "vision_config", _VISION_DEFAULTS, where)
     if text["hidden_act"] != vision["hidden_act"]:
         raise WeightsError(
             f"{where}: hidden_act is {text['hidden_act']!r} in text_config and {vision['hidden_act']!r} in "
@@ -250,7 +246,13 @@ def _image_processor(folder: Path) -> tuple[Path, dict[str, Any]]:
     return path, read_json(path) if path.exists() else {}
 
 
-def _check_section(section: str, values: Mapping[str, Any], where: object) -> None:
+def _section(config: Mapping[str, Any], section: str, defaults: dict[str, Any], where: object) -> dict[str, Any]:
+    values = config.get(f"{section}_dict") or config.get(section) or {}  # older files say it twice; the first counts
+    if not isinstance(values, dict):
+        raise WeightsError(f"{where}: {section} is {values!r}, not an object")
+    values = defaults | values
+    if values["intermediate_size"] == 0:
+        raise WeightsError(f"{where}: {section}.intermediate_size is 0")
     for key, allowed in (
         ("hidden_act", ("quick_gelu", "gelu")),
         ("layer_norm_eps", (1e-5,)),
@@ -259,6 +261,7 @@ def _check_section(section: str, values: Mapping[str, Any], where: object) -> No
         if values.get(key, allowed[0]) not in allowed:
             choices = " or ".join(map(repr, allowed))
             raise WeightsError(f"{where}: {section}.{key} is {values[key]!r}; CLIP's architecture has {choices}")
+    return values
 
 
 def _write_tokenizer(folder: Path, *, context: int) -> None:

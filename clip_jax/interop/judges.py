@@ -61,9 +61,10 @@ def judge_hugging_face(folder: Path, images: np.ndarray, tokens: np.ndarray) -> 
         try:
             import torch
             import transformers
+            from transformers import CLIPModel  # transformers imports it only now
         except (ImportError, RuntimeError):
             return None
-        model = transformers.CLIPModel.from_pretrained(folder, local_files_only=True).eval()
+        model = CLIPModel.from_pretrained(folder, local_files_only=True).eval()
         with torch.no_grad():
             output = model(input_ids=torch.tensor(tokens), pixel_values=_nchw(images))
     return Verdict(f"transformers {transformers.__version__}", output.image_embeds.numpy(), output.text_embeds.numpy())

@@ -184,7 +184,10 @@ def _text_from(text: dict[str, Any]) -> dict[str, Any]:
 
 def _mlp_width(section: dict[str, Any], width: int) -> int:
     """Takes a tower's ratio, and returns what open_clip makes of it."""
-    return math.floor(width * section.pop("mlp_ratio", 4.0))
+    ratio = section.pop("mlp_ratio", 4.0)
+    if not (channels := math.floor(width * ratio)):
+        raise ValueError(f"mlp_ratio {ratio} leaves no channel")
+    return channels
 
 
 def _mlp_ratio(sizes: ViTConfig | TextConfig) -> dict[str, float]:
