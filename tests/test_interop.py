@@ -442,6 +442,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_a_bias_travels_in_open_clips_layout_alone(tmp_path):
+    import_open_clip()
     weights = weights_of("vit")
     bias = dataclasses.replace(
         weights,
@@ -458,6 +459,8 @@ def test_a_bias_travels_in_open_clips_layout_alone(tmp_path):
         export(bias, tmp_path / "hugging_face", "hugging_face", source="here")
     with pytest.raises(UserError, match="takes logits without a bias for granted"):
         export(bias, tmp_path / "openai", "openai", source="here")
+    write_torch_file(tmp_path / "siglip.pt", to_torch(bias.variables, "openai"))  # as open_clip's trainer with --siglip
+    assert facts(read_weights(tmp_path / "siglip.pt"))["logit_bias"] == "-9.5000"
     export(bias, tmp_path / "stablehlo", "stablehlo", source="here")
 
 

@@ -86,6 +86,7 @@ def infer_config(tensors: Tensors, *, where: object) -> ModelConfig:
         }
         vision = _infer_vit(tensors) if "visual.proj" in tensors else _infer_resnet(tensors)
         values = {"embed_dim": tensors["text_projection"].shape[1], "vision": vision, "text": text}
+        values["logit_bias"] = "logit_bias" in tensors  # open_clip's, for the sigmoid loss
     except (KeyError, IndexError, ValueError) as error:
         raise WeightsError(f"{where} does not hold a CLIP model in OpenAI's layout: no usable {error}") from None
     config = checked_model(values, where=where)
