@@ -37,7 +37,7 @@ from clip_jax.interop.open_clip import (
 from clip_jax.interop.openai import infer_config, read_openai, write_openai
 from clip_jax.interop.read import read_weights
 from clip_jax.interop.torch_file import write_torch_file
-from clip_jax.interop.weights import Weights, facts
+from clip_jax.interop.weights import Weights, facts, read_safetensors, write_safetensors
 from clip_jax.models.clip import CLIP, init_variables
 from clip_jax.models.variants import VARIANTS, ModelConfig, ResNetConfig, TextConfig, ViTConfig, model_config
 from clip_jax.rules import leaf_paths
@@ -318,6 +318,25 @@ def test_pixels_as_transformers_5_writes_them(tmp_path):
     assert_same(read_weights(tmp_path), other)
     edit(tmp_path / "processor_config.json", "image_processor", "do_resize", value=False)
     with pytest.raises(UserError, match=r"processor_config\.json: do_resize is False"):
+        read_weights(tmp_path)
+
+
+def test_weights_in_several_files(tmp_path):
+    weights = weights_of("vit")
+    write_hugging_face(tmp_path, weights)
+    tensors, _ = read_safetensors(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    places = {name: f"model-0000{1 + number % 2}-of-00002.safetensors" for number, name in enumerate(tensors)}
+    for file in set(places.values()):
+        write_safetensors(tmp_path / file, {name: tensors[name] for name in tensors if places[name] == file})
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    assert_same(read_weights(tmp_path), weights)
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(UserError, match=r"model-00002-of-00002.safetensors cannot be read"):
+        read_weights(tmp_path)
+    edit(index, "weight_map", "logit_scale", value="../model.safetensors")
+    with pytest.raises(UserError, match=r"index.json has no weight_map that names the files beside it"):
         read_weights(tmp_path)
 
 

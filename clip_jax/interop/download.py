@@ -13,11 +13,12 @@ from clip_jax.interop.weights import file_sha256
 
 HUB_PREFIX = "hf-hub:"
 
-# Config and weights, of which a repository may hold several pairs with the same numbers: the first pair is taken.
+# Config and weights, of which a repository may hold several with the same numbers: the first are taken.
 _HUB_FILES = (
     ("open_clip_config.json", "open_clip_model.safetensors"),
     ("open_clip_config.json", "open_clip_pytorch_model.bin"),
     ("config.json", "model.safetensors"),
+    ("config.json", "model.safetensors.index.json", "model-*.safetensors"),
     ("config.json", "pytorch_model.bin"),
 )
 
@@ -71,7 +72,7 @@ def download_hub(repository: str) -> Path:
     try:
         for files in _HUB_FILES:
             folder = Path(snapshot_download(repository, allow_patterns=[*files, "*processor_config.json"]))
-            if all((folder / name).exists() for name in files):
+            if all(any(folder.glob(name)) for name in files):
                 break
     except Exception as error:  # the Hub's client raises a dozen kinds, of three libraries
         raise UserError(f"{HUB_PREFIX}{repository} cannot be downloaded: {one_line(error)}") from None

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from clip_jax.data.images import Preprocess
 from clip_jax.data.tokenizer import END, START, Tokenizer, vocabulary
 from clip_jax.interop.names import WeightsError, from_torch, to_torch
@@ -26,6 +28,7 @@ CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
 PROCESSOR = "processor_config.json"  # what CLIPProcessor writes since transformers 5
 SAFETENSORS = "model.safetensors"
+INDEX = "model.safetensors.index.json"  # of weights in several files
 TORCH = "pytorch_model.bin"
 
 _TEXT_DEFAULTS: dict[str, Any] = {
@@ -64,14 +67,27 @@ def read_hugging_face(folder: Path) -> Weights:
     metadata: dict[str, str] = {}
     if (path := folder / SAFETENSORS).exists():
         tensors, metadata = read_safetensors(path)
+    elif (path := folder / INDEX).exists():
+        tensors = _read_shards(path)
     elif (path := folder / TORCH).exists():
         tensors = read_torch_file(path)
     else:
-        raise WeightsError(f"{folder} has neither {SAFETENSORS} nor {TORCH} beside its {CONFIG}; join sharded weights")
+        raise WeightsError(f"{folder} has none of {SAFETENSORS}, {INDEX} and {TORCH} beside its {CONFIG}")
     check_activation(metadata, config.activation, where=path)
     spec, values = _image_processor(folder)
     preprocess = preprocess_from_hugging_face(values, size=config.vision.image_size, where=spec)
     return Weights(config, from_torch(tensors, config, "hugging_face", where=path), preprocess)
+
+
+def _read_shards(index: Path) -> dict[str, np.ndarray]:
+    """Returns the tensors of all files that an index names; they lie beside it."""
+    files = read_json(index).get("weight_map")
+    if not isinstance(files, dict) or not all(
+        isinstance(name, str) and Path(name).name == name for name in files.values()
+    ):
+        raise WeightsError(f"{index} has no weight_map that names the files beside it")
+    shards = [read_safetensors(index.parent / name)[0] for name in sorted(set(files.values()))]
+    return {name: tensor for shard in shards for name, tensor in shard.items()}
 
 
 def write_hugging_face(folder: Path, weights: Weights) -> None:
