@@ -124,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--slices", type=int, default=1, help="slices of that topology, or nodes; sets mesh.dcn_data")
     plan.add_argument("--mfu", type=float, default=0.4, help="share of the peak that is reached (default: 0.4)")
     plan.add_argument("--memory", type=float, help="GiB of a chip, instead of what such chips have")
-    plan.add_argument("--images-per-core", type=float, default=150, help="that a core of a host decodes in a second")
+    plan.add_argument("--images-per-core", type=float, default=150.0, help="that a core of a host decodes in a second")
     plan.add_argument(
         "--budget",
         type=float,

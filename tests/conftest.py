@@ -11,7 +11,10 @@ import gc
 import os
 import shutil
 import tempfile
+import warnings
+from pathlib import Path
 
+import pytest
 from devices import xla_flags
 
 if "CLIP_JAX_TEST_CACHE" not in os.environ:  # the first process of a run; its workers and subprocesses share the folder
@@ -30,3 +33,23 @@ settings.register_profile("untimed", deadline=None)  # a busy machine fails no t
 settings.load_profile("untimed")
 _HOOK = install_import_hook("clip_jax", "beartype.beartype")
 pytest_plugins = ["data_fixtures", "search_fixtures"]
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs clip-jax in this process, whose devices are simulated ones too; returns exit code, stdout and stderr."""
+    from clip_jax import cli, command_line
+
+    def run(*arguments):
+        code = 0
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "the load_module")  # ml_collections reads config files with it
+            try:
+                cli.main(arguments)
+            except SystemExit as ended:
+                code = ended.code
+        return code, *capsys.readouterr()
+
+    monkeypatch.setattr(command_line, "simulate_devices", lambda count: None)
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    return run

@@ -179,6 +179,7 @@ def test_no_usable_record_at_all_is_an_error_with_the_commonest_reason(model_dir
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
+@pytest.mark.slow
 def test_killed_and_continued_is_uninterrupted(model_dir, tmp_path):
     """A real process, killed without warning as soon as it has made some shards."""
     write_pictures(tmp_path / "in", 60)

@@ -365,6 +365,17 @@ def test_a_display_that_is_gone_does_not_stop_the_run(error, terminal, monkeypat
     print_table("t", ["a"], [["b"]])
 
 
+def test_a_process_whose_reader_has_left_ends_as_if_it_had_not(monkeypatch):
+    """Python would end with 120, for what it could not flush."""
+    monkeypatch.setenv("PYTHONUNBUFFERED", "")
+    code = "from clip_jax.console import print_table\nfor _ in range(9_000): print_table('t', ['a'], [['b' * 100]])"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == (b"", 0)
+    process.stderr.close()
+
+
 @pytest.mark.parametrize("closed", [True, False])
 def test_no_stdout_at_all(closed, monkeypatch):
     stream = io.StringIO()

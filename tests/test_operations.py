@@ -115,17 +115,17 @@ class Interrupted(Evaluation):
         return Evaluated((), None)
 
 
-def test_sigterm_during_an_evaluation_saves_the_step_before_it(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("at", "step"), [(1, 4), pytest.param(4, 14, marks=pytest.mark.slow)])
+def test_sigterm_during_an_evaluation_saves_the_step_before_it(at, step, tmp_path, monkeypatch):
     """In the middle of the run, and in the evaluation at its end."""
     run = dataclasses.replace(RUN, eval=dataclasses.replace(RUN.eval, every=4))
-    for at, step in ((1, 4), (3, 14)):  # the second start evaluates after steps 8, 12 and 14
-        evaluation = Interrupted(at)
-        monkeypatch.setattr(Evaluation, "open", lambda *_, evaluation=evaluation, **__: evaluation)
-        with pytest.raises(PreemptedError, match=f"stopped by SIGTERM after step {step}, which is saved"):
-            train(run, tmp_path)
-        assert (evaluation.runs, evaluation.batches) == (at, 2)
-        assert (tmp_path / "checkpoints" / str(step)).is_dir()
-    assert list(rows_of(tmp_path, "loss")) == list(range(1, 15))
+    evaluation = Interrupted(at)
+    monkeypatch.setattr(Evaluation, "open", lambda *_, **__: evaluation)
+    with pytest.raises(PreemptedError, match=f"stopped by SIGTERM after step {step}, which is saved"):
+        train(run, tmp_path)
+    assert (evaluation.runs, evaluation.batches) == (at, 2)
+    assert (tmp_path / "checkpoints" / str(step)).is_dir()
+    assert list(rows_of(tmp_path, "loss")) == list(range(1, step + 1))
     assert rows_of(tmp_path, "evaluation_failed") == {}
 
 
@@ -323,7 +323,8 @@ def test_memory_that_is_really_too_little_names_what_to_change(tmp_path):
     assert re.match(r"error: out of memory on 1 x cpu \(.*model\.remat=.*micro_batch=", errors.splitlines()[-1]), errors
 
 
-@pytest.mark.parametrize("unbuffered", ["", pytest.param("1", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_stdout_that_is_closed_stops_no_run(tmp_path, monkeypatch, unbuffered):
     monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
     process = start(*LONG, f"--workdir={tmp_path}", devices=1)

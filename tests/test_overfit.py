@@ -4,8 +4,6 @@ import dataclasses
 import json
 import math
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -178,26 +176,22 @@ def test_the_check_is_the_run_but_for_length_and_chance():
     assert (check.optim.lr, check.optim.weight_decay, check.mesh) == (run.optim.lr, run.optim.weight_decay, run.mesh)
 
 
-def command(*arguments):
-    whole = [sys.executable, "-m", "clip_jax.cli", "overfit-one-batch", *arguments]
-    return subprocess.run(whole, cwd=ROOT, capture_output=True, text=True)
-
-
-def test_the_command_says_what_to_look_at_and_fails():
+def test_the_command_says_what_to_look_at_and_fails(command):
     small = ["--config.model.vision.layers=1", "--config.model.text.layers=1", "--config.eval.dataset="]
     frozen = "--config.optim.freeze=('image/','text/')"
-    failed = command("--config=configs/demo.py:batch=16,source=synthetic", *small, frozen, "--steps=1")
-    assert failed.returncode == 3, failed.stderr
-    assert "after 1 steps, and not under" in failed.stdout
-    assert "- no gradient reaches the image and the text tower: config.optim.freeze=" in failed.stdout
+    synthetic = "--config=configs/demo.py:batch=16,source=synthetic"
+    code, out, errors = command("overfit-one-batch", synthetic, *small, frozen, "--steps=1")
+    assert code == 3, errors
+    assert "after 1 steps, and not under" in out
+    assert "- no gradient reaches the image and the text tower: config.optim.freeze=" in out
 
 
 @pytest.mark.slow
-def test_the_demo_learns_a_batch_of_digits_by_heart(digits_dir):
-    learnt = command("--config=configs/demo.py:batch=16,build=false", f"--config.data.data_dir={digits_dir}")
-    print(learnt.stdout)
-    assert learnt.returncode == 0, learnt.stdout + learnt.stderr
-    assert "learnt by heart: 16 pairs, loss 0." in learnt.stdout
+def test_the_demo_learns_a_batch_of_digits_by_heart(digits_dir, command):
+    demo = "--config=configs/demo.py:batch=16,build=false"
+    code, out, errors = command("overfit-one-batch", demo, f"--config.data.data_dir={digits_dir}")
+    assert code == 0, out + errors
+    assert "learnt by heart: 16 pairs, loss 0." in out
 
 
 IN_PROCESSES = """

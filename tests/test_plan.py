@@ -368,24 +368,26 @@ def test_topologies_that_do_not_exist(text, message):
         parse_topology(text)
 
 
+DEMO = "--config=configs/demo.py:vision.layers=1,text.layers=1"
+
+
 def plan_command(*arguments):
-    config = "--config=configs/demo.py:vision.layers=1,text.layers=1"
-    command = [sys.executable, "-m", "clip_jax.cli", "plan", config, *arguments]
+    command = [sys.executable, "-m", "clip_jax.cli", "plan", DEMO, *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
-def test_the_command():
+def test_the_command(command):
     """Exit 0 where it fits, 3 where not, 2 and one line where it cannot be."""
-    fits = plan_command("--topology=cpu:2", "--config.batch=16", "--config.samples=16000", "--memory=1")
-    assert fits.returncode == 0, fits.stderr
-    assert "batch 16 on 2 chip(s), cpu:2" in fits.stdout
-    assert "1.00 GiB: fits" in fits.stdout
-    tight = plan_command("--topology=cpu:2", "--memory=0.001")
-    assert tight.returncode == 3, tight.stderr
-    assert "does not fit; try " in tight.stdout
-    wrong = plan_command("--topology=cpu:2", "--config.batch=7", "--config.samples=7000")
-    assert (wrong.returncode, wrong.stdout) == (2, "")
-    assert wrong.stderr == "error: config.batch is 7, not divisible by the mesh's 2 devices; use 6 or 8\n"
+    small = ("plan", DEMO, "--topology=cpu:2", "--config.batch=16", "--config.samples=16000")
+    code, out, errors = command(*small, "--memory=1")
+    assert code == 0, errors
+    assert "batch 16 on 2 chip(s), cpu:2" in out
+    assert "1.00 GiB: fits" in out
+    code, out, errors = command(*small, "--memory=0.001")
+    assert code == 3, errors
+    assert "does not fit; try " in out
+    wrong = command("plan", DEMO, "--topology=cpu:2", "--config.batch=7", "--config.samples=7000")
+    assert wrong == (2, "", "error: config.batch is 7, not divisible by the mesh's 2 devices; use 6 or 8\n")
 
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")

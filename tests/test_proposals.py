@@ -215,21 +215,23 @@ def test_the_state_of_a_chip_is_that_of_the_plan():
         assert lasting_bytes(run, topology) == plan.memory["parameters"] + plan.memory["optimizer state"]
 
 
+PLAN = ("plan", "--config=configs/demo.py", "--topology=cpu:2", "--config.batch=16")
+PLAN += ("--config.model.vision.layers=1", "--config.model.text.layers=1")
+
+
 def plan(*arguments):
-    command = [sys.executable, "-m", "clip_jax.cli", "plan", "--config=configs/demo.py", "--topology=cpu:2"]
-    command += ["--config.model.vision.layers=1", "--config.model.text.layers=1", "--config.batch=16", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    whole = [sys.executable, "-m", "clip_jax.cli", *PLAN, *arguments]
+    return subprocess.run(whole, cwd=ROOT, capture_output=True, text=True)
 
 
-def test_the_command_where_nothing_fits_and_where_no_budget_is_known():
-    little = plan("--budget=0.0001", "--tries=1")
-    assert little.returncode == 3, little.stderr
-    assert little.stdout.startswith("try 1/1  --config.batch=16: 0.")
-    assert "there is more to try (--tries=1)" in little.stdout
-    assert "of 1 tried: nothing; take more chips or a smaller batch" in little.stdout
-    unknown = plan("--budget")
-    assert (unknown.returncode, unknown.stdout) == (2, "")
-    assert unknown.stderr == "error: --budget: say how many GiB a chip of cpu:2 has, such as --budget=16\n"
+def test_the_command_where_nothing_fits_and_where_no_budget_is_known(command):
+    code, out, errors = command(*PLAN, "--budget=0.0001", "--tries=1")
+    assert code == 3, errors
+    assert out.startswith("try 1/1  --config.batch=16: 0.")
+    assert "there is more to try (--tries=1)" in out
+    assert "of 1 tried: nothing; take more chips or a smaller batch" in out
+    unknown = command(*PLAN, "--budget")
+    assert unknown == (2, "", "error: --budget: say how many GiB a chip of cpu:2 has, such as --budget=16\n")
 
 
 @pytest.mark.slow

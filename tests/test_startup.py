@@ -29,6 +29,7 @@ def losses(workdir):
     return {row["step"]: row["loss"].hex() for row in metrics.read(workdir) if "loss" in row}
 
 
+@pytest.mark.slow
 def test_a_second_start_compiles_nothing_and_has_the_same_bits(tmp_path, monkeypatch, capfd):
     """Counted over the whole processes: until the first step by JAX's events, and by what came into the folder."""
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")

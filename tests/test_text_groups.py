@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -347,7 +345,7 @@ def test_captions_of_one_length_are_one_group():
     assert choose_groups(np.full(100, 77), rows=64, context=77) == []
 
 
-def test_the_command_names_groups_that_fit(tmp_path):
+def test_the_command_names_groups_that_fit(tmp_path, command):
     """The override that it prints is one that the config takes, and fits the captions that it read."""
     rng = np.random.default_rng(0)
     rows = [f"{i}.jpg,{' '.join(['cat'] * count)}" for i, count in enumerate(rng.integers(1, 20, 300))]
@@ -359,11 +357,9 @@ def test_the_command_names_groups_that_fit(tmp_path):
         "--config.data.source=table",
         f"--config.data.table={tmp_path / 'pairs.csv'}",
     ]
-    command = [sys.executable, "-m", "clip_jax.cli", "data", "lengths", *arguments, "--devices=2", "--captions=300"]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
-    print(found.stdout)
-    first, _, last = found.stdout.splitlines()
+    code, out, errors = command("data", "lengths", *arguments, "--devices=2", "--captions=300")
+    assert code == 0, errors
+    first, _, last = out.splitlines()
     assert first.startswith("300 captions of ")
     assert last.endswith(" of the text tower's operations, with 128 captions a device")
     text = re.search(r'--config.text_groups="(.*)": ', last)[1]

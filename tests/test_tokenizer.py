@@ -124,6 +124,7 @@ def test_only_newer_characters_are_classed_differently(name, disputed):
     assert _class_of_theirs(rf"\p{{{name}}}") ^ _class_of_ours(rf"\p{{{name}}}") <= disputed
 
 
+@pytest.mark.slow
 def test_every_character_is_in_the_same_piece(theirs, disputed):
     """Each character between letters, over the whole of Unicode, is cut out the way OpenAI's pattern cuts it."""
     pieces = tokenizers.pre_tokenizers.Split(tokenizers.Regex(module._PIECES), "removed", invert=True)
