@@ -130,6 +130,9 @@ def test_few_vectors_and_none_of_a_kind(tmp_path):
     assert sorted(SearchIndex(tmp_path / "index").search(clustered(1, 8), top=9)[1][0]) == [0, 1, 2]
     with pytest.raises(UserError, match="holds embeddings of images only; embed into another folder with --kinds=te"):
         build_index(str(tmp_path / "vectors"), tmp_path / "other", kind="texts")
+    write_vectors(tmp_path / "none", clustered(0, 8))
+    with pytest.raises(UserError, match="holds no images; records that were rejected: none"):
+        build_index(str(tmp_path / "none"), tmp_path / "other")
 
 
 def test_exact_neighbours_over_blocks():

@@ -156,7 +156,7 @@ def build_index(
     manifest = store.read_manifest()
     count = manifest["rows"].get(kind, 0)
     if kind in manifest["kinds"] and not count:
-        raise UserError(f"{vectors} holds no {kind}; all records were rejected: {manifest['rejected']}")
+        raise UserError(f"{vectors} holds no {kind}; records that were rejected: {manifest['rejected'] or 'none'}")
     with _appears_whole(Path(folder).expanduser()) as partial:
         began = time.monotonic()
         index, found = _build(store, kind, count, exact=count <= exact_limit, items=partial / "items.arrow")
