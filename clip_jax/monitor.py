@@ -3,6 +3,7 @@ already running while they are fetched.
 """
 
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,6 +23,7 @@ from clip_jax.metrics import MetricWriter
 from clip_jax.startup import Startup, describe_startup
 from clip_jax.utilization import StepFlops
 
+_STATM = Path("/proc/self/statm")  # in pages; the second number is what is resident
 _STEPS_WATCHED = 50
 
 _LOG = logging.getLogger(__name__)
@@ -190,7 +192,7 @@ class Monitor:
         if self._progress is not None:
             self._progress.update(step, values)
         if step % self._config.log.every == 0 or step in (self._start_step + 1, self._config.steps):
-            self.record(step, values)
+            self.record(step, values | memory_in_use(jax.local_devices()[0].memory_stats()))
             self._begin_window()
 
     def _since_last_row(self, values: Mapping[str, float]) -> dict[str, float]:
@@ -226,6 +228,21 @@ class Monitor:
                     f"captions fitted config.text_groups in {share:.0%} of {_STEPS_WATCHED} steps, and the others were "
                     "computed in the whole context; `clip-jax data lengths --config=…` says which groups would fit"
                 )
+
+
+def memory_in_use(device: Mapping[str, int] | None) -> dict[str, float]:
+    """Returns what memory is taken, as metrics, in GiB.
+
+    `memory/host_gib` is what this process has in the host's, its data workers not counted, on Linux;
+    `memory/device_peak_gib` the most that a device has had in use, where its runtime counts it, as on GPUs and TPUs.
+
+    Args:
+      device: its `memory_stats()`.
+    """
+    found = {"device_peak": (device or {}).get("peak_bytes_in_use")}
+    if _STATM.exists():
+        found["host"] = int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return {f"memory/{name}_gib": size / 2**30 for name, size in found.items() if size is not None}
 
 
 def wandb_arguments(log: LogConfig, workdir: Path) -> dict[str, Any] | None:

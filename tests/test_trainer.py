@@ -18,7 +18,7 @@ from devices import simulating
 from random_weights import random_like
 from tiny import TINY
 
-from clip_jax import metrics
+from clip_jax import metrics, monitor
 from clip_jax.config import CheckpointConfig, DataConfig, EvalConfig, MeshConfig, OptimConfig, RunConfig
 from clip_jax.data.images import Preprocess
 from clip_jax.data.loader import TrainingData, open_training_data
@@ -29,6 +29,7 @@ from clip_jax.lock import locked
 from clip_jax.models.clip import CLIP, init_variables
 from clip_jax.models.resolution import change_resolution
 from clip_jax.models.variants import ResNetConfig, TextConfig
+from clip_jax.monitor import memory_in_use
 from clip_jax.trainer import train
 
 ROOT = Path(__file__).parent.parent
@@ -152,9 +153,18 @@ def test_metrics_of_every_step(tmp_path, capsys):
     assert all(names <= set(row) for row in rows)
     timed, start = {"step_time", "samples_per_second", "data_wait", "tflops"}, "startup/compile"
     assert [set(row) & {*timed, start} for row in rows] == [{start}, *[timed] * 11]  # no speed of what was compiled
+    assert all(0.1 < row["memory/host_gib"] < 100 for row in rows)
     assert rows[0]["logit_scale"] == pytest.approx(1 / 0.07)
     assert rows[0]["loss"] == pytest.approx(np.log(16), rel=0.5)
     assert rows[2]["learning_rate"] == pytest.approx(1e-3)
+
+
+def test_memory_is_told_where_it_is_counted(monkeypatch):
+    gpu = {"peak_bytes_in_use": 3 << 29}
+    assert memory_in_use(gpu).keys() == {"memory/host_gib", "memory/device_peak_gib"}
+    monkeypatch.setattr(monitor, "_STATM", Path("/no/such/file"))  # not on Linux
+    assert memory_in_use(gpu) == {"memory/device_peak_gib": 1.5}
+    assert memory_in_use(jax.devices()[0].memory_stats()) == {}
 
 
 def test_a_finished_run_is_left_as_it_is(tmp_path):
