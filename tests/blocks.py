@@ -16,7 +16,7 @@ def compiled_gradient(depth, shape):
 
     As in a training step on CPUs.
     """
-    sizes = TextConfig(width=8, heads=1, layers=depth)
+    sizes = TextConfig(width=shape[-1], heads=1, layers=depth)
     tower = Transformer(sizes, False, BlockInit.scaled(sizes), TINY.model)
     x, rows = jnp.ones(shape), jnp.zeros((shape[0], 1), jnp.int32)
     weights = tower.init(jax.random.key(0), x, rows)
