@@ -602,7 +602,7 @@ def _metadata(config: RunConfig, data: dict[str, Any]) -> dict[str, Any]:
     """What a reader of the weights alone must know."""
     return {
         "activation": config.model.activation,
-        "preprocess": preprocess_of(config.model).to_dict(),
+        "preprocess": preprocess_of(config.model, config.data).to_dict(),
         "tokenizer": "clip",
         "data": data,
         "git_revision": _git_revision(),

@@ -81,6 +81,8 @@ class DataConfig:
       color_jitter: how far brightness, contrast, saturation and hue may change; open_clip's `color_jitter`.
       color_jitter_prob: share of the images whose colours change.
       grayscale: share of the images that lose their colours.
+      mean: of red, green and blue, on a scale of 0 to 1, which is subtracted from pixels; CLIP's.
+      std: their standard deviations, by which pixels are divided. Some of open_clip's weights want 0.5 for all six.
       on_bad: what becomes of a pair that cannot be used: `drop`, it keeps its place in the batch with weight 0 and is
         counted by reason; `fail`, the run stops.
       max_bad_share: the run stops when more than this share of its last 10,000 pairs, or of its last 50 steps' if these
@@ -119,6 +121,8 @@ class DataConfig:
     color_jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
     color_jitter_prob: float = 0.0
     grayscale: float = 0.0
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     on_bad: Literal["drop", "fail"] = "drop"
     max_bad_share: float = 0.1
     retry_s: float = 300.0
@@ -892,6 +896,7 @@ def _data_contradictions(data: DataConfig, evaluation: EvalConfig) -> Iterator[t
         f"config.data.color_jitter is {data.color_jitter}; its parts must not be negative, and the last, in turns of "
         "the hue, at most 0.5",
     )
+    yield min(data.std) <= 0, f"config.data.std is {data.std}; each part must be over 0"
     for name in ("color_jitter_prob", "grayscale", "max_bad_share"):
         value = getattr(data, name)
         yield not 0 <= value <= 1, f"config.data.{name} is {value}; it must be from 0 to 1"

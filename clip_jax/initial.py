@@ -100,10 +100,11 @@ def _check_meaning(weights: Weights, config: RunConfig) -> None:
             f"config.init_from={config.init_from!r} was trained as another model: {describe_diff(changes)} "
             "(there -> here)"
         )
-    if part != "text" and weights.preprocess != preprocess_of(config.model):
+    preprocess = preprocess_of(config.model, config.data)
+    if part != "text" and weights.preprocess != preprocess:
         raise WeightsError(
             f"config.init_from={config.init_from!r}: its model was trained with other pixels "
-            f"({weights.preprocess}) than this run would be ({preprocess_of(config.model)})"
+            f"({weights.preprocess}) than this run would be ({preprocess}); set config.data.mean and config.data.std"
         )
 
 

@@ -27,7 +27,8 @@ def check_resumable(saved: Contents, config: RunConfig, *, step: int, where: Pat
       where: the workdir, for the message.
     """
     old, new = _saved_config(saved), as_json(config)
-    if changes := model_diff(old["model"], new["model"]):
+    pixels = {key: values for key, values in diff(old["data"], new["data"]).items() if key in ("mean", "std")}
+    if changes := model_diff(old["model"], new["model"]) | pixels:
         raise UserError(
             f"{where} holds checkpoints of another model: {describe_diff(changes)} (saved -> config); "
             "use another --workdir, or the config that the run began with"

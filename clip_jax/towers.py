@@ -75,7 +75,8 @@ class Towers:
           batch: with `image`, uint8 [b, s, s, 3], `weight` [b], and perhaps `key`, as in `CLIP.encode_image`.
         """
         train = not all(jax.tree.leaves(frozen(self.config.optim, self.params)["image"]))
-        images = normalize(batch["image"], preprocess_of(self.model.config), self.model.config.dtype)
+        preprocess = preprocess_of(self.config.model, self.config.data)
+        images = normalize(batch["image"], preprocess, self.config.model.dtype)
         with self._on_the_mesh():
             return image_features_train(
                 self.model,

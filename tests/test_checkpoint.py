@@ -13,6 +13,7 @@ from tiny import TINY
 
 from clip_jax.checkpoint import Checkpoints, read_run
 from clip_jax.config import CheckpointConfig, MeshConfig, as_json
+from clip_jax.data.images import Preprocess
 from clip_jax.models.clip import CLIP
 from clip_jax.models.variants import ResNetConfig
 from clip_jax.optim import make_optimizer
@@ -49,6 +50,13 @@ def test_any_mesh_restores_the_same_bits(tmp_path, mesh):
     assert_same_bits(state, restored)
     assert restored.params["text"]["projection"]["kernel"].sharding.mesh.shape["fsdp"] == mesh.fsdp
     reader.close()
+
+
+def test_a_reader_of_the_weights_knows_their_pixels(tmp_path):
+    run = dataclasses.replace(TINY, data=dataclasses.replace(TINY.data, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4)))
+    with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
+        checkpoints.save(1, state_on(MeshConfig()), position=0, config=run, data={}, now=True)
+    assert read_run(tmp_path)[2] == Preprocess(16, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
 
 
 def test_the_state_may_be_donated_while_it_is_written(checkpoints):

@@ -18,6 +18,7 @@ from tiny import TINY
 
 from clip_jax import cli
 from clip_jax.config import EvalConfig
+from clip_jax.data.images import Preprocess
 from clip_jax.data.labelled import ClassFolders, open_labelled
 from clip_jax.data.tfds_source import TfdsSource
 from clip_jax.errors import UserError
@@ -30,7 +31,9 @@ from clip_jax.evals.published import PUBLISHED, published
 from clip_jax.evals.results import check, parse_target, write_table
 from clip_jax.evals.tasks import evaluate
 from clip_jax.evals.zero_shot import class_weights
+from clip_jax.interop.weights import Weights
 from clip_jax.partition import make_mesh, replicated
+from clip_jax.pretrained import Pretrained
 
 SCANS = 37  # divided by no batch, and by no number of devices
 
@@ -151,20 +154,26 @@ def test_templates_beside_shards_are_taken(evaluator, job, shards):
     assert own.details["templates"] == ["a photo of a {}."]
 
 
-def test_training_knows_imagenet_as_the_command_does(evaluator, model, folders, tmp_path, monkeypatch):
-    """By the dataset's name alone: class names, templates, and what the figure is called."""
+def test_training_knows_imagenet_as_the_command_does(model, folders, tmp_path, monkeypatch):
+    """By the dataset's name alone: class names, templates, and what the figure is called. Pixels are the run's."""
     names = [f"thing number {label}" for label in range(10)]
     wordings = [lambda name: f"a scan of a {name}.", lambda name: f"the {name}"]
     tables = SimpleNamespace(IMAGENET_CLASSNAMES=names, OPENAI_IMAGENET_TEMPLATES=wordings)
     monkeypatch.setattr(prompts, "_open_clip_tables", lambda: tables)
     shutil.copytree(folders, tmp_path / "imagenet_v2")
+    data = dataclasses.replace(TINY.data, mean=(0.9, 0.9, 0.9), std=(0.1, 0.1, 0.1))
     config = dataclasses.replace(
-        TINY, model=model.config, eval=EvalConfig(dataset=f"{tmp_path}/imagenet_v2/", every=1, batch=16)
+        TINY, model=model.config, data=data, eval=EvalConfig(dataset=f"{tmp_path}/imagenet_v2/", every=1, batch=16)
     )
+    preprocess = Preprocess(model.config.vision.image_size, data.mean, data.std)
+    such = Pretrained(Weights(model.config, model.variables, preprocess))
+    evaluator = Evaluator(such, "such", batch=16)
     mesh = make_mesh(config.mesh)
     evaluation = Evaluation(config, model.model, mesh=mesh)
     found = evaluation.run(jax.device_put(model.variables, replicated(mesh)))
     expected = evaluate(evaluator, EvalJob(config.eval.dataset))
+    first = such.preprocess([ClassFolders(tmp_path / "imagenet_v2")[0].image])
+    np.testing.assert_allclose(found.images.features[:1], such.encode_image(first, normalize=True), atol=1e-5)
     assert evaluation.templates == {"open_clip": ("a scan of a {}.", "the {}")}
     assert list(evaluation.templates["open_clip"]) == expected.details["templates"]
     assert list(found.results[0].classes) == expected.details["classes"] == names

@@ -43,8 +43,8 @@ def changed(model: ModelConfig = MODEL, *, vision=None, text=None, **values) -> 
 def written(tmp_path):
     """Writes random weights of a model; returns them by path, and the folder."""
 
-    def write(model: ModelConfig = MODEL):
-        pixels = Preprocess(size=model.vision.image_size)
+    def write(model: ModelConfig = MODEL, **statistics):
+        pixels = Preprocess(model.vision.image_size, **statistics)
         variables = random_like(shapes_of(model), dtype=np.float32)
         folder = tmp_path / "trained"
         folder.mkdir()
@@ -74,6 +74,15 @@ def test_whole_weights_are_taken_whole(written):
     assert initial.report()[0] == f"starting from {folder}"
     assert initial.report()[1].startswith(f"  taken: {len(weights)} arrays of {total:,} numbers (image/class_token, ")
     assert len(initial.report()) == 2
+
+
+def test_weights_of_other_pixels_are_taken_by_a_run_of_such(written):
+    weights, folder = written(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    with pytest.raises(UserError, match=r"with other pixels .* set config.data.mean and config.data.std"):
+        read(folder)
+    assert read(folder, init_part="text").left
+    data = dataclasses.replace(TINY.data, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    assert_equal(read(folder, data=data).arrays, weights)
 
 
 @pytest.mark.parametrize("part", ["image", "text"])

@@ -25,6 +25,10 @@ def test_another_model_is_refused_by_name():
     deeper = dataclasses.replace(TINY.model, text=dataclasses.replace(TINY.model.text, layers=2))
     with pytest.raises(UserError, match=r"^w holds checkpoints of another model: text.layers 1 -> 2 \(saved"):
         lines(model=deeper)
+    with pytest.raises(
+        UserError, match=r"^w holds checkpoints of another model: std \[.*\] -> \[0.5, 0.5, 0.5\] \(saved"
+    ):
+        lines(data=dataclasses.replace(TINY.data, std=(0.5, 0.5, 0.5)))
     lines(model=dataclasses.replace(TINY.model, dtype="bfloat16", init="scaled"))
 
 

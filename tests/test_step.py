@@ -18,13 +18,14 @@ from tiny import TINY
 
 from clip_jax.config import LossConfig, MeshConfig, OptimConfig
 from clip_jax.hlo import collectives
-from clip_jax.models.clip import CLIP
+from clip_jax.models.clip import CLIP, image_features
 from clip_jax.models.variants import ResNetConfig
 from clip_jax.optim import make_optimizer
 from clip_jax.partition import make_mesh, place_rows
 from clip_jax.rules import leaf_paths
 from clip_jax.state import abstract_state, create_state
 from clip_jax.step import make_train_step
+from clip_jax.towers import Towers
 
 ROOT = Path(__file__).parent.parent
 
@@ -186,6 +187,17 @@ def test_weight_zero_pairs_do_not_count():
     assert float(one["pairs"]) == 28
     for name in one:
         np.testing.assert_allclose(one[name], two[name], rtol=1e-6, err_msg=name)
+
+
+def test_pixels_are_normalised_as_the_data_say():
+    run = dataclasses.replace(TINY, data=dataclasses.replace(TINY.data, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4)))
+    mesh, state, _ = setup(TINY, 1)
+    [batch] = synthetic(TINY, 1)
+    towers = Towers(CLIP(run.model), run, state.params, {}, mesh)
+    found, _ = towers.image(state.params["image"], place_rows(batch, mesh))
+    pixels = (batch["image"] / 255 - np.array(run.data.mean)) / np.array(run.data.std)
+    expected = image_features(CLIP(run.model), state.variables, jnp.float32(pixels))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_the_state_is_donated():

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from clip_jax.config import DataConfig
 from clip_jax.errors import UserError, one_line
 from clip_jax.models.variants import ModelConfig
 from clip_jax.typed import convert
@@ -75,8 +76,8 @@ class Preprocess:
     """
 
     size: int = 224
-    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    mean: tuple[float, float, float] = DataConfig.mean
+    std: tuple[float, float, float] = DataConfig.std
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as JSON holds them."""
@@ -109,9 +110,10 @@ class Preprocess:
         )
 
 
-def preprocess_of(model: ModelConfig) -> Preprocess:
-    """Returns the preprocessing of a model that is trained here: CLIP's, at the model's size."""
-    return Preprocess(size=model.vision.image_size)
+def preprocess_of(model: ModelConfig, data: DataConfig | None = None) -> Preprocess:
+    """Returns the preprocessing at a model's size: CLIP's, or that of the data it is trained on."""
+    data = data or DataConfig()
+    return Preprocess(model.vision.image_size, data.mean, data.std)
 
 
 def decode(encoded: bytes) -> np.ndarray:

@@ -228,7 +228,7 @@ def transform_of(config: RunConfig) -> TrainTransform:
     from clip_jax.data.tokenizer import Tokenizer  # synthetic data needs no tokenizer installed
 
     return TrainTransform(
-        preprocess_of(config.model),
+        preprocess_of(config.model, config.data),
         Tokenizer(),
         context=config.model.text.context,
         augment=augment_of(config.data),
@@ -239,7 +239,7 @@ def fixed_transform_of(config: RunConfig) -> FixedTransform:
     """Returns what is made of a record where nothing shall be random."""
     from clip_jax.data.tokenizer import Tokenizer  # as above
 
-    return FixedTransform(preprocess_of(config.model), Tokenizer(), context=config.model.text.context)
+    return FixedTransform(preprocess_of(config.model, config.data), Tokenizer(), context=config.model.text.context)
 
 
 def augment_of(data: DataConfig) -> Augment:

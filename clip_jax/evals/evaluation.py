@@ -71,9 +71,10 @@ class Evaluation:
         )
         self.templates = {name: templates(name, dataset=job.called) for name in evaluation.template_sets}
         self._mesh = mesh
-        self._transform = EvalTransform(preprocess_of(config.model))
+        preprocess = preprocess_of(config.model, config.data)
+        self._transform = EvalTransform(preprocess)
         self._source, self._classes = open_classes(job)
-        self._embedder = Embedder(model, Tokenizer(), mesh=mesh, batch=evaluation.batch)
+        self._embedder = Embedder(model, Tokenizer(), mesh=mesh, batch=evaluation.batch, preprocess=preprocess)
 
     @classmethod
     def open(cls, config: RunConfig, model: CLIP, *, mesh: Mesh) -> "Evaluation | None":

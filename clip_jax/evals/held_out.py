@@ -101,8 +101,8 @@ class HeldOut:
 
     def _features(self, variables: Variables, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Returns a part's images and texts, and which pairs count."""
-        config = self._model.config
-        images = normalize(batch["image"], preprocess_of(config), config.dtype)
+        config = self._config
+        images = normalize(batch["image"], preprocess_of(config.model, config.data), config.model.dtype)
         with jax.sharding.use_abstract_mesh(self._mesh.abstract_mesh):
             output = forward(self._model, variables, images, batch["tokens"])
         return output.image, output.text, batch["weight"]
