@@ -144,10 +144,15 @@ def test_a_run_leaves_what_a_person_looks_at(digits_dir, tmp_path, capsys):
     assert "chance 2.77" in shown
 
 
-def test_metrics_of_every_step(tmp_path, capsys):
-    train(dataclasses.replace(SYNTHETIC, eval=EvalConfig(every=4)), tmp_path)
-    assert "; nothing is evaluated: config.eval.dataset and held_out are empty; 12 steps" in capsys.readouterr().out
-    rows = metrics.read(tmp_path)
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The workdir of a run, and its last state."""
+    workdir = tmp_path_factory.mktemp("finished")
+    return workdir, train(SYNTHETIC, workdir)
+
+
+def test_metrics_of_every_step(finished):
+    rows = metrics.read(finished[0])
     assert [row["step"] for row in rows] == list(range(1, 13))
     names = {"loss", "accuracy", "logit_scale", "learning_rate", "gradient_norm", "pairs"}
     assert all(names <= set(row) for row in rows)
@@ -167,31 +172,24 @@ def test_memory_is_told_where_it_is_counted(monkeypatch):
     assert memory_in_use(jax.devices()[0].memory_stats()) == {}
 
 
-def test_a_finished_run_is_left_as_it_is(tmp_path):
-    first = train(SYNTHETIC, tmp_path)
-    before = snapshot(tmp_path / "checkpoints")
-    again = train(SYNTHETIC, tmp_path)
-    assert snapshot(tmp_path / "checkpoints") == before
-    assert int(first.step) == int(again.step) == 12
+def test_a_finished_run_is_left_as_it_is(finished, tmp_path, capsys):
+    workdir = shutil.copytree(finished[0], tmp_path / "run")
+    before = snapshot(workdir / "checkpoints")
+    again = train(dataclasses.replace(SYNTHETIC, eval=EvalConfig(every=4)), workdir)
+    assert snapshot(workdir / "checkpoints") == before
+    assert int(finished[1].step) == int(again.step) == 12
+    assert "; nothing is evaluated: config.eval.dataset and held_out are empty; 12 steps" in capsys.readouterr().out
 
 
-def test_what_changed_since_the_checkpoint_is_said(tmp_path, capsys):
-    with pytest.raises(ConnectionError):
-        train(SYNTHETIC, tmp_path, data=interrupted(open_training_data(SYNTHETIC), after=8))
-    capsys.readouterr()
-    train(dataclasses.replace(SYNTHETIC, optim=dataclasses.replace(SYNTHETIC.optim, lr=2e-3)), tmp_path)
-    assert "resuming at step 5; changed since: optim.lr 0.001 -> 0.002" in capsys.readouterr().out
-
-
-def test_a_run_with_a_damaged_checkpoint_goes_on_from_the_one_before(tmp_path, caplog):
-    straight = train(SYNTHETIC, tmp_path / "straight")
+def test_a_run_with_a_damaged_checkpoint_goes_on_from_the_one_before(finished, tmp_path, caplog):
     with pytest.raises(ConnectionError):
         train(SYNTHETIC, tmp_path / "broken", data=interrupted(open_training_data(SYNTHETIC), after=11))
     position = tmp_path / "broken" / "checkpoints" / "10" / "data" / "metadata"
     position.write_text(position.read_text().replace("160", "161"))
     resumed = train(SYNTHETIC, tmp_path / "broken")
     assert "checkpoints/10 has changed in data; an older one is taken; it is damaged-10 now" in caplog.text
-    assert series(tmp_path / "straight") == series(tmp_path / "broken")
+    workdir, straight = finished
+    assert series(workdir) == series(tmp_path / "broken")
     for a, b in zip(jax.tree.leaves(straight), jax.tree.leaves(resumed), strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
@@ -204,17 +202,17 @@ def test_a_workdir_in_use_is_refused_and_kept(tmp_path):
         assert snapshot(tmp_path) == before
 
 
-def test_a_checkpoint_of_another_model_is_refused_and_kept(tmp_path):
-    train(SYNTHETIC, tmp_path)
-    unfinished = tmp_path / "checkpoints" / "13.orbax-checkpoint-tmp"
+def test_a_checkpoint_of_another_model_is_refused_and_kept(finished, tmp_path):
+    workdir = shutil.copytree(finished[0], tmp_path / "run")
+    unfinished = workdir / "checkpoints" / "13.orbax-checkpoint-tmp"
     unfinished.mkdir()
     (unfinished / "part").write_text("of a save that was killed")
-    before = snapshot(tmp_path)
+    before = snapshot(workdir)
     wider = dataclasses.replace(SYNTHETIC.model, embed_dim=24)
     with pytest.raises(UserError, match=r"holds checkpoints of another model: embed_dim 16 -> 24 \(saved"):
-        train(dataclasses.replace(SYNTHETIC, model=wider), tmp_path)
+        train(dataclasses.replace(SYNTHETIC, model=wider), workdir)
     time.sleep(0.5)  # Orbax would remove it in the background
-    assert snapshot(tmp_path) == before
+    assert snapshot(workdir) == before
 
 
 @pytest.mark.parametrize(
@@ -298,8 +296,11 @@ sys.exit("tensorflow" in sys.modules or "torch" in sys.modules)
     assert result.returncode == 0, result.stderr
 
 
-def test_a_run_starts_from_trained_weights_of_another_resolution(tmp_path):
-    """With a rate of nearly 0 the run ends with what it started from; when it is resumed, nothing is read again."""
+def test_a_run_starts_from_trained_weights_of_another_resolution(tmp_path, capsys):
+    """With a rate of nearly 0 the run ends with what it started from; when it is resumed, nothing is read again.
+
+    What has changed since is said.
+    """
     model, vision = TINY.model, TINY.model.vision
     shapes = jax.eval_shape(lambda: init_variables(CLIP(model), jax.random.key(0)))
     weights = Weights(model, random_like(shapes, dtype=np.float32), Preprocess(size=vision.image_size))
@@ -323,6 +324,7 @@ def test_a_run_starts_from_trained_weights_of_another_resolution(tmp_path):
     shutil.rmtree(source)
     resumed = train(dataclasses.replace(config, samples=16 * 3), tmp_path / "run")
     assert int(resumed.step) == 3
+    assert "resuming at step 2; changed since: samples 32 -> 48" in capsys.readouterr().out
 
 
 def test_starting_from_a_model_of_other_pixels_is_refused(tmp_path):
