@@ -38,6 +38,8 @@ TRANSFORM = TrainTransform(
 class Numbers:
     """A source whose records are almost free; the image holds the record's number."""
 
+    fingerprint, state = {}, None
+
     def __init__(self, size):
         self.size = size
 
