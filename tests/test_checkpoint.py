@@ -237,6 +237,7 @@ def test_what_a_resnet_gives_is_averaged_whole(averaging, tmp_path):
     assert_same_bits(read_run(tmp_path)[1], state.inference_variables)
 
 
+@pytest.mark.slow
 def test_an_average_without_statistics_is_not_taken_and_goes_on_with_the_trained_ones(averaging, tmp_path, caplog):
     run, state = averaging
     older = state.replace(ema=state.ema["params"])

@@ -80,6 +80,7 @@ def test_samples_keep_their_device():
     assert " collective-permute(" not in text
 
 
+@pytest.mark.slow
 def test_the_memory_is_a_micro_batchs():
     """32,768 pairs through a tiny tower on one device, by XLA's account: 1.1 x the micro-batch's, and 0.5 GB."""
     steps = compiled(32_768, micro_batch=256), compiled(256), compiled(32_768)

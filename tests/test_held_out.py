@@ -88,7 +88,8 @@ def test_the_pairs_are_the_same_in_every_run_and_process(digits_dir, monkeypatch
     assert choose(20, 50) == list(range(20))
 
 
-@pytest.mark.parametrize("decay", [0.0, pytest.param(0.9, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("decay", [0.0, 0.9])
 def test_training_has_the_bits_that_it_has_without(tmp_path, decay):
     """And the moving average is what is measured; a run that goes on after an end measures the same pairs."""
     run = dataclasses.replace(RUN, optim=dataclasses.replace(RUN.optim, ema_decay=decay))

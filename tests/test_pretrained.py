@@ -116,8 +116,8 @@ def test_expecting_another_activation_is_refused(loaded):
 @pytest.mark.parametrize(
     "vision",
     [
-        pytest.param(TINY.model.vision, marks=pytest.mark.slow, id="vit"),
-        pytest.param(ResNetConfig(image_size=32, width=8, heads=4, layers=(1, 1, 1, 1)), id="resnet"),
+        pytest.param(TINY.model.vision, id="vit"),
+        pytest.param(ResNetConfig(32, 8, 4, (1, 1, 1, 1)), id="resnet", marks=pytest.mark.slow),
     ],
 )
 def test_a_runs_newest_whole_checkpoint_is_loaded(vision, tmp_path):

@@ -177,18 +177,9 @@ def test_the_predicted_time_is_that_of_the_operations_and_of_the_links():
 SMALL_RESNET = ResNetConfig(image_size=32, width=16, heads=4, layers=(1, 2, 1, 1))
 
 
-@pytest.mark.parametrize(
-    ("vision", "remat"),
-    [
-        ("vit", "block"),
-        *(
-            pytest.param(vision, remat, marks=pytest.mark.slow)
-            for vision in ("vit", "resnet")
-            for remat in ("dots", "block", "full")
-            if (vision, remat) != ("vit", "block")
-        ),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("vision", ["vit", "resnet"])
+@pytest.mark.parametrize("remat", ["dots", "block", "full"])
 def test_recomputed_operations_are_those_in_the_program(vision, remat):
     """The difference that a policy makes to XLA's count of the step before it is optimised."""
     text = dataclasses.replace(TINY.model.text, width=64, layers=3)
@@ -207,6 +198,7 @@ def test_recomputed_operations_are_those_in_the_program(vision, remat):
     assert abs(counted - expected) <= 0.12 * forward  # XLA counts norms and activations too
 
 
+@pytest.mark.slow
 def test_the_state_of_a_chip_is_that_of_the_plan():
     topology = parse_topology("cpu:8")
     for mesh in (MeshConfig(fsdp=4), MeshConfig(zero1=True)):

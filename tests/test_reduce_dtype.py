@@ -90,8 +90,9 @@ def test_every_kernels_gradient_is_summed_so(vision, groups):
     assert asked == {"f32": image + text * (2 if groups else 1)}  # both layouts of captions are in the program
 
 
-@pytest.mark.parametrize("micro_batch", [0, pytest.param(64, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("run", [TINY, pytest.param(resnet(8), marks=pytest.mark.slow)], ids=["vit", "resnet"])
+@pytest.mark.slow
+@pytest.mark.parametrize("micro_batch", [0, 64])
+@pytest.mark.parametrize("run", [TINY, resnet(8)], ids=["vit", "resnet"])
 def test_training_is_alike_on_every_mesh_in_f64(run, micro_batch):
     model = dataclasses.replace(run.model, reduce_dtype="float32")
     run = dataclasses.replace(run, model=model, batch=128, samples=128 * 20, micro_batch=micro_batch)

@@ -280,6 +280,7 @@ def test_synthetic_training_needs_few_packages(tmp_path):
     assert series(tmp_path)
 
 
+@pytest.mark.slow
 def test_training_never_imports_tensorflow(digits_dir, tmp_path):
     code = f"""
 import sys
@@ -296,6 +297,7 @@ sys.exit("tensorflow" in sys.modules or "torch" in sys.modules)
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_trained_weights_of_another_resolution(tmp_path, capsys):
     """With a rate of nearly 0 the run ends with what it started from; when it is resumed, nothing is read again.
 

@@ -34,7 +34,7 @@ WAYS = {
     "micro-batches": (1, {"micro_batch": 16}),
     "8 devices, micro-batches": (8, {"mesh": EIGHT, "micro_batch": 32}),
 }
-FAST = {("resnet", "8 devices")}
+FAST = {("vit", "8 devices")}
 CASES = [
     pytest.param(run, way, id=f"{run}, {way}", marks=[] if (run, way) in FAST else pytest.mark.slow)
     for run in RUNS
