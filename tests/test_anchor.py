@@ -70,6 +70,7 @@ def test_from_equal_weights_eight_steps_are_equal(short):
     assert np.ptp(ours.losses) > 0.1
 
 
+@pytest.mark.slow
 def test_both_decay_the_same_parameters(short):
     model = open_clip_model(short)
     shapes = jax.eval_shape(lambda: init_variables(CLIP(short.model), jax.random.key(0)))["params"]

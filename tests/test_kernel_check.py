@@ -20,6 +20,7 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(activation_kernel, "quick_gelu", lambda *given: activate(*given, True))
 
 
+@pytest.mark.slow
 def test_all_kernels_are_checked_where_they_can_be_used(interpreted):
     checks = check_kernels()
     assert [each.key for each in checks] == ["attention"] * 4 + ["mlp"]

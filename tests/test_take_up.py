@@ -100,7 +100,8 @@ def test_what_is_no_block_takes_up_nothing():
     assert take_up(tower) == tower
 
 
-@pytest.mark.parametrize("scan_layers", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("scan_layers", [False, True])
 def test_a_step_for_gpus_has_the_gradients_of_others(monkeypatch, scan_layers):
     """In float64, on 8 devices with split parameters and in groups."""
     text = dataclasses.replace(TINY.model.text, layers=3)

@@ -125,6 +125,7 @@ def test_a_killed_process_resumes_bit_for_bit(digits_dir, tmp_path):
     assert {step: loss.hex() for step, loss in found.items()} == {s: x.hex() for s, x in expected.items()}
 
 
+@pytest.mark.slow
 def test_a_run_leaves_what_a_person_looks_at(digits_dir, tmp_path, capsys):
     config = on_digits(digits_dir)
     train(config, tmp_path)
