@@ -121,8 +121,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Returns the numbers of the folder's directories, largest first, whole or not; writes nothing."""
-        names = [path.name for path in self._folder.glob("*") if path.is_dir()]
-        return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+        return steps_in(self._folder)
 
     def latest(self) -> int | None:
         """Returns the newest checkpoint's step whose parts are all there, or None; reads no arrays, writes nothing."""
@@ -441,6 +440,12 @@ class _Manager(ocp.CheckpointManager):
 
     def reached_preemption(self, step: int) -> bool:
         return False
+
+
+def steps_in(folder: Path) -> list[int]:
+    """Returns the numbers that are names of a folder's directories, largest first; whole checkpoints or not."""
+    names = [path.name for path in folder.glob("*") if path.is_dir()]
+    return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
 
 
 def read_run(workdir: Path) -> tuple[ModelConfig, Variables, Preprocess]:

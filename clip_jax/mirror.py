@@ -1,19 +1,23 @@
 """A copy of a run's folder in an object store, made while the run trains, from which a machine without it goes on.
 
 A checkpoint there is whole: the list of its files, with their sizes, is written after them and removed before them, and
-without its list it does not count. Whether its bits are what was trained is judged by its checksums when it is read, as
-for any other (`clip_jax.checkpoint`).
+without its list it does not count. The list tells it from another of the same step, as a run that went back writes.
+Whether its bits are what was trained is judged by its checksums when it is read, as for any other
+(`clip_jax.checkpoint`).
 """
 
+import hashlib
 import json
 import logging
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from clip_jax import lock
+from clip_jax.checkpoint import steps_in
 from clip_jax.data.storage import file_system
 from clip_jax.distributed import any_process
 from clip_jax.errors import RestartError, UserError, one_line
@@ -42,6 +46,7 @@ class Mirror:
         self._url = f"{url.rstrip('/')}/{self._workdir.name}"
         self._local = self._workdir / "checkpoints"
         self._sent: dict[str, tuple[int, int]] = {}
+        self._lists: dict[int, dict[str, Any]] = {}
         self._failure = ""
         self._wanted = bool(url)
         self._active = self._wanted and jax.process_index() == 0
@@ -89,7 +94,7 @@ class Mirror:
             except (UserError, RestartError) as refused:
                 error = refused
             except Exception as raised:  # of any kind: it went through a store's package
-                kind = RestartError if _steps(self._local) else UserError
+                kind = RestartError if steps_in(self._local) else UserError
                 error = kind(f"{_KEY}={self._url} cannot be used: {one_line(raised)}")
         if self._wanted and any_process(error is not None):
             raise error or RestartError(f"{_KEY}={self._url} cannot be used; process 0 says why")
@@ -101,8 +106,8 @@ class Mirror:
             self._thread.submit(self._copy)
 
     def _fetch(self) -> list[int]:
-        here, there = _steps(self._local), self._steps()
-        brought = [step for step in sorted(there - here) if self._bring(step)]
+        here = steps_in(self._local)
+        brought = [step for step in sorted(self._steps() - {*here}) if self._bring(step)]
         if brought and brought[-1] > max(here, default=-1):
             self._bring_others()
         return brought
@@ -110,10 +115,10 @@ class Mirror:
     def _bring(self, step: int) -> bool:
         """Brings a checkpoint, or says that it has changed there."""
         source, target = self._there(step), self._local / f"{step}{_UNFINISHED}"
-        sizes, present = json.loads(self._system.cat_file(f"{source}/{_LIST}")), set(self._system.find(source))
+        listed, present = self._listed(step), set(self._system.find(source))
         shutil.rmtree(target, ignore_errors=True)
-        self._get([(f"{source}/{name}", target / name) for name in sizes if f"{source}/{name}" in present])
-        if _sizes(target) == sizes:
+        self._get([(f"{source}/{name}", target / name) for name in listed["bytes"] if f"{source}/{name}" in present])
+        if _list_of(target) == listed:
             target.rename(self._local / str(step))
             return True
         shutil.rmtree(target, ignore_errors=True)
@@ -133,11 +138,13 @@ class Mirror:
 
     def _copy(self) -> None:
         try:
-            here, there = _steps(self._local), self._steps()
-            for step in sorted(here - there):
-                self._send(step)
-            for step in sorted(there - here):
+            here = {step: _list_of(self._local / str(step)) for step in steps_in(self._local)}
+            there = self._steps()
+            others = {step for step in there if self._listed(step) != here.get(step)}
+            for step in sorted(others):
                 self._remove(step)
+            for step in sorted(here.keys() - (there - others)):
+                self._send(step, here[step])
             self._send_others()
             self._failure = ""
         except Exception as error:  # of any kind: it went through a store's package
@@ -149,19 +156,20 @@ class Mirror:
                 self._failure,
             )
 
-    def _send(self, step: int) -> None:
+    def _send(self, step: int, listed: dict[str, Any]) -> None:
         """Copies a checkpoint, unless Orbax removes it meanwhile."""
-        source, target = self._local / str(step), self._there(step)
-        sizes = _sizes(source)
+        source, target, names = self._local / str(step), self._there(step), listed["bytes"]
         try:
-            self._system.put([str(source / name) for name in sizes], [f"{target}/{name}" for name in sizes])
+            self._system.put([str(source / name) for name in names], [f"{target}/{name}" for name in names])
         except FileNotFoundError:
             if source.exists():
                 raise
-        if sizes and _sizes(source) == sizes:
-            self._system.pipe_file(f"{target}/{_LIST}", json.dumps(sizes).encode())
+        if names and _list_of(source) == listed:
+            self._system.pipe_file(f"{target}/{_LIST}", json.dumps(listed).encode())
+            self._lists[step] = listed
 
     def _remove(self, step: int) -> None:
+        self._lists.pop(step, None)
         self._system.rm_file(f"{self._there(step)}/{_LIST}")
         self._system.rm(self._there(step), recursive=True)
 
@@ -180,15 +188,20 @@ class Mirror:
         found = self._system.glob(f"{self._root}/checkpoints/*/{_LIST}")
         return {int(path.split("/")[-2]) for path in found}
 
+    def _listed(self, step: int) -> dict[str, Any]:
+        """Returns the list of a checkpoint there; it is asked for once."""
+        if step not in self._lists:
+            self._lists[step] = json.loads(self._system.cat_file(f"{self._there(step)}/{_LIST}"))
+        return self._lists[step]
+
     def _there(self, step: int) -> str:
         return f"{self._root}/checkpoints/{step}"
 
 
-def _steps(folder: Path) -> set[int]:
-    return {int(path.name) for path in folder.glob("*") if path.name.isdecimal()}
-
-
-def _sizes(folder: Path) -> dict[str, int]:
-    """Returns the bytes of all files in a folder and below it."""
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+def _list_of(folder: Path) -> dict[str, Any]:
+    """Returns what tells a checkpoint from others: a digest of its record, and so of all checksums; files' bytes."""
+    record, files = folder / "record" / "metadata", (path for path in folder.rglob("*") if path.is_file())
+    return {
+        "record": hashlib.sha256(record.read_bytes()).hexdigest() if record.exists() else "",
+        "bytes": {path.relative_to(folder).as_posix(): path.stat().st_size for path in files},
+    }

@@ -126,6 +126,18 @@ def test_what_a_run_went_back_over_is_not_in_the_copy(tmp_path, url):
         assert mirror.fetch() == [f"brought from {url}/run: checkpoints 1"]
 
 
+def test_another_checkpoint_of_the_same_step_takes_the_place_of_the_first(tmp_path, url):
+    """A run that went back comes to a step again, and the copy may not have been made meanwhile."""
+    workdir = trained(tmp_path / "run", url, steps=(1, 2))
+    shutil.rmtree(workdir / "checkpoints" / "2")
+    with Mirror(url, workdir), Checkpoints(workdir, CheckpointConfig()) as checkpoints:
+        save(checkpoints, 2, STATES[3])
+    shutil.rmtree(workdir)
+    with Mirror(url, workdir) as mirror:
+        mirror.fetch()
+    assert_same_bits(Checkpoints(workdir, CheckpointConfig()).restore(2, target_of(STATES[3])).state, STATES[3])
+
+
 def refusing(*_, **__):
     raise OSError("no quota")
 
