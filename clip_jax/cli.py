@@ -15,6 +15,8 @@ from clip_jax.command_line import one_line_errors, take_overrides
 from clip_jax.data.storage import local_path
 from clip_jax.errors import UserError, did_you_mean
 
+_MODEL = "a file, a folder, a run's workdir, a URL of one of these, a model's name or hf-hub:owner/name"
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs one subcommand. A user's mistake is one line on stderr and exit code 2; a plan that does not fit,
@@ -95,11 +97,11 @@ def _parser() -> argparse.ArgumentParser:
     lengths.set_defaults(run=_data_lengths)
 
     load = commands.add_parser("inspect", help="read weights in any layout and say what they are")
-    load.add_argument("source", help="a file, a folder, a run's workdir, a model's name or hf-hub:owner/name")
+    load.add_argument("source", help=_MODEL)
     load.set_defaults(run=_inspect)
 
     export = commands.add_parser("export", help="write a model in another project's layout, and prove it equal")
-    export.add_argument("source", help="a file, a folder, a run's workdir, a model's name or hf-hub:owner/name")
+    export.add_argument("source", help=_MODEL)
     _add_path(export, "folder", help="where to; must not exist")
     export.add_argument("--layout", required=True, help="openai, open_clip, hugging_face or stablehlo")
     export.add_argument("--classes", type=Path, help="stablehlo: a text file of class names, one a line")
@@ -186,7 +188,7 @@ def _add_path(parser: argparse.ArgumentParser, name: str, **options: Any) -> Non
 def _add_eval(commands: Any) -> None:
     """Adds what measures a trained model."""
     evaluate = commands.add_parser("eval", help="measure a model: zero-shot, retrieval, linear probe, limits")
-    evaluate.add_argument("model", help="a file, a folder, a run's workdir, a model's name or hf-hub:owner/name")
+    evaluate.add_argument("model", help=_MODEL)
     evaluate.add_argument(
         "--dataset", default="", help="a TFDS name, a folder or tar shards such as '/data/{0..9}.tar'"
     )
@@ -218,13 +220,12 @@ def _add_eval(commands: Any) -> None:
 
 def _add_search(commands: Any) -> None:
     """Adds what uses a trained model: classify, embed, index, search, serve."""
-    model_help = "a file, a folder, a run's workdir, a model's name or hf-hub:owner/name"
-    default_help = f"{model_help} (default: the one that the index was made with)"
+    default_help = f"{_MODEL} (default: the one that the index was made with)"
 
     classify = commands.add_parser("classify", help="say which of some labels fits a picture")
     classify.add_argument("images", nargs="+", metavar="image", help="files")
     classify.add_argument("--labels", nargs="+", required=True, help='texts, such as "a cat" "a dog"')
-    classify.add_argument("--model", required=True, help=model_help)
+    classify.add_argument("--model", required=True, help=_MODEL)
     classify.add_argument("--prompts", help="template set that the labels are put into (default: labels as written)")
     _add_path(classify, "--plot", help="PNG to draw")
     classify.set_defaults(run=_classify)
@@ -232,7 +233,7 @@ def _add_search(commands: Any) -> None:
     embed = commands.add_parser("embed", help="embed images and captions into Parquet; go on where it was stopped")
     embed.add_argument("data", help="a folder, a table, tar shards such as '/data/{000..999}.tar', or source=…,key=…")
     embed.add_argument("folder", help="where to; may be remote")
-    embed.add_argument("--model", required=True, help=model_help)
+    embed.add_argument("--model", required=True, help=_MODEL)
     embed.add_argument("--kinds", default="images", help="images, texts, or images,texts (default: images)")
     embed.add_argument("--dtype", default="float16", choices=("float16", "float32"), help="of what is stored")
     embed.add_argument("--shard", type=int, help="records of a Parquet file (default: 8192)")

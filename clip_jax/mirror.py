@@ -18,13 +18,15 @@ import jax
 
 from clip_jax import lock
 from clip_jax.checkpoint import steps_in
-from clip_jax.data.storage import file_system
+from clip_jax.data.storage import bring, file_system, find
 from clip_jax.distributed import any_process
 from clip_jax.errors import RestartError, UserError, one_line
 from clip_jax.preemption import PreemptedError
 
+LIST = "files.json"
+"""Says in a copied checkpoint's folder that it is whole, and of what."""
+
 _KEY = "config.checkpoint.mirror"
-_LIST = "files.json"
 _UNFINISHED = ".mirror.orbax-checkpoint-tmp"  # an ending that is swept away with Orbax's own
 _LOG = logging.getLogger(__name__)
 
@@ -115,9 +117,9 @@ class Mirror:
     def _bring(self, step: int) -> bool:
         """Brings a checkpoint, or says that it has changed there."""
         source, target = self._there(step), self._local / f"{step}{_UNFINISHED}"
-        listed, present = self._listed(step), set(self._system.find(source))
+        listed, present = self._listed(step), find(self._system, source)
         shutil.rmtree(target, ignore_errors=True)
-        self._get([(f"{source}/{name}", target / name) for name in listed["bytes"] if f"{source}/{name}" in present])
+        bring(self._system, {f"{source}/{name}": target / name for name in listed["bytes"] if name in present})
         if _list_of(target) == listed:
             target.rename(self._local / str(step))
             return True
@@ -126,15 +128,8 @@ class Mirror:
         return False
 
     def _bring_others(self) -> None:
-        prefix = f"{self._root}/"
-        names = [path.removeprefix(prefix) for path in self._system.find(self._root)]
-        names = [name for name in names if name != "workdir" and not name.startswith("checkpoints/")]
-        self._get([(prefix + name, self._workdir / name) for name in names])
-
-    def _get(self, files: list[tuple[str, Path]]) -> None:
-        for _, path in files:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        self._system.get([source for source, _ in files], [str(path) for _, path in files])
+        names = [name for name in find(self._system, self._root) if not name.startswith("checkpoints/")]
+        bring(self._system, {f"{self._root}/{name}": self._workdir / name for name in names if name != "workdir"})
 
     def _copy(self) -> None:
         try:
@@ -165,12 +160,12 @@ class Mirror:
             if source.exists():
                 raise
         if names and _list_of(source) == listed:
-            self._system.pipe_file(f"{target}/{_LIST}", json.dumps(listed).encode())
+            self._system.pipe_file(f"{target}/{LIST}", json.dumps(listed).encode())
             self._lists[step] = listed
 
     def _remove(self, step: int) -> None:
         self._lists.pop(step, None)
-        self._system.rm_file(f"{self._there(step)}/{_LIST}")
+        self._system.rm_file(f"{self._there(step)}/{LIST}")
         self._system.rm(self._there(step), recursive=True)
 
     def _send_others(self) -> None:
@@ -185,13 +180,13 @@ class Mirror:
 
     def _steps(self) -> set[int]:
         """Returns the steps whose checkpoints are whole in the copy."""
-        found = self._system.glob(f"{self._root}/checkpoints/*/{_LIST}")
+        found = self._system.glob(f"{self._root}/checkpoints/*/{LIST}")
         return {int(path.split("/")[-2]) for path in found}
 
     def _listed(self, step: int) -> dict[str, Any]:
         """Returns the list of a checkpoint there; it is asked for once."""
         if step not in self._lists:
-            self._lists[step] = json.loads(self._system.cat_file(f"{self._there(step)}/{_LIST}"))
+            self._lists[step] = json.loads(self._system.cat_file(f"{self._there(step)}/{LIST}"))
         return self._lists[step]
 
     def _there(self, step: int) -> str:

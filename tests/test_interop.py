@@ -70,10 +70,10 @@ PAIRS = [(kind, layout) for kind in CONFIGS for layout in READERS if (kind, layo
 
 
 @functools.cache
-def weights_of(kind):
+def weights_of(kind, seed=0):
     config = CONFIGS[kind]
     shapes = jax.eval_shape(lambda: init_variables(CLIP(config), jax.random.key(0)))
-    return Weights(config, random_like(shapes, dtype=np.float32), Preprocess(size=config.vision.image_size))
+    return Weights(config, random_like(shapes, dtype=np.float32, seed=seed), Preprocess(size=config.vision.image_size))
 
 
 def assert_same(found, expected):

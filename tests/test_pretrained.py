@@ -6,13 +6,14 @@ import math
 import shutil
 import threading
 
+import fsspec
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from random_weights import random_like
 from references import import_open_clip
-from test_interop import CONFIGS, TEXT, weights_of
+from test_interop import CONFIGS, TEXT, assert_same, weights_of
 from tiny import TINY
 from torch_clip import torch_clip, torch_images
 
@@ -120,26 +121,30 @@ def test_expecting_another_activation_is_refused(loaded):
         pytest.param(ResNetConfig(32, 8, 4, (1, 1, 1, 1)), id="resnet", marks=pytest.mark.slow),
     ],
 )
-def test_a_runs_newest_whole_checkpoint_is_loaded(vision, tmp_path):
+def test_a_runs_newest_whole_checkpoint_is_loaded(vision, tmp_path, store):
     run = dataclasses.replace(TINY, model=dataclasses.replace(TINY.model, vision=vision, dtype="bfloat16"))
     mesh, optimizer = make_mesh(MeshConfig(fsdp=2)), make_optimizer(run.optim, steps=run.steps)
     target = abstract_state(CLIP(run.model), optimizer, mesh=mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
     states = [jax.device_put(random_like(target, dtype=np.float32, seed=seed), shardings) for seed in (0, 1)]
-    checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+    workdir = tmp_path / "run"
+    checkpoints = Checkpoints(workdir, CheckpointConfig())
     for step, state in enumerate(states, 1):
         checkpoints.save(step, state, position=0, config=run, data={}, now=True)
         checkpoints.wait()
     checkpoints.close()
-    before = sorted(tmp_path.rglob("*"))
-    model = clip_jax.load(tmp_path)
+    before = sorted(workdir.rglob("*"))
+    model = clip_jax.load(workdir)
     assert model.config == dataclasses.replace(run.model, dtype="float32")
-    assert read.read_weights(tmp_path).config == model.config  # so that an export compares float32 with float32
+    assert read.read_weights(workdir).config == model.config  # so that an export compares float32 with float32
     expected = jax.device_get(states[1].variables)
     assert jax.tree.structure(model.variables) == jax.tree.structure(expected)
     for a, b in zip(*map(jax.tree.leaves, (model.variables, expected)), strict=True):
         np.testing.assert_array_equal(a, b)
-    assert sorted(tmp_path.rglob("*")) == before
+    assert sorted(workdir.rglob("*")) == before
+    upload(workdir, f"{store}/run")
+    for a, b in zip(*map(jax.tree.leaves, (read.read_weights(f"{store}/run").variables, expected)), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_a_run_without_checkpoint(tmp_path):
@@ -267,6 +272,90 @@ def test_hub_names_are_fetched_and_read(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(UserError, match="^hf-hub:owner/name cannot be downloaded: no network$"):
         clip_jax.load("hf-hub:owner/name")
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    """The URL of a folder in a store."""
+    monkeypatch.setenv("CLIP_JAX_CACHE", str(tmp_path / "cache"))
+    yield f"memory://{tmp_path.name}"
+    if fsspec.filesystem("memory").exists(f"/{tmp_path.name}"):
+        fsspec.filesystem("memory").rm(f"/{tmp_path.name}", recursive=True)
+
+
+def upload(folder, url):
+    for path in folder.rglob("*"):
+        if path.is_file():
+            fsspec.filesystem("memory").pipe_file(f"{url}/{path.relative_to(folder)}", path.read_bytes())
+
+
+def brought(tmp_path):
+    """Returns which files the cache holds, without its folders for one state of a URL each."""
+    paths = [
+        path.relative_to(tmp_path / "cache" / "urls") for path in (tmp_path / "cache").rglob("*") if path.is_file()
+    ]
+    return {"/".join(path.parts[1:]) for path in paths}
+
+
+def test_weights_of_a_store_are_brought_once_and_again_when_they_change(store, tmp_path, capsys):
+    files = {"b32/open_clip_config.json", "b32/open_clip_model.safetensors"}
+    fsspec.filesystem("memory").pipe_file(f"{store}/b32/logs/large", b"not needed")
+    for seed in (0, 1):
+        weights, folder = weights_of("vit", seed), tmp_path / str(seed)
+        folder.mkdir()
+        write_open_clip(folder, weights)
+        upload(folder, f"{store}/b32")
+        for _ in range(2):
+            assert_same(read.read_weights(f"{store}/b32"), weights)
+        assert capsys.readouterr().out.count("downloading") == 1
+    assert brought(tmp_path) == files
+
+
+def test_a_file_of_weights_by_http(server, store, tmp_path):
+    address, asked = server
+    (tmp_path / "served").mkdir()
+    write_openai(tmp_path / "served" / "tiny.pt", weights_of("vit"))
+    for _ in range(2):
+        assert_same(read.read_weights(f"{address}/tiny.pt"), weights_of("vit"))
+    assert brought(tmp_path) == {"tiny.pt"}
+    with pytest.raises(UserError, match=r"/none\.pt cannot be downloaded: .*404"):
+        read.read_weights(f"{address}/none.pt")
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (
+            ["checkpoints/9/a", "checkpoints/10/a", "checkpoints/10/b/c", "checkpoints/x/a", "metrics.jsonl"],
+            ["10/a", "10/b/c"],
+        ),
+        (["checkpoints/9/a", "checkpoints/9/files.json", "checkpoints/10/a"], ["9/a"]),
+    ],
+    ids=["workdir in a bucket", "copy that is not whole yet"],
+)
+def test_of_a_run_in_a_store_the_newest_checkpoint_is_brought(files, expected, store, tmp_path):
+    for name in files:
+        fsspec.filesystem("memory").pipe_file(f"{store}/run/{name}", name.encode())
+    assert download.download_url(f"{store}/run").name == "run"
+    assert brought(tmp_path) == {f"run/checkpoints/{name}" for name in expected}
+
+
+def test_urls_of_no_weights(store, monkeypatch):
+    with pytest.raises(UserError, match="unknown protocol; did you mean 'memory'"):
+        clip_jax.load("memry://run")
+    with pytest.raises(UserError, match=f"^{store}/run: nothing is there$"):
+        clip_jax.load(f"{store}/run")
+    fsspec.filesystem("memory").pipe_file(f"{store}/run/config.json", b"{}")
+    with pytest.raises(UserError, match=f"^{store}/run: no weights are there$"):
+        clip_jax.load(f"{store}/run")
+
+    def fail(*_, **__):
+        raise OSError("no\nnetwork")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(fsspec.filesystem("memory")), "find", fail)
+        with pytest.raises(UserError, match=f"^{store}/run cannot be downloaded: no network$"):
+            clip_jax.load(f"{store}/run")
 
 
 def test_openais_checksums_are_the_files_addresses():

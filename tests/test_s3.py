@@ -16,6 +16,7 @@ from clip_jax.data.records import RecordError
 from clip_jax.data.storage import Storage, StorageError, expand
 from clip_jax.data.tar_index import Sidecars
 from clip_jax.data.tar_source import TarSource
+from clip_jax.interop.download import download_url
 from clip_jax.mirror import Mirror
 
 pytestmark = [
@@ -120,3 +121,5 @@ def test_a_run_is_copied_to_s3_and_brought_back(bucket, tmp_path):
     with Mirror(f"{bucket}/runs", workdir) as mirror:
         assert mirror.fetch() == [f"brought from {bucket}/runs/run: checkpoints 2, 3"]
     assert files(workdir) == before
+    newest = files(download_url(f"{bucket}/runs/run", cache=tmp_path / "cache"))
+    assert newest == {name: found for name, found in before.items() if name.startswith("checkpoints/3/")}

@@ -18,7 +18,7 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -112,9 +112,7 @@ class Storage:
         system = _system(path)
         if path.startswith("http"):
             return self._retried(path, lambda: _http_stat(system, path))
-        info = self._retried(path, lambda: system.info(path))
-        tags = (info.get(key) for key in ("ETag", "etag", "md5Hash", "mtime", "updated", "LastModified", "created"))
-        return Stat(int(info.get("size") or 0), str(next((tag for tag in tags if tag), "")))
+        return _stat_of(self._retried(path, lambda: system.info(path)))
 
     def read_whole(self, path: str) -> bytes:
         """Returns a file.
@@ -187,6 +185,23 @@ def file_system(path: str) -> tuple[Any, str]:
     """
     system = _system(path if is_remote(path) else f"file://{path}")
     return system, system._strip_protocol(path)
+
+
+def find(system: Any, root: str) -> dict[str, Stat]:
+    """Returns the files below a path of a file system, by their paths from there; a file itself, as ""."""
+    found = system.find(root, detail=True).items()
+    return {
+        path.removeprefix(root).lstrip("/"): _stat_of(info or system.info(path))
+        for path, info in found
+        if not path.endswith("/")
+    }
+
+
+def bring(system: Any, files: Mapping[str, Path]) -> None:
+    """Copies files of a file system to a disk, and makes the folders that they lie in."""
+    for target in files.values():
+        target.parent.mkdir(parents=True, exist_ok=True)
+    system.get([*files], [*map(str, files.values())])
 
 
 @contextlib.contextmanager
@@ -355,6 +370,11 @@ def _file_system(protocol: str) -> Any:
 
         options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=_SILENCE_S)}
     return fsspec.filesystem(protocol, **options)
+
+
+def _stat_of(info: Mapping[str, Any]) -> Stat:
+    tags = (info.get(key) for key in ("ETag", "etag", "md5Hash", "mtime", "updated", "LastModified", "created"))
+    return Stat(int(info.get("size") or 0), str(next((tag for tag in tags if tag), "")))
 
 
 def _http_stat(system: Any, url: str) -> Stat:

@@ -12,6 +12,7 @@ from clip_jax.config import MeshConfig
 from clip_jax.console import WorkProgress
 from clip_jax.data.labelled import LabelledSource
 from clip_jax.data.records import Records
+from clip_jax.data.storage import is_remote
 from clip_jax.data.tokenizer import tokenize
 from clip_jax.errors import UserError
 from clip_jax.evals.embedding import Embedder, ImageFeatures
@@ -137,7 +138,8 @@ def model_names(config: ModelConfig, source: str) -> tuple[str, str]:
       source: as for `clip_jax.load`; one of the paper's names means OpenAI's weights.
     """
     name = variant_name(config).replace("/", "-").replace("@", "-")
-    if not Path(source).expanduser().exists() and not source.startswith(HUB_PREFIX):
+    elsewhere = source.startswith(HUB_PREFIX) or is_remote(source)
+    if not elsewhere and not Path(source).expanduser().exists():
         return name, "openai"
     quick = name != "custom" and config.activation == "quick_gelu"
     return name + "-quickgelu" * quick, source.rstrip("/")

@@ -1,26 +1,34 @@
-"""OpenAI's released weights and models of the Hugging Face Hub, downloaded once and checked.
+"""Weights from elsewhere, downloaded once: OpenAI's, which are checked, the Hugging Face Hub's, and those of any store.
 
 Addresses and checksums of OpenAI's files: openai/CLIP `clip/clip.py`, whose file names they are.
 """
 
+import fnmatch
+import itertools
 import os
+import re
 import tempfile
 import urllib.request
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from clip_jax.data.storage import Storage, bring, digest, file_system, find
 from clip_jax.errors import UserError, one_line
 from clip_jax.interop.weights import file_sha256
 
 HUB_PREFIX = "hf-hub:"
 
-# Config and weights, of which a repository may hold several with the same numbers: the first are taken.
-_HUB_FILES = (
+# Config and weights, of which a folder may hold several with the same numbers: the first are taken.
+_LAYOUTS = (
     ("open_clip_config.json", "open_clip_model.safetensors"),
     ("open_clip_config.json", "open_clip_pytorch_model.bin"),
     ("config.json", "model.safetensors"),
     ("config.json", "model.safetensors.index.json", "model-*.safetensors"),
     ("config.json", "pytorch_model.bin"),
 )
+
+_PIXELS = "*processor_config.json"
 
 # fmt: off
 _SHA256 = {
@@ -37,6 +45,7 @@ _SHA256 = {
 # fmt: on
 _SERVER = "https://openaipublic.azureedge.net/clip/models"
 _CHUNK = 1 << 20
+_RETRY_S = 30.0
 
 
 def download_openai(name: str, *, server: str | None = None, cache: Path | None = None) -> Path:
@@ -70,13 +79,75 @@ def download_hub(repository: str) -> Path:
 
     folder = Path()
     try:
-        for files in _HUB_FILES:
-            folder = Path(snapshot_download(repository, allow_patterns=[*files, "*processor_config.json"]))
+        for files in _LAYOUTS:
+            folder = Path(snapshot_download(repository, allow_patterns=[*files, _PIXELS]))
             if all(any(folder.glob(name)) for name in files):
                 break
     except Exception as error:  # the Hub's client raises a dozen kinds, of three libraries
         raise UserError(f"{HUB_PREFIX}{repository} cannot be downloaded: {one_line(error)}") from None
     return folder
+
+
+def download_url(url: str, *, cache: Path | None = None) -> Path:
+    """Returns a local copy of weights in a store, which is made anew where the store's have changed.
+
+    Args:
+      url: a `.pt` file, by any protocol that fsspec knows; or, by one that lists folders, a folder in open_clip's or
+        Hugging Face's layout, or a run (`config.checkpoint.mirror`, or a workdir in a bucket), of which the newest
+        checkpoint is taken.
+      cache: as of `download_openai`.
+
+    Raises:
+      UserError: an unknown protocol, nothing there, or a store that cannot be read.
+    """
+    system, root = file_system(url)
+    name = Path(root).name
+    try:
+        found = {"": Storage(_RETRY_S).stat(url)} if url.startswith("http") else find(system, root)
+        files = [""] if "" in found else _of_weights(found)
+        if not files:
+            raise UserError(f"{url}: {'no weights are' if found else 'nothing is'} there")
+        folder = (cache or _cache()) / "urls" / digest(url, *((file, *found[file]) for file in sorted(files)))
+        if not folder.exists():
+            print(f"downloading {url} to {folder / name}")
+            with _appearing(folder) as whole:
+                bring(system, {f"{root}/{file}".rstrip("/"): whole / name / file for file in files})
+    except UserError:
+        raise
+    except Exception as error:  # of any kind: it went through a store's package
+        raise UserError(f"{url} cannot be downloaded: {one_line(error)}") from None
+    return folder / name
+
+
+def _of_weights(names: Iterable[str]) -> list[str]:
+    """Returns which files of a folder are read for the weights in it: one layout's, or a run's newest checkpoint."""
+    above = [name for name in names if "/" not in name]
+    for patterns in _LAYOUTS:
+        matches = [fnmatch.filter(above, pattern) for pattern in patterns]
+        if all(matches):
+            return [*itertools.chain(*matches), *fnmatch.filter(above, _PIXELS)]
+    if not (below := [name for name in names if re.match(r"checkpoints/\d+/", name)]):
+        return []
+    from clip_jax.mirror import LIST  # Orbax takes a second to import, and only runs need it
+
+    steps = {name.split("/")[1] for name in below}
+    whole = {step for step in steps if f"checkpoints/{step}/{LIST}" in below}
+    newest = max(whole or steps, key=int)
+    return [name for name in below if name.split("/")[1] == newest and not name.endswith(f"/{LIST}")]
+
+
+@contextmanager
+def _appearing(folder: Path) -> Iterator[Path]:
+    """Yields a path for a folder, which is put in place whole, unless another process was faster."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        whole = Path(temporary) / folder.name
+        yield whole
+        try:
+            whole.rename(folder)
+        except OSError:
+            if not folder.exists():
+                raise
 
 
 def _download(url: str, target: Path, sha256: str) -> None:

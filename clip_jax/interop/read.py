@@ -6,9 +6,10 @@ from pathlib import Path
 import jax
 
 from clip_jax.config import describe_diff, model_diff
+from clip_jax.data.storage import is_remote
 from clip_jax.errors import UserError, did_you_mean
 from clip_jax.interop import hugging_face, open_clip
-from clip_jax.interop.download import HUB_PREFIX, download_hub, download_openai
+from clip_jax.interop.download import HUB_PREFIX, download_hub, download_openai, download_url
 from clip_jax.interop.hugging_face import read_hugging_face
 from clip_jax.interop.names import WeightsError
 from clip_jax.interop.open_clip import read_open_clip
@@ -29,8 +30,9 @@ def read_weights(
 
     Args:
       source: OpenAI's or another `.pt` file in its layout; a folder in open_clip's or Hugging Face's layout; the
-        workdir of a run of ours, of which the newest whole checkpoint is read; the name of one of the paper's models,
-        whose weights by OpenAI are downloaded; `hf-hub:owner/name`.
+        workdir of a run of ours, of which the newest whole checkpoint is read; a URL of one of these, such as
+        `gs://bucket/runs/b32`; the name of one of the paper's models, whose weights by OpenAI are downloaded;
+        `hf-hub:owner/name`.
       expect: refuse another architecture or activation than this.
       image_size: side of the images in pixels, where it is to differ; image positions are then resized.
       activation: the model's, where the source is a file, which does not say it; see `read_openai`.
@@ -49,7 +51,7 @@ def read_weights(
 
 
 def _read(source: str | Path, activation: Activation | None) -> Weights:
-    path = Path(source).expanduser()
+    path = download_url(source) if isinstance(source, str) and is_remote(source) else Path(source).expanduser()
     if path.is_file():
         return _read_file(path, activation)
     if path.is_dir():
