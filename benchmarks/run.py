@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.figures import COLUMNS, FILE, Figure, cells
+from tests.devices import quick_flags
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "grain", "tokenizers", "torch", "open_clip_torch", "webdataset")
@@ -40,7 +41,7 @@ class Benchmark(NamedTuple):
     tiny: tuple[str, ...] | None = ("--tiny",)
 
 
-QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false"}
+QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": quick_flags()}
 """Environment of the tiny form, which compiles in a quarter of the time what then takes longer to run."""
 STEP = ("--config=configs/vit_b32.py:batch=64", "--config.model.dtype=float32")
 SMALL_STEP = ("--config=configs/demo.py:batch=16,vision.layers=1,text.layers=1", "--rounds=1", "--matmul=64")

@@ -1,9 +1,9 @@
 """Eight simulated devices, programs compiled quickly and kept, and shapes checked at run time.
 
 All must be set before JAX or clip_jax is imported. Compiling is most of the tests' work, and what is compiled runs for
-milliseconds: so code is generated without LLVM's optimizations and by XLA's older emitters, at a quarter of the time.
-What XLA makes of a program before (sharding, collectives) is the same. JAX_DISABLE_MOST_OPTIMIZATIONS=0 compiles as for
-a user, and the long proofs run so.
+milliseconds: so code is generated without LLVM's optimizations and, where JAX still has them, by XLA's older emitters,
+at a quarter of the time. What XLA makes of a program before (sharding, collectives) is the same.
+JAX_DISABLE_MOST_OPTIMIZATIONS=0 compiles as for a user, and the long proofs run so.
 """
 
 import atexit

@@ -3,16 +3,24 @@
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 
 def xla_flags(*, devices: int) -> str:
     """Returns what XLA_FLAGS must be for so many CPU devices, with the tests' way of compiling (see conftest)."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
     quick = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") == "1"
-    if quick:  # a program in one piece: dividing it among compiler threads costs more than tests' programs have to gain
-        flags += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-    return flags
+    return f"--xla_force_host_platform_device_count={devices} {quick_flags() if quick else ''}".strip()
+
+
+def quick_flags() -> str:
+    """Returns with which of XLA's flags a program for CPUs compiles quickly, besides those that JAX has a setting for.
+
+    In one piece: dividing it among compiler threads costs more than a small program has to gain. And by the older
+    emitters, which only JAX 0.10 still has; XLA ends a process for a flag that it does not know.
+    """
+    older = " --xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else ""
+    return f"--xla_cpu_parallel_codegen_split_count=1{older}"
 
 
 def simulating(devices: int) -> dict[str, str]:
