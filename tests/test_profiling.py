@@ -17,6 +17,10 @@ from clip_jax.profiling import Profiler
 from clip_jax.trainer import train
 
 
+# Python's from 3.12 on, about a type of jaxlib's; as an error it ends the process.
+pytestmark = pytest.mark.filterwarnings("ignore:builtin type .* has no __module__ attribute")
+
+
 def steps_in(file: Path) -> list[int]:
     """The steps of training that a trace holds."""
     found = []
