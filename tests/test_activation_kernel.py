@@ -169,6 +169,7 @@ def test_the_config_reaches_both_towers(in_a_step, method):
         jax.eval_shape(lambda variables: model.apply(variables, given, method=method), variables)
 
 
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")  # by JAX 0.11
 def test_jax_lowers_them_for_gpus():
     """Each once, however many blocks a tower has."""
     product, bias, _ = jax.eval_shape(lambda: operands((2, 50, 3072), jnp.bfloat16))

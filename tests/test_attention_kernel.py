@@ -135,6 +135,7 @@ def test_a_step_computes_by_them_what_it_does_by_the_definition(interpreted, dev
         assert float(jnp.abs(found[0][:, :last]).min(initial=1)) > 0
 
 
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")  # by JAX 0.11
 @pytest.mark.parametrize(("tokens", "causal"), [(50, False), (77, True), (257, False)])
 def test_jax_lowers_them_for_gpus(tokens, causal):
     """Each once, however many blocks a tower has."""
