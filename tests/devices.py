@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from contextlib import AbstractContextManager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,6 +27,14 @@ def quick_flags() -> str:
 def simulating(devices: int) -> dict[str, str]:
     """Returns the environment of a process that sees so many."""
     return os.environ | {"XLA_FLAGS": xla_flags(devices=devices)}
+
+
+def tracing_for(kind: str) -> AbstractContextManager:
+    """Within it, programs are traced and lowered as for GPUs of a kind that JAX names so."""
+    from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh  # after conftest, which needs this module
+
+    device = AbstractDevice(device_kind=kind, num_cores=None, platform="gpu")
+    return use_abstract_mesh(AbstractMesh((), (), abstract_device=device))
 
 
 def start_script(code: str, *arguments: object, devices: int) -> subprocess.Popen:

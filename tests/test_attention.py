@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from devices import tracing_for
 from jaxprs import runs_of
 from tiny import TINY
 
@@ -200,9 +201,7 @@ def test_kernels_are_run_again_only_where_whole_blocks_are(in_a_step, monkeypatc
 @pytest.mark.parametrize(("kind", "capability"), [("NVIDIA A100-SXM4-80GB", 8.0), ("NVIDIA H100 80GB HBM3", 9.0)])
 def test_a_step_is_for_the_gpus_of_its_mesh(monkeypatch, kind, capability):
     monkeypatch.setattr(jax, "local_devices", lambda backend: [types.SimpleNamespace(compute_capability="12.0")])
-    mesh = make_mesh(TINY.mesh, devices=jax.devices()[:1]).abstract_mesh
-    device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=None, platform="gpu")
-    with jax.sharding.use_abstract_mesh(mesh.update(abstract_device=device)):
+    with tracing_for(kind):
         assert gpu_kernels.capability() == capability
     assert gpu_kernels.capability() == 12.0
 
