@@ -448,7 +448,9 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
         ({0: 1.0}, {1: 2.0}, "cannot be told", "no seed in common"),
         ({0: 1.0, 1: 2.0, 2: 3.0}, {0: 1.0, 1: 2.0, 2: 3.0}, "the same", ""),
         ({0: 1.0, 1: 2.0, 2: 3.0}, {0: 2.0, 1: 3.0, 2: 4.0}, "cannot be told", "all seeds differ by the same"),
+        ({0: 0.5, 1: 0.6, 2: 0.1}, {0: 0.51, 1: 0.61, 2: 0.11}, "cannot be told", "all seeds differ by the same"),
         ({0: 1.0, 1: 2.0, 2: 3.0}, {0: 2.0, 1: math.nan, 2: 4.5}, "cannot be told", "a number is not finite"),
+        ({0: math.inf, 1: 1.0, 2: 1.0}, {0: 1.0, 1: math.inf, 2: 2.0}, "cannot be told", "a number is not finite"),
     ],
 )
 def test_what_cannot_be_told(baseline, other, verdict, reason):
@@ -475,15 +477,20 @@ SIGMOID = dataclasses.replace(BASE, loss=dataclasses.replace(BASE.loss, kind="si
 
 @pytest.fixture
 def three_arms(tmp_path):
-    """Differences from the first arm: 1, 2, 3 and -0.10, -0.12, -0.11 in top-1."""
+    """Differences from the first arm: 1, 2, 3 and -0.10, -0.12, -0.11 in top-1. The last seed is as a launch file
+    starts it."""
     for seed, noise in enumerate((0.0, 0.1, 0.2)):
         for name, config, top1 in (
             ("base", BASE, 0.5),
             ("fast", FASTER, 0.51 + 0.01 * seed),
             ("sig", SIGMOID, (0.4, 0.38, 0.39)[seed]),
         ):
+            workdir = tmp_path / "runs" / name / f"seed{seed}"
             config = dataclasses.replace(config, seed=seed, log=dataclasses.replace(config.log, every=seed + 1))
-            write_run(tmp_path / "runs" / name / f"seed{seed}", config, top1=top1 + noise, loss=2 + noise)
+            if seed == 2:
+                health = dataclasses.replace(config.health, grace_s=100.0)
+                config = dataclasses.replace(config, health=health, compilation_cache=f"{workdir}/programs")
+            write_run(workdir, config, top1=top1 + noise, loss=2 + noise)
     return tmp_path / "runs"  # fmt: skip
 
 
@@ -543,6 +550,25 @@ def test_runs_that_have_not_come_to_their_end_are_left_out_and_named(three_arms)
     assert "late/seed0: 10 of 20 steps" in report(found)
     with pytest.raises(UserError, match="no run has come to its end: .*late/seed0: 10 of 20"):
         compare([three_arms / "late"])
+    evaluated = dataclasses.replace(BASE, eval=dataclasses.replace(BASE.eval, dataset="digits", prompts=("words",)))
+    write_run(three_arms / "unevaluated" / "seed0", evaluated, top1=0.9)
+    with (three_arms / "unevaluated/seed0/metrics.jsonl").open("a") as file:
+        print(json.dumps({"step": 10, "zero_shot/words/top1": 0.9}), file=file)
+    assert "unevaluated/seed0: its evaluation at the end (zero_shot/words/top1); the same" in report(
+        compare([three_arms])
+    )
+
+
+def test_another_revision_of_the_code_is_said(three_arms):
+    for run, revision in (("base/seed0", "a" * 40), ("base/seed1", None), ("fast/seed0", "a" * 40)):
+        for step, found in ((9, "c" * 40), (10, revision)):
+            metadata = three_arms / run / "checkpoints" / str(step) / "metadata" / "metadata"
+            metadata.parent.mkdir(parents=True)
+            metadata.write_text(json.dumps({"git_revision": found}))
+    assert "revisions" not in report(compare([three_arms]))
+    metadata.write_text(json.dumps({"git_revision": "b" * 40}))
+    said = f"several revisions of the code, which may differ too: {'a' * 9} {three_arms}/base/seed0; {'b' * 9} "
+    assert said in report(compare([three_arms]))
 
 
 def test_the_same_run_twice_is_refused_and_the_same_folder_twice_is_once(three_arms, tmp_path):

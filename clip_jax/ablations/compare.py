@@ -55,7 +55,7 @@ class Comparison:
       baseline: name of the arm that the others are compared with.
       metrics: names.
       differences: as `paired_difference` gives them; a loss that means something else has none.
-      left_out: runs that have not come to their end, each with how far they came.
+      left_out: runs that have not come to their end, each with what it lacks.
     """
 
     arms: tuple[ComparedArm, ...]
@@ -77,8 +77,8 @@ def compare(folders: Sequence[Path], *, baseline: str = "", metrics: Sequence[st
       UserError: no finished run, the same run twice, or no such arm or metric; the line lists what exists.
     """
     runs = find_runs(folders)
-    finished = [run for run in runs if run.steps >= run.config.steps]
-    left_out = tuple(f"{run.workdir}: {run.steps} of {run.config.steps} steps" for run in runs if run not in finished)
+    finished = [run for run in runs if not run.missing]
+    left_out = tuple(f"{run.workdir}: {run.missing}" for run in runs if run.missing)
     if not finished:
         raise UserError(f"no run has come to its end: {'; '.join(left_out)}")
     arms = group_by_arm(finished)
@@ -251,6 +251,13 @@ def _notes(comparison: Comparison) -> list[str]:
             "Losses of another kind or batch, or of other held-out pairs, are not compared with the baseline's: they "
             "mean something else."
         )
+    revisions: dict[str, list[str]] = {}
+    for run in (run for each in comparison.arms for run in each.arm.runs.values()):
+        revisions.setdefault(run.revision, []).append(str(run.workdir))
+    revisions.pop("", None)
+    if len(revisions) > 1:
+        shown = "; ".join(f"{revision[:9]} {', '.join(folders)}" for revision, folders in revisions.items())
+        notes.append(f"Trained with several revisions of the code, which may differ too: {shown}")
     if comparison.left_out:
         notes.append("Left out, not at their end: " + "; ".join(comparison.left_out))
     return notes

@@ -14,6 +14,7 @@ from clip_jax.config import (
     HELD_OUT_METRICS,
     CheckpointConfig,
     DistributedConfig,
+    HealthConfig,
     LogConfig,
     RunConfig,
     from_saved,
@@ -56,13 +57,28 @@ class FinishedRun:
         before = [0, *(step for step, _ in timed)]
         return sum((step - last) * step_time for last, (step, step_time) in zip(before, timed, strict=False))
 
+    @property
+    def missing(self) -> str:
+        """What it lacks of a finished run; empty where it is one."""
+        if self.steps < self.config.steps:
+            return f"{self.steps} of {self.config.steps} steps"
+        names = [name for name in self.config.eval.metrics if name not in self.rows[-1]]
+        return f"its evaluation at the end ({', '.join(names)}); the same command makes it" if names else ""
+
+    @property
+    def revision(self) -> str:
+        """Of the code that wrote its newest checkpoint, by git; empty where that is not known."""
+        found = {int(path.parts[-3]): path for path in self.workdir.glob("checkpoints/[0-9]*/metadata/metadata")}
+        try:
+            return json.loads(found[max(found)].read_text())["git_revision"] or "" if found else ""
+        except (OSError, ValueError, KeyError):
+            return ""
+
     def results(self) -> dict[str, float]:
-        """Returns final numbers: `loss`, the mean over the last twentieth of the run, and each evaluation's last."""
+        """Returns final numbers: `loss`, the mean over the last twentieth of the run, and its last evaluation's."""
         last = [row["loss"] for row in self.rows if "loss" in row and row["step"] > 0.95 * self.steps]
         found = {"loss": sum(last) / len(last)} if last else {}
-        for row in self.rows:
-            found |= {name: value for name, value in row.items() if name.startswith(EVALUATIONS)}
-        return found
+        return found | {name: value for name, value in self.rows[-1].items() if name.startswith(EVALUATIONS)}
 
 
 @dataclass(frozen=True)
@@ -149,9 +165,16 @@ def group_by_arm(runs: Sequence[FinishedRun]) -> list[RunArm]:
 
 
 def compared_config(config: RunConfig) -> RunConfig:
-    """Returns the config without what makes no other run of it: seed, logging, checkpoints, processes."""
+    """Returns the config without what makes no other run of it: seed, logging, checkpoints, processes, and the folder
+    of compiled programs and the grace period, which the launch files set."""
     return dataclasses.replace(
-        config, seed=0, log=LogConfig(), checkpoint=CheckpointConfig(), distributed=DistributedConfig()
+        config,
+        seed=0,
+        log=LogConfig(),
+        checkpoint=CheckpointConfig(),
+        distributed=DistributedConfig(),
+        compilation_cache="",
+        health=dataclasses.replace(config.health, grace_s=HealthConfig.grace_s),
     )
 
 

@@ -51,15 +51,17 @@ def paired_difference(baseline: Mapping[int, float], other: Mapping[int, float])
     """
     seeds = sorted(baseline.keys() & other.keys())
     values = [other[seed] - baseline[seed] for seed in seeds]
+    unknown = Difference(math.nan, math.nan, math.nan, len(seeds), "cannot be told")
     if not values:
-        return Difference(math.nan, math.nan, math.nan, 0, "cannot be told", "no seed in common")
-    mean, error = mean_and_error(values)
-    unknown = Difference(mean, math.nan, math.nan, len(seeds), "cannot be told")
+        return unknown._replace(reason="no seed in common")
     if not all(map(math.isfinite, values)):
         return unknown._replace(reason="a number is not finite")
+    mean, error = mean_and_error(values)
+    unknown = unknown._replace(mean=mean)
     if len(seeds) < SEEDS_NEEDED:
         return unknown._replace(reason=f"{len(seeds)} of {SEEDS_NEEDED} seeds")
-    if error == 0:
+    largest = max(abs(number) for seed in seeds for number in (baseline[seed], other[seed]))
+    if max(values) - min(values) <= 4 * math.ulp(largest):  # what subtraction leaves of equal differences
         if mean == 0:
             return Difference(0.0, 0.0, 0.0, len(seeds), "the same")
         return unknown._replace(reason="all seeds differ by the same, which says nothing of noise")
