@@ -238,7 +238,8 @@ def test_resolved_configs_are_written_beside_the_commands(tmp_path):
 
 
 FAKE = """
-import hashlib, json, os, pathlib, sys, time
+import hashlib, json, os, pathlib, signal, sys, time
+signal.signal(signal.SIGINT, lambda *_: pathlib.Path("interrupted").touch())
 pathlib.Path("pid").write_text(str(os.getpid()))
 options = dict(argument.split("=", 1) for argument in sys.argv[1:])
 workdir = pathlib.Path(options["--workdir"])
@@ -307,10 +308,10 @@ def test_a_checkpoint_without_its_final_evaluation_is_not_the_end(study):
     assert (outcome.state, outcome.note[:11]) == ("failed", "exit code 0")
 
 
-@pytest.mark.parametrize("ended_by", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("ended_by", [signal.SIGINT, signal.SIGKILL])
 def test_a_sweep_is_run_once_at_a_time(study, tmp_path, ended_by):
-    """Another process is refused while the first is there. SIGTERM takes its run with it; SIGKILL cannot, and then the
-    sweep stays locked as long as that run goes on."""
+    """Another process is refused while the first is there. A terminal's Ctrl-C takes its run with it, which
+    gets one signal; SIGKILL cannot, and then the sweep stays locked as long as that run goes on."""
     sweep, jobs, folder = study
     (tmp_path / "slow").touch()
     code = (
@@ -321,15 +322,18 @@ def test_a_sweep_is_run_once_at_a_time(study, tmp_path, ended_by):
         f"run_sweep(sweep, [expand(sweep)[0]._replace(arm='lr=0.001')], Path({str(folder)!r}))\n"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    first = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, env=environment)
+    first = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.DEVNULL, env=environment, start_new_session=True
+    )
     while not (tmp_path / "started").exists():
         assert first.poll() is None
         time.sleep(0.05)
     with pytest.raises(UserError, match="is in use: another process runs this sweep"):
         run_sweep(sweep, jobs, folder)
     run = int((tmp_path / "pid").read_text())
-    first.send_signal(ended_by)
-    assert first.wait(30) == (128 + signal.SIGTERM if ended_by == signal.SIGTERM else -signal.SIGKILL)
+    os.killpg(first.pid, ended_by)
+    assert first.wait(30) == (-signal.SIGKILL if ended_by == signal.SIGKILL else 128 + ended_by)
+    assert not (tmp_path / "interrupted").exists()
     if ended_by == signal.SIGKILL:
         with pytest.raises(UserError, match="or one of its runs"):
             run_sweep(sweep, jobs, folder)

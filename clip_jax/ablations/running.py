@@ -13,7 +13,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -27,7 +27,8 @@ from clip_jax.console import clock
 from clip_jax.errors import UserError
 
 LOG, LOCK = "train.log", "sweep.lock"
-_POLL, _PATIENCE = 0.1, 60.0  # seconds
+_POLL, _PATIENCE = 0.1, 10.0  # seconds; the second beyond a run's own time to save
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Outcome(NamedTuple):
@@ -128,27 +129,36 @@ def _share(items: Sequence, number: int, count: int) -> Sequence:
 
 
 class _Processes:
-    """The runs that are going on; those that are left are stopped at the end of a `with`, however that comes."""
+    """The runs that are going on; those that are left are stopped at the end of a `with`, however that comes.
+
+    Each hears of Ctrl-C, or of a terminal that closes, from here alone: a second signal would end it without a save.
+    """
 
     def __init__(self, script: Path, lock: int) -> None:
         self._script, self._lock = script, lock
         self.running: dict[Slot, tuple[Job, subprocess.Popen, float, Path]] = {}
 
     def __enter__(self) -> "_Processes":
-        self._handler = signal.signal(signal.SIGTERM, _exit)
+        heard = [each for each in _STOPPING if signal.getsignal(each) != signal.SIG_IGN]  # nohup's ignore one
+        self._handlers = {each: signal.signal(each, _exit) for each in heard}
         return self
 
     def __exit__(self, *exception: object) -> None:
-        signal.signal(signal.SIGTERM, self._handler)
-        processes = [process for _, process, _, _ in self.running.values()]
-        for process in processes:
+        running = [(job, process) for job, process, _, _ in self.running.values()]
+        if running:
+            print(f"stopping {len(running)} run(s), which save; the same command goes on", flush=True)
+        for _, process in running:
             process.terminate()
-        for process in processes:
-            try:
-                process.wait(_PATIENCE)
-            except subprocess.TimeoutExpired:
+        try:
+            for job, process in running:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(job.config.health.grace_s + _PATIENCE)
+        finally:  # after a second signal too
+            for _, process in running:
                 process.kill()
                 process.wait()
+            for each, handler in self._handlers.items():
+                signal.signal(each, handler)
 
     def free(self, slots: Sequence[Slot]) -> list[Slot]:
         return [slot for slot in slots if slot not in self.running]
@@ -164,6 +174,7 @@ class _Processes:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=os.environ | dict(slot.environment),
+                process_group=0,
                 pass_fds=(self._lock,),  # a sweep that was killed stays locked while one of its runs goes on
             )
         if slot.cores:
@@ -183,8 +194,8 @@ class _Processes:
                 yield Outcome(job, "failed", seconds, f"exit code {code}: {_last_line(workdir / LOG)}")
 
 
-def _exit(*_: object) -> None:
-    sys.exit(128 + signal.SIGTERM)
+def _exit(number: int, _frame: object) -> None:
+    sys.exit(128 + number)
 
 
 def _check_unchanged(jobs: Sequence[Job], folder: Path) -> None:
