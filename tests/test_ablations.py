@@ -110,10 +110,16 @@ def test_a_command_gives_the_very_config_of_its_run():
     assert jobs[2].config.model.vision.image_size == 224
 
 
-def test_wandb_tells_the_runs_apart():
-    found = expand(sweep_of([{"optim.lr": 2e-3}], common={"log.wandb_project": "p"}))
-    assert found[0].config.log.wandb_name == "study/base/seed0"
-    assert "--config.log.wandb_name=study/base/seed0" in found[0].arguments
+def test_wandb_and_copies_tell_the_runs_apart():
+    """Both call a run after its workdir, which is seed0 in every arm: one was resumed from another's copy."""
+    common = {"log.wandb_project": "p", "checkpoint.mirror": "gs://bucket/runs/"}
+    first, second = expand(sweep_of(product({"optim.lr": [1e-3, 2e-3]}), common=common))
+    assert first.config.log.wandb_name == "study/lr=0.001/seed0"
+    assert [job.config.checkpoint.mirror for job in (first, second)] == [
+        "gs://bucket/runs/study/lr=0.001",
+        "gs://bucket/runs/study/lr=0.002",
+    ]
+    assert load_config(DEMO, first.overrides) == first.config
 
 
 @pytest.mark.parametrize(
@@ -127,7 +133,8 @@ def test_wandb_tells_the_runs_apart():
         ([{"seed": 1}], r"seeds are the sweep's"),
         (product({"lr": [1e-3]}, [{"optim.lr": 2e-3}]), r"arm 0 .*: config.optim.lr is set twice"),
         ([{"optim.freeze": ("a,b", "'c'")}], r"would be read as \('a', 'b', 'c'\); write it otherwise"),
-        ([], r"needs an arm"),
+        ([{}, {"batch": 240}], r"arms 0 and 1 are the same run, 'base' and 'batch=240'"),
+        ([], r"needs a list of arms"),
     ],
 )  # fmt: skip
 def test_every_arm_is_checked_before_anything_runs(arms, message):
@@ -145,6 +152,30 @@ def test_every_arm_is_checked_before_anything_runs(arms, message):
 def test_vocabulary_mistakes(make, message):
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        *(("seeds", seeds, "a list of seeds from 0 to 2.*2 - 1") for seeds in (3, "012", (0, 1.0), (0, 0), (2**32,))),
+        ("common", {"optim.freeze": ("a,b",)}, r"would be read as \('a', 'b'\); write it otherwise"),
+        ("common", {"seed": 1}, "seeds are the sweep's"),
+    ],
+)
+def test_what_all_arms_share_is_checked(part, value, message):
+    sweep = sweep_of([{}])
+    object.__setattr__(sweep, part, value)  # past the tests' own check of types
+    with pytest.raises(ConfigError, match=message):
+        expand(sweep)
+
+
+def test_an_arms_model_does_not_silently_replace_what_all_arms_set():
+    arms = product({"model": ["ViT-B/16", "ViT-B/32"]})
+    assert {job.config.model.init for job in expand(sweep_of(arms), [("init", "scaled"), ("freeze", "^image/")])} == {
+        "scaled"
+    }
+    with pytest.raises(ConfigError, match=r"arm 0 .*config.model.vision.layers=2 would be read as 12; the arm's model"):
+        expand(sweep_of(arms), [("vision.layers", "2")])
 
 
 def test_the_command_line_cannot_level_what_arms_vary():
@@ -218,6 +249,8 @@ def test_jobsets_differ_from_the_template_in_name_and_arguments_alone():
     def container(document):
         return document["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]
 
+    with pytest.raises(UserError, match="--runs=runs is within a pod, and gone with it"):
+        jobsets(sweep, jobs, Path("runs/study"))
     for document, job in zip(documents, jobs, strict=True):
         rest, overrides = take_overrides(container(document)["args"])
         assert rest == [f"--config={DEMO}", f"--workdir=/runs/study/{job.folder}"]

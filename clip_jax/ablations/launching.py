@@ -77,10 +77,16 @@ def jobsets(sweep: Sweep, jobs: Sequence[Job], folder: Path) -> str:
     """Returns a JobSet a run, so that one that fails stops and restarts no other; arguments as in `commands`.
 
     Raises:
-      UserError: launch/jobset.yaml is not there, or is not in the form of this project's.
+      UserError: launch/jobset.yaml is not there, or is not in the form of this project's; the folder is within the
+        container.
     """
     import yaml
 
+    if not folder.is_absolute():
+        raise UserError(
+            f"--runs={folder.parent} is within a pod, and gone with it; name a folder of {JOBSET}'s volumes, such as "
+            "--runs=/runs"
+        )
     try:
         template = yaml.safe_load(_read(JOBSET))
         documents = [_jobset(template, sweep, job, folder, number) for number, job in enumerate(jobs)]

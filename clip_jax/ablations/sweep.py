@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from clip_jax.command_line import Overrides, describe_failure, load_config
 from clip_jax.config import RunConfig
 from clip_jax.errors import ConfigError, UserError
-from clip_jax.typed import flatten, leaf_types, resolve_key
+from clip_jax.typed import flatten, leaf_types, parse, resolve_key
 
 LONGEST_NAME = 200
 """Letters of an arm's name, which is a folder's name."""
@@ -157,20 +157,22 @@ def expand(sweep: Sweep, overrides: Sequence[tuple[str, str]] = ()) -> list[Job]
       overrides: of all arms, from the command line.
 
     Raises:
-      ConfigError: an arm's config is refused, two arms are the same or have the same name, or the command line sets
-        what arms set; the line names the arm.
+      ConfigError: an arm's config is refused, two arms are the same or have the same name, the command line sets what
+        arms set, or an arm's model what all arms set; the line names the arm.
     """
-    seeds = set(sweep.seeds)
-    if not sweep.arms or not seeds or len(seeds) < len(sweep.seeds) or min(seeds) < 0:
-        raise ConfigError(f"sweep {sweep.name}: it needs an arm, and seeds from 0 that differ, not {sweep.seeds}")
+    _check_arms_and_seeds(sweep)
     common = [(key, as_text(value)) for key, value in sweep.common.items()] + list(overrides)
-    resolved = [_resolved(sweep, common, _as_arm(each), number) for number, each in enumerate(sweep.arms)]
+    resolved = [_resolved(sweep, overrides, _as_arm(each), number) for number, each in enumerate(sweep.arms)]
     _check_not_overridden(overrides, resolved)
-    names = _names([each for each, _ in resolved], _leaves(resolved[0][1]))
+    arms, configs = zip(*resolved, strict=True)
+    names = _names(arms, _leaves(configs[0]))
+    for number, config in enumerate(configs):
+        if (first := configs.index(config)) != number:
+            raise ConfigError(f"arms {first} and {number} are the same run, {names[first]!r} and {names[number]!r}")
     return [
         _job(sweep, common, each.overrides, name=name, config=config, seed=seed)
         for seed in sweep.seeds
-        for name, (each, config) in zip(names, resolved, strict=True)
+        for name, each, config in zip(names, arms, configs, strict=True)
     ]
 
 
@@ -198,6 +200,16 @@ def file_name(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9.+=,-]+", "_", text).strip("_")
 
 
+def _check_arms_and_seeds(sweep: Sweep) -> None:
+    arms, seeds = sweep.arms, sweep.seeds
+    are_seeds = isinstance(seeds, Sequence) and all(type(seed) is int and 0 <= seed < 2**32 for seed in seeds)
+    if not isinstance(arms, Sequence) or not arms or not are_seeds or not seeds or len(set(seeds)) < len(seeds):
+        raise ConfigError(
+            f"sweep {sweep.name}: it needs a list of arms, and a list of seeds from 0 to 2**32 - 1 that differ, not "
+            f"{seeds!r}"
+        )
+
+
 def _arms_of_factor(factor: Mapping[str, Sequence[Any]] | Arms) -> list[list[Arm]]:
     if isinstance(factor, Mapping):
         return [[Arm((("", {key: value}),)) for value in _values(key, values)] for key, values in factor.items()]
@@ -218,34 +230,49 @@ def _as_arm(given: Arm | Mapping[str, Any]) -> Arm:
     return Arm((("", dict(given)),))
 
 
-def _resolved(sweep: Sweep, common: Overrides, given: Arm, number: int) -> tuple[Arm, RunConfig]:
+def _resolved(sweep: Sweep, overrides: Sequence[tuple[str, str]], given: Arm, number: int) -> tuple[Arm, RunConfig]:
     """Returns the arm with full keys, and its checked config."""
     pairs = [(key, value) for _, values in given.parts for key, value in values.items()]
     where = f"arm {number} {dict(pairs)}"
+    everything = [*sweep.common.items(), *overrides, *pairs]
     try:
-        config = load_config(sweep.config, [*common, *((key, as_text(value)) for key, value in pairs)])
+        config = load_config(sweep.config, [(key, as_text(value)) for key, value in everything])
     except UserError as error:
         raise ConfigError(f"{where}: {error}") from None
-    leaves = _leaves(config)
+    types = leaf_types(dataclasses.asdict(config), RunConfig)
+    leaves = list(types)
     keys = [_full_key(key, leaves) for key, _ in pairs]
     if twice := sorted({key for key in keys if keys.count(key) > 1}):
         raise ConfigError(f"{where}: config.{twice[0]} is set twice")
-    if "seed" in keys:
+    values = {_full_key(key, leaves): value for key, value in sweep.common.items()}
+    if "seed" in {*keys, *values}:
         raise ConfigError(f"{where}: seeds are the sweep's, Sweep(seeds=(0, 1, 2))")
-    _check_read_back(where, dict(zip(keys, (value for _, value in pairs), strict=True)), config)
+    texts = ((_full_key(key, leaves), text) for key, text in overrides)
+    values |= {key: parse(text, types[key], key) for key, text in texts if key != "model"}
+    values |= dict(zip(keys, (value for _, value in pairs), strict=True))
+    _check_read_back(where, values, config, types)
     parts = tuple(
         (name, {_full_key(key, leaves): value for key, value in values.items()}) for name, values in given.parts
     )
     return Arm(parts), config
 
 
-def _check_read_back(where: str, values: Mapping[str, Any], config: RunConfig) -> None:
-    """Refuses a value that a command line cannot hold, such as a text in a tuple with a comma in it."""
+def _check_read_back(where: str, values: Mapping[str, Any], config: RunConfig, types: Mapping[str, Any]) -> None:
+    """Refuses a value that is not the config's: one that a command line cannot hold, such as a text in a tuple with a
+    comma in it; or one of all arms, where an arm's model replaces it."""
     found = flatten(dataclasses.asdict(config))
     for key, value in values.items():
-        wanted = tuple(value) if isinstance(value, list) else value
-        if key != "model" and found[key] != wanted:
-            raise ConfigError(f"{where}: config.{key}={value!r} would be read as {found[key]!r}; write it otherwise")
+        if key == "model":
+            continue
+        is_text = isinstance(value, str) and types[key] is not str
+        wanted = parse(value, types[key], key) if is_text else tuple(value) if isinstance(value, list) else value
+        if found[key] != wanted:
+            why = (
+                "the arm's model has sizes of its own: set it behind that"
+                if "model" in values
+                else "write it otherwise"
+            )
+            raise ConfigError(f"{where}: config.{key}={value!r} would be read as {found[key]!r}; {why}")
 
 
 def _leaves(config: RunConfig) -> list[str]:
@@ -298,9 +325,12 @@ def _job(
     sweep: Sweep, common: Overrides, overrides: Mapping[str, Any], *, name: str, config: RunConfig, seed: int
 ) -> Job:
     texts = [*common, *((key, as_text(value)) for key, value in overrides.items()), ("seed", str(seed))]
-    config = dataclasses.replace(config, seed=seed)
-    if config.log.wandb_project and not config.log.wandb_name:  # by default the workdir's, which is seed0 for all arms
-        title = f"{sweep.name}/{name}/seed{seed}"
-        texts.append(("log.wandb_name", title))
-        config = dataclasses.replace(config, log=dataclasses.replace(config.log, wandb_name=title))
-    return Job(name, seed, texts, config)
+    log, checkpoint = config.log, config.checkpoint  # both name runs by their workdir, which is seed0 in every arm
+    if log.wandb_project and not log.wandb_name:
+        log = dataclasses.replace(log, wandb_name=f"{sweep.name}/{name}/seed{seed}")
+        texts.append(("log.wandb_name", log.wandb_name))
+    if checkpoint.mirror:
+        mirror = f"{checkpoint.mirror.rstrip('/')}/{sweep.name}/{name}"
+        checkpoint = dataclasses.replace(checkpoint, mirror=mirror)
+        texts.append(("checkpoint.mirror", mirror))
+    return Job(name, seed, texts, dataclasses.replace(config, seed=seed, log=log, checkpoint=checkpoint))
