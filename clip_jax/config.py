@@ -709,6 +709,8 @@ def _must_be_positive(config: RunConfig) -> Iterator[tuple[bool, str]]:
     widths = {key for key in sizes if key.endswith(".mlp_width")}  # of which 0 means the paper's
     for key in [*names.split(), *sorted(sizes - widths)]:
         yield values[key] <= 0, f"config.{key} is {values[key]}; it must be positive"
+    for key in ["model.embed_dim", *sorted(sizes)]:  # products of three of them are still within 64 bits
+        yield values[key] > 2**20, f"config.{key} is {values[key]}; it must be at most 2**20 ({2**20})"
     names = "data.workers eval.every model.bn_group micro_batch optim.clip_norm optim.weight_decay seed"
     names += " checkpoint.minutes checkpoint.keep_every eval.held_out_pairs"
     names += " health.max_skipped health.max_rewinds health.spike_deviations health.clamp_steps health.hang_minutes"

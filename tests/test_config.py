@@ -205,6 +205,8 @@ def test_contradictions(values, message):
         ("model.patch_dropout", "1.0", r"config.model.patch_dropout is 1.0; it must be at least 0 and less than 1"),
         ("model.remat", "blocks", r"config.model.remat is 'blocks'; it must be one of 'none', 'dots', 'block', 'full'"),
         ("model.text.layers", "0", r"config.model.text.layers is 0; it must be positive"),
+        ("model.embed_dim", "1e20", r"config.model.embed_dim is 1\d*; it must be at most 2\*\*20"),
+        ("model.text.layers", "1048577", r"config.model.text.layers is 1048577; it must be at most"),
         ("model.vision.mlp_width", "-1", r"config.model.vision.mlp_width is -1; it must not be negative"),
         ("model.text.mlp_width", "2.5", r"config.model.text.mlp_width is 2.5; it must be an int"),
     ],
