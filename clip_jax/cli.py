@@ -416,12 +416,12 @@ def _plan(arguments: argparse.Namespace) -> None:
     if topology.slices > 1:
         overrides = [("mesh.dcn_data", str(topology.slices)), *overrides]
     config = load_config(arguments.config, overrides, without_data=True)
-    _check_positive(arguments, "mfu", "images_per_core", "tries")
+    _check_positive(arguments, "mfu", "images_per_core", "tries", "memory")
     ahead_of_time = topology.chip.platform == "tpu" or compiles_for(topology)
     simulate_devices(1 if ahead_of_time else topology.chips)
     memory = topology.chip.memory if arguments.memory is None else int(arguments.memory * 2**30)
     if arguments.budget is not None:
-        _propose(config, topology, int(arguments.budget * 2**30) or memory, arguments)
+        _propose(config, topology, arguments.budget * 2**30 or float(memory), arguments)
         return
     from clip_jax.plan import make_plan, report
 
@@ -431,8 +431,8 @@ def _plan(arguments: argparse.Namespace) -> None:
         sys.exit(3)
 
 
-def _propose(config: Any, topology: Any, budget: int, arguments: argparse.Namespace) -> None:
-    if budget <= 0:
+def _propose(config: Any, topology: Any, budget: float, arguments: argparse.Namespace) -> None:
+    if not 0 < budget < math.inf:
         raise UserError(f"--budget: say how many GiB a chip of {topology.name} has, such as --budget=16")
     from clip_jax.plan import devices_of, lasting_bytes, make_plan
     from clip_jax.proposals import Exhausted, Search
@@ -441,7 +441,7 @@ def _propose(config: Any, topology: Any, budget: int, arguments: argparse.Namesp
     search = Search(
         config,
         topology,
-        budget=budget,
+        budget=int(budget),
         tries=arguments.tries,
         mfu=arguments.mfu,
         planner=lambda tried: make_plan(tried, topology),
@@ -733,8 +733,10 @@ def _config_diff(arguments: argparse.Namespace) -> None:
 def _check_positive(arguments: argparse.Namespace, *names: str) -> None:
     for name in names:
         value = getattr(arguments, name)
-        if value is not None and not value > 0:
+        if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name.replace('_', '-')}={value}: it must be positive")
+        if name == "mfu" and value > 1:
+            raise UserError(f"--mfu={value}: it must be a share of the peak, such as 0.4")
 
 
 def _read_config(path: Path) -> dict:

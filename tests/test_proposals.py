@@ -226,6 +226,21 @@ def test_the_command_where_nothing_fits_and_where_no_budget_is_known(command):
     assert unknown == (2, "", "error: --budget: say how many GiB a chip of cpu:2 has, such as --budget=16\n")
 
 
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--mfu=40", "--mfu=40.0: it must be a share of the peak, such as 0.4"),
+        ("--memory=nan", "--memory=nan: it must be positive"),
+        ("--memory=-1", "--memory=-1.0: it must be positive"),
+        ("--budget=nan", "--budget: say how many GiB"),
+    ],
+)
+def test_numbers_that_no_plan_can_have(command, flag, message):
+    code, out, errors = command(*PLAN, flag)
+    assert (code, out) == (2, "")
+    assert errors.startswith(f"error: {message}")
+
+
 @pytest.mark.slow
 def test_the_command_proposes_flags_that_its_plan_says_fit():
     """What is printed to be pasted is a plan of the memory that the table says."""
