@@ -735,7 +735,7 @@ def _check_positive(arguments: argparse.Namespace, *names: str) -> None:
         value = getattr(arguments, name)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name.replace('_', '-')}={value}: it must be positive")
-        if name == "mfu" and value > 1:
+        if name == "mfu" and arguments.mfu > 1:
             raise UserError(f"--mfu={value}: it must be a share of the peak, such as 0.4")
 
 
