@@ -270,9 +270,12 @@ def test_bodies_are_counted_as_they_arrive(client):
     assert client.post("/api/search", content=b"{}", headers=headers).status_code == 413
 
 
-def test_other_hosts_names_are_refused(client):
-    assert client.get("/", headers={"Host": "evil.example"}).status_code == 400
-    assert client.get("/", headers={"Host": "localhost:8000"}).status_code == 200
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
+def test_other_hosts_names_are_refused(model, index_dir, texts_dir, host):
+    page = client_of(new_service(model, index_dir, texts_dir), host=host)
+    assert page.get("/", headers={"Host": "evil.example"}).status_code == 400
+    for own in ("localhost:8000", "127.0.0.1", "[::1]:8000"):
+        assert page.get("/", headers={"Host": own}).status_code == 200
 
 
 def test_browsers_are_kept_to_this_pages_files(client):

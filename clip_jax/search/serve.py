@@ -49,7 +49,13 @@ MOST_TEXT, MOST_LABELS, MOST_TOP = 1_000, 100, 200
 BATCH_SIZES = (1, 4, 16, 32)
 _BODY_SECONDS = 30
 _WEB = Path(__file__).with_name("web")
-_LOOPBACK = ("127.0.0.1", "localhost")
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_OWN_HOSTS = (
+    "127.0.0.1",
+    "localhost",
+    "[::1]",
+    "[",
+)  # the last is what older versions of Starlette read of the one before
 _MEDIA_TYPES = ((b"\xff\xd8\xff", "image/jpeg"), (b"\x89PNG\r\n\x1a\n", "image/png"), (b"GIF8", "image/gif"))
 
 
@@ -175,7 +181,7 @@ def make_app(service: Service, options: ServeOptions) -> Starlette:
 
     outermost_first = [Middleware(AddHeaders)]
     if options.host in _LOOPBACK:  # or a page elsewhere could name this one as its own host (DNS rebinding)
-        outermost_first += [Middleware(TrustedHostMiddleware, allowed_hosts=_LOOPBACK)]
+        outermost_first += [Middleware(TrustedHostMiddleware, allowed_hosts=_OWN_HOSTS)]
     outermost_first += [
         Middleware(LimitRate, rate=options.rate),
         Middleware(LimitBody, limit=options.max_upload),
