@@ -68,9 +68,16 @@ class Overfit(NamedTuple):
 def check_config(config: RunConfig, *, steps: int) -> RunConfig:
     """Returns the config of a check: the run's, but as short, and with nothing random after the first weights.
 
-    Warm-up takes a tenth of the steps at most, and the rate ends at 0, as in a run of that length.
+    Warm-up takes a tenth of the steps at most, and the rate falls to 0 by a cosine: a cooldown may be longer than this.
     """
-    optim = dataclasses.replace(config.optim, warmup_steps=min(config.optim.warmup_steps, steps // 10), ema_decay=0.0)
+    optim = dataclasses.replace(
+        config.optim,
+        warmup_steps=min(config.optim.warmup_steps, steps // 10),
+        schedule="cosine",
+        cooldown_steps=0,
+        end_lr=0.0,
+        ema_decay=0.0,
+    )
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, patch_dropout=0.0),

@@ -12,12 +12,13 @@ import pytest
 from devices import start_script
 from tiny import TINY
 
-from clip_jax.config import LossConfig, OptimConfig
+from clip_jax.config import LossConfig, OptimConfig, from_config_dict, to_config_dict
 from clip_jax.data.loader import open_training_data
 from clip_jax.data.records import REASONS
 from clip_jax.distributed import free_port
 from clip_jax.errors import UserError
 from clip_jax.losses import chance_loss, least_loss, sigmoid_loss, softmax_loss
+from clip_jax.optim import learning_rate
 from clip_jax.overfit import NEAR, Overfit, advice, check_config, overfit_one_batch
 
 ROOT = Path(__file__).parent.parent
@@ -174,6 +175,18 @@ def test_the_check_is_the_run_but_for_length_and_chance():
     check = check_config(run, steps=50)
     assert (check.steps, check.optim.warmup_steps, check.model.patch_dropout) == (50, 5, 0.0)
     assert (check.optim.lr, check.optim.weight_decay, check.mesh) == (run.optim.lr, run.optim.weight_decay, run.mesh)
+
+
+@pytest.mark.parametrize("schedule", [{"schedule": "constant", "cooldown_steps": 1_000}, {"schedule": "rsqrt"}])
+@pytest.mark.parametrize("steps", [5, 300])
+def test_the_rate_of_a_check_rises_and_falls_within_it(schedule, steps):
+    """Also where a cooldown is longer than the check, or no step is left to warm up in, of which rsqrt makes NaN."""
+    check = check_config(dataclasses.replace(RUN, optim=dataclasses.replace(RUN.optim, **schedule)), steps=steps)
+    assert from_config_dict(to_config_dict(check)) == check
+    rates = np.asarray(learning_rate(check.optim, steps=steps)(np.arange(steps + 1)))
+    assert rates.max() == pytest.approx(RUN.optim.lr)
+    assert rates.argmax() == steps // 10
+    assert rates[-1] == 0
 
 
 def test_the_command_says_what_to_look_at_and_fails(command):
