@@ -46,8 +46,9 @@ from clip_jax.data.tokenizer import Tokenizer
 from clip_jax.evals import figures
 from clip_jax.evals.zero_shot import class_weights, classify
 from clip_jax.interop.names import to_torch
+from clip_jax.interop.open_clip import config_to_open_clip
+from clip_jax.interop.weights import Weights
 from clip_jax.models.clip import CLIP, image_features, init_variables, text_features
-from clip_jax.models.variants import ViTConfig
 from clip_jax.optim import learning_rate, make_optimizer
 from clip_jax.partition import make_mesh, place_rows
 from clip_jax.state import create_state
@@ -227,16 +228,9 @@ def open_clip_model(config: RunConfig) -> Any:
     import torch
     from open_clip import model as theirs
 
-    image, text = config.model.vision, config.model.text
-    assert isinstance(image, ViTConfig)
-    head = image.width // image.heads
+    described = config_to_open_clip(Weights(config.model, {}, preprocess_of(config.model)))
     torch.manual_seed(config.seed)
-    return theirs.CLIP(
-        config.model.embed_dim,
-        theirs.CLIPVisionCfg(image.layers, image.width, head, patch_size=image.patch, image_size=image.image_size),
-        theirs.CLIPTextCfg(text.context, text.vocab_size, width=text.width, heads=text.heads, layers=text.layers),
-        quick_gelu=True,
-    )
+    return theirs.CLIP(**described["model_cfg"])
 
 
 def torch_optimizer(model: Any, config: RunConfig) -> Any:
