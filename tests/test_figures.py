@@ -1,10 +1,16 @@
 """Figures: what must be seen is in the pixels, and a figure that fails leaves nothing."""
 
+import dataclasses
+import math
+
 import numpy as np
 import pytest
 from PIL import Image
+from tiny import TINY
 
+from clip_jax.config import LossConfig
 from clip_jax.errors import UserError
+from clip_jax.evals import report
 from clip_jax.evals.figures import BLUE, GREEN, RED, plot_confusion, plot_retrieval, plot_training
 
 
@@ -35,6 +41,16 @@ def test_training_draws_whatever_is_there(tmp_path, data):
     height, width, _ = pixels(tmp_path / "training.png").shape
     assert (height, width) == (480, 1200)
     assert [path.name for path in tmp_path.iterdir()] == ["training.png"]
+
+
+def test_a_runs_figure_has_the_chance_loss_of_its_kind(tmp_path, monkeypatch):
+    """The best that one logit for all 32² terms can give: ln 32, or of the sigmoid's -ln 1/32 - 31 ln 31/32."""
+    drawn = []
+    monkeypatch.setattr(report, "plot_training", lambda *_, chance_loss, **__: drawn.append(chance_loss))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    for kind in ("softmax", "sigmoid"):
+        report.report_training(tmp_path, dataclasses.replace(TINY, loss=LossConfig(kind=kind)))
+    assert drawn == pytest.approx([math.log(32), math.log(32) - 31 * math.log(31 / 32)])
 
 
 def test_a_single_step_can_be_seen(tmp_path):

@@ -44,7 +44,7 @@ def plot_training(rows: Sequence[Mapping[str, Any]], path: Path, *, chance_loss:
     steps, loss = _curve(rows, "held_out/loss")
     if len(steps):
         left.plot(steps, loss, color=ORANGE, marker="o", markersize=4, label="held-out pairs")
-    left.axhline(chance_loss, color=GREY, linestyle="--", label=f"chance, ln(batch) = {chance_loss:.2f}")
+    left.axhline(chance_loss, color=GREY, linestyle="--", label=f"chance, {chance_loss:.2f}")
     left.set(xlabel="step", ylabel="contrastive loss")
 
     steps, accuracy = _curve(rows, "accuracy")

@@ -13,6 +13,7 @@ from clip_jax.console import print_table
 from clip_jax.evals.evaluation import Evaluated, RetrievalSheet
 from clip_jax.evals.figures import plot_confusion, plot_retrieval, plot_training
 from clip_jax.evals.zero_shot import ZeroShotResult
+from clip_jax.losses import chance_loss
 
 SHOWN_CONFUSIONS = 10
 _LOG = logging.getLogger(__name__)
@@ -22,7 +23,8 @@ def report_training(workdir: Path, config: RunConfig) -> None:
     """Draws the run's metrics into `training.png`."""
     rows = metrics.read(workdir)
     if rows:
-        _draw(plot_training, rows, workdir / "training.png", chance_loss=math.log(config.batch), title=workdir.name)
+        chance = chance_loss(config.loss.kind, config.batch)
+        _draw(plot_training, rows, workdir / "training.png", chance_loss=chance, title=workdir.name)
 
 
 def report_zero_shot(workdir: Path, evaluated: Evaluated, sheet: RetrievalSheet, *, templates: dict) -> None:
