@@ -19,5 +19,6 @@ everywhere 'mkdir -p clip_jax && tar -C clip_jax -xf clip_jax.tar.gz && cd clip_
   python3 -m uv pip install --quiet --python .venv/bin/python -r requirements.txt "jax[tpu]" gcsfs s3fs'
 everywhere "cd clip_jax && .venv/bin/python -m clip_jax.cli doctor"
 # Every host starts its process again where that ends with 75, or by a signal (docs/operations.md).
-everywhere "cd clip_jax && while .venv/bin/python train.py --config=$config --workdir=$workdir --config.compilation_cache=$workdir/programs ${*:+$(printf '%q ' "$@")}
+arguments=(--config="$config" --workdir="$workdir" --config.compilation_cache="$workdir/programs" "$@")
+everywhere "cd clip_jax && while .venv/bin/python train.py $(printf '%q ' "${arguments[@]}")
   code=\$?; [ \$code = 75 ] || [ \$code -ge 128 ]; do sleep 10; done; exit \$code"

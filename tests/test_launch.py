@@ -75,11 +75,12 @@ def test_a_tpu_run_gets_the_arguments_that_were_given(tmp_path, more):
     (tmp_path / "clip_jax" / ".venv" / "bin").mkdir(parents=True)
     train = 'printf "%s\\n" "$@" >> ../given; [ $(grep -c train.py ../given) = 1 ] && exit 75; exit 2'
     stand_in(tmp_path / "clip_jax" / ".venv" / "bin" / "python", f"[ $1 != train.py ] || {{ {train}; }}")
-    command = ["bash", LAUNCH / "tpu_vm.sh", "my-tpu", "us-east5-a", "configs/vit_l14.py", "/mnt/shared/l14", *more]
+    config, workdir = "configs/vit_l14.py:freeze=(^image/)", "/mnt/shared/l 14"
+    command = ["bash", LAUNCH / "tpu_vm.sh", "my-tpu", "us-east5-a", config, workdir, *more]
     assert subprocess.run(command, env={"PATH": f"{tmp_path}:/usr/bin:/bin"}).returncode == 2
-    folders = ["--workdir=/mnt/shared/l14", "--config.compilation_cache=/mnt/shared/l14/programs"]
+    folders = [f"--workdir={workdir}", f"--config.compilation_cache={workdir}/programs"]
     assert (tmp_path / "asked").read_text().endswith(" 5eed\n")  # what is not committed goes with it
-    expected = ["train.py", "--config=configs/vit_l14.py", *folders, *more]
+    expected = ["train.py", f"--config={config}", *folders, *more]
     assert (tmp_path / "given").read_text().splitlines() == expected * 2
 
 
