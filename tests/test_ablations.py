@@ -200,6 +200,8 @@ def test_a_sweep_file_that_is_wrong(body, message, tmp_path):
         load_sweep(tmp_path / "mine.py")
     with pytest.raises(UserError, match="no such sweep file"):
         load_sweep(tmp_path / "other.py")
+    with pytest.raises(UserError, match=r"demo.py: it has no get_sweep\(\)"):
+        load_sweep(ROOT / "configs/demo.py")
 
 
 def test_the_demos_sweep_is_eight_arms_with_three_seeds():

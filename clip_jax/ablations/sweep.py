@@ -128,13 +128,16 @@ def load_sweep(file: Path) -> Sweep:
     """Returns what `get_sweep()` of a sweep file returns, with a name.
 
     Raises:
-      UserError: no such file, or one that fails.
+      UserError: no such file, or one that fails or holds no sweep.
     """
     if not file.is_file():
         raise UserError(f"{file}: no such sweep file; it is a Python file with get_sweep(), as in configs/sweeps")
     sys.path.insert(0, str(Path.cwd()))  # as for config files
     try:
-        found = runpy.run_path(str(file))["get_sweep"]()
+        names = runpy.run_path(str(file))
+        if "get_sweep" not in names:
+            raise ConfigError("it has no get_sweep(), which returns a Sweep, as in configs/sweeps")
+        found = names["get_sweep"]()
     except UserError as error:
         raise ConfigError(f"{file}: {error}") from None
     except Exception as error:
