@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from types import FrameType
 
 import jax
@@ -16,6 +17,8 @@ from jax.experimental import multihost_utils
 from clip_jax.errors import RESTART, RestartError
 
 _INTERRUPTED = 130
+_TWICE = 0.5
+"""Seconds in which a signal may come by two ways: from a scheduler, and from a program that started this one."""
 _CODES = {signal.SIGTERM: RESTART, signal.SIGINT: _INTERRUPTED}
 
 
@@ -35,7 +38,8 @@ class PreemptedError(RestartError):
 class Preemption:
     """Whether the run shall end; for use in `with`.
 
-    A second signal ends a process that is alone at once. The grace period ends every process.
+    A second signal, half a second later or more, ends a process that is alone at once. The grace period ends every
+    process.
 
     Args:
       grace_s: seconds from the signal in which a checkpoint must be written.
@@ -44,6 +48,7 @@ class Preemption:
     def __init__(self, grace_s: float) -> None:
         self._grace_s = grace_s
         self._signal: signal.Signals | None = None
+        self._since = 0.0
         self._steps = 0
         self._handlers: dict[signal.Signals, object] = {}
         self._timer: threading.Timer | None = None
@@ -81,12 +86,14 @@ class Preemption:
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if self._signal is not None:
+            if time.monotonic() - self._since < _TWICE:
+                return
             os.write(2, b"error: stopped by a second signal; the newest whole checkpoint holds\n")
             os._exit(_CODES[signal.Signals(number)])
         self._begin(signal.Signals(number))
 
     def _begin(self, found: signal.Signals) -> None:
-        self._signal = found
+        self._signal, self._since = found, time.monotonic()
         self._timer = threading.Timer(self._grace_s, self._expire)
         self._timer.daemon = True
         self._timer.start()

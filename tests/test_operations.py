@@ -155,17 +155,19 @@ with Preemption({grace}):
     {then}
     time.sleep(30)
 """
+TWICE = "os.kill(os.getpid(), signal.SIGTERM)"
 
 
 @pytest.mark.parametrize(
     ("grace", "then", "said"),
     [
-        (0.2, "", "no checkpoint was written within config.health.grace_s=0.2 s; the one before holds"),
-        (60.0, "os.kill(os.getpid(), signal.SIGTERM)", "stopped by a second signal; the newest whole checkpoint holds"),
+        (0.2, TWICE, "no checkpoint was written within config.health.grace_s=0.2 s; the one before holds"),
+        (60.0, f"time.sleep(0.6); {TWICE}", "stopped by a second signal; the newest whole checkpoint holds"),
     ],
     ids=["grace", "second"],
 )
 def test_a_process_that_cannot_save_ends_all_the_same(grace, then, said):
+    """A signal that comes twice at once, from a scheduler and from `clip-jax sweep run`, is one."""
     began = time.monotonic()
     code = STUCK.format(grace=grace, then=then)
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
