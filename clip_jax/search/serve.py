@@ -50,12 +50,8 @@ BATCH_SIZES = (1, 4, 16, 32)
 _BODY_SECONDS = 30
 _WEB = Path(__file__).with_name("web")
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
-_OWN_HOSTS = (
-    "127.0.0.1",
-    "localhost",
-    "[::1]",
-    "[",
-)  # the last is what older versions of Starlette read of the one before
+_OWN_HOSTS = ("127.0.0.1", "localhost", "[::1]", "[")
+"""What browsers call them; the last is what older versions of Starlette read of the one before."""
 _MEDIA_TYPES = ((b"\xff\xd8\xff", "image/jpeg"), (b"\x89PNG\r\n\x1a\n", "image/png"), (b"GIF8", "image/gif"))
 
 
