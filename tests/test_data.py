@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import pickle
+import resource
 import shutil
 import signal
 import subprocess
@@ -17,13 +18,15 @@ from batches import assert_same, side_by_side
 from hypothesis import given
 from hypothesis import strategies as st
 
+from clip_jax.data import tfds_source
 from clip_jax.data.augment import Augment
-from clip_jax.data.images import ImageError, Preprocess, decode, eval_image
+from clip_jax.data.images import ImageError, Preprocess, decode, encode_jpeg, eval_image
 from clip_jax.data.order import FullShuffle, shuffled_index
 from clip_jax.data.pipeline import EvalTransform, TrainTransform, eval_batches, train_batches
 from clip_jax.data.reading import Part
-from clip_jax.data.records import Record, RecordError
+from clip_jax.data.records import REASONS, UNREACHABLE, Record, RecordError
 from clip_jax.data.synthetic import SyntheticSource, synthetic_batches
+from clip_jax.data.tfds_files import FEATURES, RecordWriter, dataset_info, serialize, shard_name
 from clip_jax.data.tfds_source import OWN_DATASETS, TfdsSource, find_dataset, prepare_command
 from clip_jax.data.tokenizer import Tokenizer
 from clip_jax.errors import UserError
@@ -353,6 +356,72 @@ def test_a_pickled_source_opens_its_files_again(digits_dir):
     assert len(pickle.dumps(source)) < 1_000
     assert len(copy) == len(source) == 300
     assert copy[7] == source[7]
+
+
+def written(root, files, records=1):
+    """Writes a dataset in so many files; returns its folder."""
+    folder = root / "pairs" / "1.0.0"
+    folder.mkdir(parents=True)
+    image = encode_jpeg(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8), 95)
+    for file in range(files):
+        with RecordWriter(folder / shard_name("pairs", "train", file, files)) as writer:
+            for record in range(records):
+                writer.write(serialize(image, [f"{file} {record}"], [], key="", uid=""))
+    (folder / "features.json").write_text(json.dumps(FEATURES))
+    info = dataset_info("pairs", "1.0.0", "train", description="", lengths=[records] * files, total_bytes=0)
+    (folder / "dataset_info.json").write_text(info)
+    return folder
+
+
+def test_a_dataset_may_have_more_files_than_a_process_may_open_unasked(tmp_path, monkeypatch):
+    """1,024 on most systems, and `data prepare` makes as many files as there are tars."""
+    written(tmp_path, files=40)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = set(map(int, os.listdir("/proc/self/fd")))
+    few = [number for number in range(len(used) + 40) if number not in used][20]
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (few, before[1]))
+        source = TfdsSource("pairs", "train", data_dir=str(tmp_path))
+        assert [source[i].captions for i in range(40)] == [(f"{i} 0",) for i in range(40)]
+        monkeypatch.setattr(tfds_source, "allow_open_files", lambda number: None)  # as where the hard limit is as low
+        source = TfdsSource("pairs", "train", data_dir=str(tmp_path))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (few, before[1]))
+        with pytest.raises(
+            UserError, match=r"Too many open files.*array_record-000\d\d-of-00040.*\(ulimit -n\)"
+        ) as caught:
+            [source[i] for i in range(40)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert not isinstance(caught.value, RecordError)  # no pair is to blame
+
+
+def test_damaged_and_lost_files_cost_their_own_pairs(tmp_path, monkeypatch):
+    folder = written(tmp_path, files=4, records=3)
+    files = sorted(folder.glob("*array_record*"))
+    content = bytearray(files[0].read_bytes())
+    content[100] ^= 1  # in the first record
+    files[0].write_bytes(content)
+    files[1].write_bytes(content[:-20_000])
+    files[2].unlink()
+    source = TfdsSource("pairs", "train", data_dir=str(tmp_path))
+    batch = take(train_batches(shuffled(source, 0), transform=TRANSFORM, batch=12, seed=0), 1)[0]
+    reasons = dict(zip(batch["index"].tolist(), (["", *REASONS][bad] for bad in batch["bad"]), strict=True))
+    changed, missing = "shard_changed", "shard_missing"
+    expected = [changed, "", "", changed, changed, changed, missing, missing, missing, "", "", ""]
+    assert [reasons[record] for record in range(12)] == expected
+    with pytest.raises(RecordError, match=r"^open\(\) failed: No such file or directory; opening .*-00002-of-00004"):
+        source[6]
+
+    class Share(list):
+        def __getitem__(self, index):
+            raise RuntimeError(
+                "pread() failed: Input/output error; reading /nfs/pairs-train.array_record-00000-of-00004"
+            )
+
+    monkeypatch.setattr(source, "_records", Share())
+    with pytest.raises(RecordError, match="^pread") as caught:
+        source[0]
+    assert caught.value.reason == UNREACHABLE
 
 
 def test_a_dataset_that_is_prepared_anew_has_another_state(digits_dir, tmp_path):

@@ -7,6 +7,7 @@ Local paths are read with `pread`. Everything else (`gs://`, `s3://`, `http://`,
 """
 
 import contextlib
+import errno
 import functools
 import glob
 import hashlib
@@ -15,6 +16,7 @@ import logging
 import os
 import random
 import re
+import resource
 import threading
 import time
 import uuid
@@ -42,6 +44,12 @@ _requests = 0
 
 class StorageError(Exception):
     """A file that is not there or that nobody may read; the message names it and says why."""
+
+
+OUTAGES = frozenset(
+    {errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETUNREACH}
+)
+"""What a share (NFS, gcsfuse) says of its server, when it has tried long enough itself; of no file's own."""
 
 
 class Stat(NamedTuple):
@@ -225,6 +233,15 @@ def sweep(folder: Path) -> None:
     for left_over in folder.glob(".*.tmp"):
         with contextlib.suppress(OSError):
             left_over.unlink()
+
+
+def allow_open_files(number: int) -> None:
+    """Lets this process open so many files more than its soft limit says, 1,024 on most systems; as far as it may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY:
+        wanted = soft + number if hard == resource.RLIM_INFINITY else min(soft + number, hard)
+        with contextlib.suppress(ValueError, OSError):  # a system may have a limit below the hard one
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def sync(path: Path) -> None:

@@ -6,6 +6,7 @@ here imports it. Images stay encoded, so that decoding happens in the pipeline's
 
 import contextlib
 import difflib
+import errno
 import json
 import os
 import re
@@ -13,10 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from clip_jax.data.records import Record, RecordError, decode_caption
-from clip_jax.data.storage import local_path, state_of
+from clip_jax.data.records import UNREACHABLE, Record, RecordError, decode_caption
+from clip_jax.data.storage import OUTAGES, allow_open_files, local_path, state_of
 from clip_jax.data.tfds_files import FILE_FORMAT
-from clip_jax.errors import UserError
+from clip_jax.errors import UserError, one_line
 
 OWN_DATASETS = ("digits",)
 """Datasets that this package can prepare itself (`clip-jax data build`)."""
@@ -96,10 +97,8 @@ class TfdsSource:
         Raises:
           RecordError: it cannot be used.
         """
-        if self._records is None:
-            self._records = self._open(_open_builder(self._directory))
         image_key, caption_key, label_key = self._keys.values()
-        values = _parse_example(self._records[index])
+        values = _parse_example(self._read(index))
         image = values[image_key].bytes_list.value
         if not image:
             raise RecordError("image_missing", "there is no image")
@@ -117,8 +116,18 @@ class TfdsSource:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_records": None}
 
+    def _read(self, index: int) -> bytes:
+        if self._records is None:
+            self._records = self._open(_open_builder(self._directory))
+        try:
+            return self._records[index]
+        except RuntimeError as error:  # of ArrayRecord's reader, whatever it found
+            raise _unreadable(one_line(error)) from None
+
     def _open(self, builder: Any) -> Any:
         import tensorflow_datasets as tfds
+
+        allow_open_files(sum(split.num_shards for split in builder.info.splits.values()))  # each stays open
 
         # Bytes, and our own look at the named features: TFDS's decoding would decode every other feature as well.
         method = tfds.decode.DeserializeMethod.RAW_BYTES
@@ -166,6 +175,15 @@ def _feature(features: Any, key: str, *, texts: bool) -> Any:
             return None
         found = found[name]
     return found.feature if texts and isinstance(found, tfds.features.Sequence) else found
+
+
+def _unreadable(message: str) -> UserError:
+    """Returns why a record cannot be read, by the message of ArrayRecord's reader, which ends with the file's name."""
+    if os.strerror(errno.EMFILE) in message:
+        return UserError(f"{message}; allow this process more of them (ulimit -n), or prepare larger shards")
+    if any(os.strerror(number) in message for number in OUTAGES):
+        return RecordError(UNREACHABLE, message)
+    return RecordError("shard_missing" if message.startswith("open() failed") else "shard_changed", message)
 
 
 def find_dataset(dataset: str, data_dir: str = "") -> Path:
