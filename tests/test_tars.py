@@ -95,6 +95,18 @@ def test_members_are_tarfiles(tmp_path, kind):
     assert len(own_members(path)) >= 5
 
 
+def test_files_of_macos_and_names_without_extension_part_no_sample(tmp_path):
+    """As in webdataset. macOS' tar puts a `._` file before every member, between the image and its caption too."""
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for number in range(2):
+            for extension, content in (("JPG", picture(number)), ("txt", f"{number}".encode())):
+                for name in (f"._{number}.{extension}", ".DS_Store", "README"):
+                    add(tar, f"./folder/{name}", b"\0\5\x16\7")
+                add(tar, f"./folder/{number}.{extension}", content)
+    tars = source(str(tmp_path / "a.tar"), tmp_path)
+    assert captions(tars[number] for number in range(len(tars))) == ["0", "1"]
+
+
 def test_a_sidecar_is_made_once_and_again_when_the_shard_changes(tmp_path):
     path = write_shard(tmp_path / "a.tar", range(3))
     sidecars = Sidecars(Storage(), str(tmp_path / "index"))

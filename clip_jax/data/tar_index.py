@@ -1,7 +1,8 @@
 """Where the samples of a tar shard lie, found by its headers alone.
 
 A sample is consecutive members that share a key: the name up to the first dot of its last part, as in webdataset. Only
-regular files count; links and devices are passed over, and nothing is ever unpacked, so that names are only names.
+regular files count; links and devices are passed over, and so are names without an extension or without anything before
+it, such as the `._0.jpg` that macOS puts before each `0.jpg`. Nothing is ever unpacked, so that names are only names.
 Headers: POSIX.1-2017 `pax`, "ustar" and GNU's extensions for long names and sizes.
 """
 
@@ -187,7 +188,10 @@ def index_samples(files: Iterator[Member]) -> tuple[np.ndarray, np.ndarray]:
     keys: list[int] = []
     current: str | None = None
     for member in files:
-        extension = member.name.rpartition("/")[2].partition(".")[2].lower()
+        name, _, extension = member.name.rpartition("/")[2].partition(".")
+        if not (name and extension):
+            continue
+        extension = extension.lower()
         part = "image" if extension in IMAGES else {"txt": "text", "json": "json"}.get(extension)
         key = sample_key(member.name)
         if part is None:
