@@ -3,6 +3,7 @@
 import pickle
 import re
 
+import numpy as np
 import pyarrow
 import pytest
 from pyarrow import parquet
@@ -42,6 +43,20 @@ def test_parquet_may_hold_the_images_and_several_captions(folder):
     assert table[1].image == picture(6)
     parquet.write_table(pyarrow.table({"image": ["1.jpg"], "caption": ["d"]}), path)
     assert TableSource(path, image_root=str(folder / "images"))[0].image == picture(1)
+
+
+def test_of_several_captions_the_blank_ones_are_not_drawn(folder):
+    path = folder / "pairs.parquet"
+    parquet.write_table(pyarrow.table({"image": ["1.jpg"] * 2, "caption": [["", "a", None, " "], ["", "\n"]]}), path)
+    table = TableSource(path, image_root=str(folder / "images"))
+    assert {table[0].draw_caption(np.random.default_rng(seed)) for seed in range(20)} == {"a"}
+    assert table[0].first_caption() == "a"
+    with pytest.raises(RecordError, match="the caption is empty"):
+        table[1].draw_caption(np.random.default_rng(0))
+    record = table[0]._replace(captions=(" ", "a", "b"), shares=(8.0, 1.0, 3.0))
+    drawn = [record.draw_caption(np.random.default_rng(seed)) for seed in range(1_000)]
+    assert 210 < drawn.count("a") < 290
+    assert drawn.count("a") + drawn.count("b") == 1_000
 
 
 def test_parquet_of_hugging_face_has_structs_of_bytes_and_path(folder):

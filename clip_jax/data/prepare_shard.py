@@ -191,22 +191,9 @@ def _prepared(sample: Sample, settings: ShardSettings) -> bytes:
     """
     if isinstance(sample.record, RecordError):
         raise sample.record
-    captions, shares = _spoken(sample.record)
+    captions, shares = sample.record.spoken()
     image = _resized(sample.record.image, settings)
     return serialize(image, captions, shares, key=sample.key, uid=str(sample.metadata.get("uid", "")))
-
-
-def _spoken(record: Record) -> tuple[tuple[str, ...], tuple[float, ...]]:
-    """Returns the captions that are not blank, and their shares.
-
-    Raises:
-      RecordError: there is none.
-    """
-    kept = [number for number, caption in enumerate(record.captions) if caption.strip()]
-    if not kept:
-        raise RecordError("caption_missing", "the caption is empty")
-    shares = tuple(record.shares[number] for number in kept) if record.shares else ()
-    return tuple(record.captions[number] for number in kept), shares
 
 
 def _resized(image: Any, settings: ShardSettings) -> bytes:

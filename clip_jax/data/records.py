@@ -60,7 +60,7 @@ class Record(NamedTuple):
 
     Attributes:
       image: the encoded file, or uint8 [h, w, 3].
-      captions: one of them is drawn whenever the record is read; empty where the dataset has none.
+      captions: one of them that is not blank is drawn whenever the record is read; empty where the dataset has none.
       shares: how often each caption is drawn, relative to the others; empty means equally often.
       label: the class; -1 where the dataset has none.
     """
@@ -70,21 +70,34 @@ class Record(NamedTuple):
     shares: tuple[float, ...] = ()
     label: int = -1
 
-    def draw_caption(self, rng: np.random.Generator) -> str:
-        """Returns one of the captions; where there is but one, nothing is drawn from `rng`.
+    def spoken(self) -> tuple[tuple[str, ...], tuple[float, ...]]:
+        """Returns the captions that are not blank, and their shares.
 
         Raises:
-          RecordError: there is none, or it is blank.
+          RecordError: there is none.
         """
-        return _not_blank(self.captions[_draw(len(self.captions), self.shares, rng)] if self.captions else "")
+        kept = [number for number, caption in enumerate(self.captions) if caption.strip()]
+        if not kept:
+            raise RecordError("caption_missing", "the caption is empty")
+        shares = tuple(self.shares[number] for number in kept) if self.shares else ()
+        return tuple(self.captions[number] for number in kept), shares
+
+    def draw_caption(self, rng: np.random.Generator) -> str:
+        """Returns one of the captions that are not blank; where there is but one, nothing is drawn from `rng`.
+
+        Raises:
+          RecordError: there is none.
+        """
+        captions, shares = self.spoken()
+        return captions[_draw(len(captions), shares, rng)]
 
     def first_caption(self) -> str:
-        """Returns the first of the captions.
+        """Returns the first of the captions that are not blank.
 
         Raises:
-          RecordError: there is none, or it is blank.
+          RecordError: there is none.
         """
-        return _not_blank(self.captions[0] if self.captions else "")
+        return self.spoken()[0][0]
 
 
 @runtime_checkable
@@ -142,12 +155,6 @@ def read_image_file(path: Path) -> bytes:
         return path.read_bytes()
     except (OSError, ValueError) as error:
         raise RecordError("image_missing", f"{path} cannot be read: {one_line(error)}") from None
-
-
-def _not_blank(caption: str) -> str:
-    if not caption.strip():
-        raise RecordError("caption_missing", "the caption is empty")
-    return caption
 
 
 def _draw(count: int, shares: Sequence[float], rng: np.random.Generator) -> int:
