@@ -164,6 +164,18 @@ def test_counts_come_from_where_they_are_known(shards, tmp_path):
         source(shards, tmp_path, counts=str(tmp_path / "mine.json"))
 
 
+def test_shards_of_the_same_name_in_several_folders_have_counts_of_their_own(tmp_path):
+    for folder, count in (("a", 2), ("b", 5)):
+        write_shard(tmp_path / folder / "00000.tar", range(count))
+    both = f"{tmp_path}/a/00000.tar::{tmp_path}/b/00000.tar"
+    (tmp_path / "a" / "sizes.json").write_text('{"00000.tar": 7}')  # wrong, and taken for this one only
+    assert source(both, tmp_path).counts.tolist() == [7, 5]
+    (tmp_path / "b" / "sizes.json").write_text('{"00000.tar": 8}')
+    assert source(both, tmp_path / "elsewhere").counts.tolist() == [7, 8]
+    (tmp_path / "mine.json").write_text(f'{{"00000.tar": 9, "{tmp_path}/b/00000.tar": 6}}')
+    assert source(both, tmp_path / "elsewhere", counts=str(tmp_path / "mine.json")).counts.tolist() == [7, 6]
+
+
 def test_what_was_counted_is_counted_again_when_the_shard_changes(shards, tmp_path, monkeypatch):
     """Only that shard; and one that is gone keeps its samples, which are missing then."""
     assert source(shards, tmp_path).counts.tolist() == [7, 10, 1, 14]

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import posixpath
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 
@@ -38,7 +39,7 @@ def find_counts(
     Args:
       paths: of the shards.
       storage: reads them.
-      file: JSON {path or last part of it: samples}; empty for none.
+      file: JSON {path, or last part of it if only one has it: samples}; empty for none.
       remembered: where the result of looking into shards is kept.
       all_used: no filter leaves samples out; otherwise only what was remembered, and looks into shards, will do.
       count: looks into one shard.
@@ -54,8 +55,11 @@ def find_counts(
         stats = _local_stats(storage, paths, pool)
         known = _remembered(storage, remembered, stats) | known
     if all_used and len(known) < len(paths):
-        beside = posixpath.join(posixpath.dirname(paths[0]), "sizes.json")
-        known = _by_path(_counts_in(storage, beside, optional=True), paths) | known
+        folders = _by_folder([path for path in paths if path not in known])
+        files = [posixpath.join(folder, "sizes.json") for folder in folders]
+        beside = pool.map(lambda file: _counts_in(storage, file, optional=True), files)
+        for counts, shards in zip(beside, folders.values(), strict=True):
+            known |= _by_path(counts, shards)
     unknown = [path for path in paths if path not in known]
     if all_used and unknown:
         stated = pool.map(lambda path: _count_in_stats(storage, path), unknown)
@@ -131,16 +135,23 @@ def _counts_in(storage: Storage, file: str, *, optional: bool = False) -> dict[s
     return counts
 
 
+def _by_folder(paths: Sequence[str]) -> dict[str, list[str]]:
+    folders: dict[str, list[str]] = {}
+    for path in paths:
+        folders.setdefault(posixpath.dirname(path), []).append(path)
+    return folders
+
+
 def _by_path(counts: dict[str, int], paths: Sequence[str]) -> dict[str, int]:
-    """Returns the counts of these paths, whether the file names them in full or by their last part."""
-    found = {}
-    for path in paths if counts else ():
-        count = counts.get(path)
-        if count is None:
-            count = counts.get(path.rpartition("/")[2])
-        if count is not None:
-            found[path] = count
-    return found
+    """Returns the counts of these paths, whether the file names them in full or by their last part.
+
+    A last part that several of them share names none.
+    """
+    if not counts:
+        return {}
+    names = Counter(map(posixpath.basename, paths))
+    by_name = {path: counts[name] for path in paths if names[name := posixpath.basename(path)] == 1 and name in counts}
+    return by_name | {path: counts[path] for path in paths if path in counts}
 
 
 def _count_in_stats(storage: Storage, path: str) -> int | None:
