@@ -1,5 +1,6 @@
 """Tar shards: the index against tarfile, sources, windows through the pipeline, what is bad."""
 
+import dataclasses
 import itertools
 import json
 import pickle
@@ -12,12 +13,15 @@ import pytest
 from batches import assert_same, side_by_side
 from pyarrow import parquet
 from tars import add, bad_shard, picture, write_shard, write_shards
+from tiny import TINY
 
 from clip_jax.cli import main
+from clip_jax.config import DataConfig
 from clip_jax.data import tar_source
 from clip_jax.data.augment import Augment
 from clip_jax.data.filters import Filter
 from clip_jax.data.images import Preprocess
+from clip_jax.data.loader import open_part, open_tars
 from clip_jax.data.order import FullShuffle, WindowShuffle
 from clip_jax.data.pipeline import TrainTransform, check_batches, train_batches
 from clip_jax.data.reading import Part, WindowReader
@@ -531,6 +535,27 @@ def test_after_a_damaged_header_the_next_whole_one_counts(tmp_path):
     with pytest.raises(RecordError, match="no image"):
         tars[2]
     assert captions(tars[i] for i in (0, 1, 3, 4, 5)) == [f"number {i}" for i in (0, 1, 3, 4, 5)]
+
+
+def test_paths_of_a_config_may_begin_at_home(shards, tmp_path, monkeypatch):
+    """A shell leaves the ~ of `--config.data.index_dir=~/index` as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path / "shards")
+    (tmp_path / "uids.txt").write_text(f"{1:032x}\n{9:032x}\n")
+    (tmp_path / "counts.json").write_text("[]")
+    section = DataConfig(source="tars", shards=shards, index_dir="~/index", uids="~/uids.txt")
+    assert len(open_tars(section)) == 2
+    assert (tmp_path / "index").is_dir()
+    assert not (tmp_path / "shards" / "~").exists()
+    with pytest.raises(UserError, match=f"config.data.counts={tmp_path}/counts.json: not a mapping"):
+        open_tars(dataclasses.replace(section, uids="", counts="~/counts.json"))
+
+
+@pytest.mark.parametrize("shards", ["s3://bucket/0.tar", "/data/0.tar::s3://bucket/0.tar"])
+def test_where_a_shard_is_remote_the_order_is_of_windows(shards, tmp_path):
+    run = dataclasses.replace(TINY, data=DataConfig(source="tars", shards=shards))
+    tars = source(str(write_shard(tmp_path / "0.tar", range(3))), tmp_path)
+    assert isinstance(open_part(run, run.data, tars).order, WindowShuffle)
 
 
 @pytest.mark.filterwarnings("ignore:the load_module")

@@ -1,5 +1,6 @@
 """From a run's config to its training batches."""
 
+import os
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,7 +72,7 @@ def open_part(config: RunConfig, data: DataConfig, source: Source | None = None)
       source: instead of the one that the section names.
     """
     source = open_source(config, data) if source is None else source
-    windows = data.order == "window" or (data.order == "auto" and data.source == "tars" and is_remote(data.shards))
+    windows = data.order == "window" or (data.order == "auto" and any(map(is_remote, data.shards.split("::"))))
     if windows and isinstance(source, TarSource):
         order = WindowShuffle(
             source.counts, seed=config.seed, streams=data.streams, block=data.block, window=data.window
@@ -142,13 +143,12 @@ def open_tars(
     data: DataConfig, *, index: bool = False, need_captions: bool = True, captions_by_line: bool = False
 ) -> TarSource:
     """Opens tar shards; with `index`, after looking into all whose number of samples is not known."""
-    keep = Filter(data.filters, data.uids)
     return TarSource(
         data.shards,
-        index_dir=data.index_dir or str(Path("~/.cache/clip_jax/index").expanduser()),
-        counts=data.counts,
+        index_dir=os.path.expanduser(data.index_dir or "~/.cache/clip_jax/index"),
+        counts=os.path.expanduser(data.counts),
         captions=data.captions,
-        keep=keep,
+        keep=Filter(data.filters, os.path.expanduser(data.uids)),
         retry_s=data.retry_s,
         threads=data.connections,
         index=index,
