@@ -1,6 +1,7 @@
 """Prepared datasets: every good sample once, the same bytes however often the job was killed, and read as any other."""
 
 import dataclasses
+import errno
 import io
 import json
 import os
@@ -264,6 +265,30 @@ def test_folders_below_a_folder_count_in_the_order_of_their_paths(tmp_path, inli
         }
     ]
     assert [shard["samples"] for shard in shard_counts(folder)] == [2, 2, 1]
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".txt", ".json"])
+def test_a_share_that_does_not_answer_rejects_nothing(tmp_path, inline, monkeypatch, suffix):
+    """The file is good: its part is made when it can be read."""
+    (tmp_path / "in").mkdir()
+    for number in range(2):
+        (tmp_path / "in" / f"{number}.jpg").write_bytes(picture(number))
+        (tmp_path / "in" / f"{number}.txt").write_text(f"number {number}")
+        (tmp_path / "in" / f"{number}.json").write_text(json.dumps({"good": 1}))
+    asked = job(data_dir=str(tmp_path), folder=str(tmp_path / "in"), per_shard=1, filters=("good==1",))
+    read = Path.read_bytes
+
+    def lost(path):
+        if path.name == f"1{suffix}":
+            raise OSError(errno.EIO, "Input/output error")
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", lost)
+    with pytest.raises(UserError, match=f"1 of 2 shards could not be made, .*1{suffix} cannot be read: .*output error"):
+        prepare(asked)
+    monkeypatch.setattr(Path, "read_bytes", read)
+    folder = prepare(asked)
+    assert (manifest(folder)["records"], rejects(folder)) == (2, [])
 
 
 def shard_counts(folder):

@@ -125,10 +125,12 @@ def test_a_store_whose_package_is_not_installed_is_one_line(tmp_path, pattern):
         source(pattern, tmp_path)
 
 
-def test_what_is_not_there_is_not_waited_for(store):
+def test_what_is_not_there_or_not_known_is_not_waited_for(store):
     began = time.monotonic()
     with pytest.raises(StorageError, match="nothing.tar"):
         Storage(60.0).stat(f"{store.url}/nothing.tar")
+    with pytest.raises(StorageError, match="501"):  # this store cannot be written
+        Storage(60.0).write_whole(f"{store.url}/index/0.npz", b"")
     assert time.monotonic() - began < 5
     with pytest.raises(UserError, match="unknown protocol"):
         Storage(60.0).stat("htp://x/y.tar")

@@ -1,6 +1,7 @@
 """Tar shards: the index against tarfile, sources, windows through the pipeline, what is bad."""
 
 import dataclasses
+import errno
 import itertools
 import json
 import pickle
@@ -17,20 +18,20 @@ from tiny import TINY
 
 from clip_jax.cli import main
 from clip_jax.config import DataConfig
-from clip_jax.data import tar_source
+from clip_jax.data import storage, tar_source
 from clip_jax.data.augment import Augment
 from clip_jax.data.filters import Filter
 from clip_jax.data.images import Preprocess
 from clip_jax.data.loader import open_part, open_tars
 from clip_jax.data.order import FullShuffle, WindowShuffle
-from clip_jax.data.pipeline import TrainTransform, check_batches, train_batches
+from clip_jax.data.pipeline import TrainTransform, check_batches, eval_batches, train_batches
 from clip_jax.data.reading import Part, WindowReader
-from clip_jax.data.records import REASONS, RecordError
+from clip_jax.data.records import REASONS, UNREACHABLE, RecordError
 from clip_jax.data.storage import Storage, expand
 from clip_jax.data.tar_index import Sidecars, members, read_at
 from clip_jax.data.tar_source import TarSource
 from clip_jax.data.tokenizer import Tokenizer
-from clip_jax.errors import ConfigError, UserError
+from clip_jax.errors import ConfigError, OutageError, UserError
 
 TRANSFORM = TrainTransform(Preprocess(size=8), Tokenizer(), context=16, augment=Augment())
 
@@ -498,6 +499,30 @@ def test_a_missing_shard_costs_its_own_slots(shards, tmp_path):
         source(shards, tmp_path)
     (tmp_path / "shards" / "sizes.json").write_text(json.dumps(sizes))
     assert reasons_of(windowed(source(shards, tmp_path)), 32) == dict.fromkeys(range(7, 17), "shard_missing")
+
+
+def test_a_share_that_does_not_answer_is_an_outage_and_no_missing_shard(shards, tmp_path, monkeypatch):
+    tars = source(shards, tmp_path)
+    lost = OSError(errno.EIO, "Input/output error")
+    monkeypatch.setattr(storage, "_read_range", lambda *_: (_ for _ in ()).throw(lost))
+    assert reasons_of(windowed(tars), 32) == dict.fromkeys(range(32), UNREACHABLE)
+    with pytest.raises(OutageError, match="^sample 0 of .*00000.tar: .*00000.tar: Input/output error"):
+        next(eval_batches(tars, transform=TRANSFORM, batch=4))
+
+
+def test_an_index_that_cannot_be_kept_costs_a_warning_and_no_pair(shards, tmp_path, monkeypatch, caplog):
+    """As on a full disk. Where shards must be counted, it is noticed before any is read."""
+    (tmp_path / "index").write_text("no folder")
+    looked = []
+    monkeypatch.setattr(TarSource, "_count", lambda self, path: looked.append(path) or 1)
+    with pytest.raises(UserError, match=r"^config.data.index_dir cannot be written: .*; name another folder"):
+        source(shards, tmp_path)
+    assert not looked
+    sizes = {f"{i:05d}.tar": count for i, count in enumerate([7, 10, 1, 14])}
+    (tmp_path / "shards" / "sizes.json").write_text(json.dumps(sizes))
+    assert reasons_of(windowed(source(shards, tmp_path)), 32) == {}
+    (warning,) = [record.message for record in caplog.records]
+    assert warning.endswith("every process looks into shards again; name another config.data.index_dir")
 
 
 def test_a_truncated_shard_costs_what_it_lacks(shards, tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_jax.data.captions import CaptionFields
-from clip_jax.data.records import MAX_FILE_BYTES, Record, RecordError, read_image_file
+from clip_jax.data.records import MAX_FILE_BYTES, Record, RecordError, file_reason, read_image_file
 from clip_jax.data.storage import state_of
 from clip_jax.data.tar_index import IMAGES
 from clip_jax.errors import UserError
@@ -102,7 +102,8 @@ def beside(image: Path, suffix: str) -> bytes | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise RecordError("caption_unreadable", f"{file} cannot be read: {error.strerror}") from None
+        reason = file_reason(error, "caption_unreadable")
+        raise RecordError(reason, f"{file} cannot be read: {error.strerror}") from None
 
 
 def _walk(root: Path) -> Iterator[str]:

@@ -20,7 +20,7 @@ from clip_jax.data.captions import CaptionFields
 from clip_jax.data.filters import Filter
 from clip_jax.data.images import ImageError, decode_jpeg, encode_jpeg, jpeg_size
 from clip_jax.data.prepare_inputs import Part, Sample
-from clip_jax.data.records import Record, RecordError
+from clip_jax.data.records import UNREACHABLE, Record, RecordError
 from clip_jax.data.storage import StorageError, appearing
 from clip_jax.data.tfds_files import RecordWriter, serialize
 from clip_jax.errors import UserError
@@ -162,12 +162,18 @@ def _make(task: ShardTask) -> ShardReport:
 
 
 def _records(task: ShardTask, counts: Counter[str], rejects: IO[str]) -> Iterator[bytes]:
-    """Yields the serialized samples; counts them, the others by reason, and the bytes of images."""
+    """Yields the serialized samples; counts them, the others by reason, and the bytes of images.
+
+    Raises:
+      StorageError, OutageError, RecordError: the part cannot be read.
+    """
     settings = task.settings
     keep = _filter(settings.filters, settings.uids)
     for sample in task.part.samples(CaptionFields(settings.captions), settings.retry_s):
         if isinstance(sample.record, Record):
             counts["bytes_in"] += len(sample.record.image)
+        elif sample.record.reason == UNREACHABLE:
+            raise sample.record  # it is no fault of the sample's
         if keep and not keep(sample.metadata):
             counts["filtered"] += 1
             continue

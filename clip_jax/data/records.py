@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
+from clip_jax.data.storage import OUTAGES
 from clip_jax.errors import UserError, one_line
 
 UNREACHABLE = "shard_unreachable"
@@ -154,7 +155,12 @@ def read_image_file(path: Path) -> bytes:
             raise RecordError("image_too_large", f"{path} has {size:,} bytes, over {MAX_FILE_BYTES:,}")
         return path.read_bytes()
     except (OSError, ValueError) as error:
-        raise RecordError("image_missing", f"{path} cannot be read: {one_line(error)}") from None
+        raise RecordError(file_reason(error, "image_missing"), f"{path} cannot be read: {one_line(error)}") from None
+
+
+def file_reason(error: Exception, reason: str) -> str:
+    """Returns the reason why a record's file cannot be read: its share's, or the file's own, which is `reason`."""
+    return UNREACHABLE if isinstance(error, OSError) and error.errno in OUTAGES else reason
 
 
 def _draw(count: int, shares: Sequence[float], rng: np.random.Generator) -> int:

@@ -3,7 +3,8 @@
 A remote file that was given up is not asked for during the next minute: it fails at once, for the same reason. Then one
 try decides. So a shard that stays away costs the deadline once, not once for each of its blocks.
 
-Local paths are read with `pread`. Everything else (`gs://`, `s3://`, `http://`, …) goes through fsspec.
+Local paths are read with `pread`, once: shares try again themselves. Everything else (`gs://`, `s3://`, `http://`, …)
+goes through fsspec.
 """
 
 import contextlib
@@ -46,10 +47,13 @@ class StorageError(Exception):
     """A file that is not there or that nobody may read; the message names it and says why."""
 
 
+FAILURES = (StorageError, OutageError)
+"""What reading and writing raise: what is the file's fault, and what is its store's."""
+
 OUTAGES = frozenset(
     {errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETUNREACH}
 )
-"""What a share (NFS, gcsfuse) says of its server, when it has tried long enough itself; of no file's own."""
+"""Numbers of the errors by which a share (NFS, gcsfuse) says that its server did not answer."""
 
 
 class Stat(NamedTuple):
@@ -90,7 +94,7 @@ class Storage:
 
         Raises:
           StorageError: it is not there or cannot be read.
-          OutageError: its store did not answer for `retry_s`, or lately did not.
+          OutageError: its store did not answer for `retry_s`, or lately did not; or its share did not.
         """
         if not is_remote(path):
             return _local(path, lambda: _read_range(path, start, length))
@@ -143,10 +147,13 @@ class Storage:
             system = _system(path)
             self._retried(path, lambda: system.pipe_file(path, content))  # stores put objects whole
             return
-        temporary = f"{path}.{os.getpid()}.{threading.get_ident()}.tmp"
-        _local(path, lambda: os.makedirs(os.path.dirname(path) or ".", exist_ok=True))
-        _local(path, lambda: Path(temporary).write_bytes(content))
-        _local(path, lambda: os.replace(temporary, path))
+
+        def write() -> None:
+            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+            with appearing(Path(path)) as temporary:
+                temporary.write_bytes(content)
+
+        _local(path, write)
 
     def close(self) -> None:
         """Ends the tries of reads that are under way; later reads are tried anew."""
@@ -411,11 +418,11 @@ def _http_stat(system: Any, url: str) -> Stat:
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether another try may succeed: not where the server says that the request itself is wrong."""
+    """Whether another try may succeed: not where the server says that the request itself is wrong, or not known."""
     if isinstance(error, _NEVER_RETRIED):
         return False
     status = _status(error)
-    return not (400 <= status < 500 and status not in (408, 425, 429))
+    return status in (408, 425, 429) or not (400 <= status < 500 or status == 501)
 
 
 def _status(error: BaseException) -> int:
@@ -447,4 +454,5 @@ def _local(path: str, call: Callable[[], T]) -> T:
     try:
         return call()
     except OSError as error:
-        raise StorageError(f"{path}: {error.strerror}") from None
+        kind = OutageError if error.errno in OUTAGES else StorageError
+        raise kind(f"{path}: {error.strerror}") from None

@@ -72,6 +72,7 @@ def find_counts(
             "where all processes see it, or name a JSON file {shard: samples} as config.data.counts"
         )
     if unknown:
+        _remember(storage, remembered, known, stats)  # a folder that cannot be written is noticed before all is read
         known |= dict(zip(unknown, pool.map(count, unknown), strict=True))
         _remember(storage, remembered, known, stats)
     return np.asarray([known[path] for path in paths], np.int64)
@@ -89,11 +90,11 @@ def _remember(storage: Storage, file: str, counts: Mapping[str, int], stats: Map
     Raises:
       UserError: the folder cannot be written.
     """
-    kept = {absolute(path): [counts[path], *stat] if stat else counts[path] for path, stat in stats.items()}
+    kept = {absolute(path): [count, *stat] if (stat := stats[path]) else count for path, count in counts.items()}
     try:
         storage.write_whole(file, json.dumps(kept).encode())
     except StorageError as error:
-        raise UserError(f"config.data.index_dir cannot be written: {error}") from None
+        raise UserError(f"config.data.index_dir cannot be written: {error}; name another folder") from None
 
 
 def _remembered(storage: Storage, file: str, stats: Mapping[str, Stat | None]) -> dict[str, int]:

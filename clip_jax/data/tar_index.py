@@ -9,12 +9,15 @@ Headers: POSIX.1-2017 `pax`, "ustar" and GNU's extensions for long names and siz
 import hashlib
 import io
 import json
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from clip_jax.data.storage import Stat, Storage, StorageError, absolute, is_remote
+
+_LOG = logging.getLogger(__name__)
 
 BLOCK = 512
 IMAGES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"})
@@ -104,7 +107,7 @@ class Sidecars:
     """
 
     def __init__(self, storage: Storage, folder: str) -> None:
-        self._storage, self._folder = storage, folder
+        self._storage, self._folder, self._warned = storage, folder, False
 
     def get(self, path: str) -> ShardIndex:
         """Returns a shard's index as of now.
@@ -118,11 +121,17 @@ class Sidecars:
 
     def _make(self, path: str, stat: Stat) -> ShardIndex:
         index = ShardIndex(*index_samples(members(read_at(self._storage, path, stat.size))), stat)
-        try:
-            self._storage.write_whole(self.path(path), index.to_bytes())
-        except StorageError as error:
-            raise StorageError(f"the index of {path} cannot be kept ({error}); set config.data.index_dir") from None
+        self.keep(self.path(path), index.to_bytes())
         return index
+
+    def keep(self, file: str, content: bytes) -> None:
+        """Writes a file that saves looking again; where that fails, as on a full disk, a warning says so once."""
+        try:
+            self._storage.write_whole(file, content)
+        except StorageError as error:
+            warned, self._warned = self._warned, True
+            if not warned:
+                _LOG.warning("%s: every process looks into shards again; name another config.data.index_dir", error)
 
     def path(self, shard: str) -> str:
         """Returns where the sidecar of a shard is kept."""

@@ -21,7 +21,7 @@ import numpy as np
 from clip_jax.data.captions import CaptionFields, parse_metadata
 from clip_jax.data.filters import Filter
 from clip_jax.data.records import MAX_FILE_BYTES, UNREACHABLE, Record, RecordError
-from clip_jax.data.storage import Storage, StorageError, expand, is_remote, state_of
+from clip_jax.data.storage import FAILURES, Storage, StorageError, expand, is_remote, state_of
 from clip_jax.data.tar_counts import find_counts, remembered_in
 from clip_jax.data.tar_index import (
     BLOCK,
@@ -168,7 +168,7 @@ class TarSource:
         try:
             samples = self._samples(shard)[number : number + count]
             return TarBlock(number, samples, read_ranges(self._storage, path, samples), self._captions)
-        except (StorageError, OutageError) as error:
+        except FAILURES as error:
             return TarBlock(number, error, [], self._captions)
 
     def close(self) -> None:
@@ -217,7 +217,7 @@ class TarSource:
             kept = np.zeros(0, np.uint8)
         if len(kept) != len(index.samples):
             kept = self._judge(path, index, self._keep)
-            self._storage.write_whole(kept_in, kept.tobytes())
+            self._sidecars.keep(kept_in, kept.tobytes())
         return index.samples[kept > 0]
 
     def _judge(self, path: str, index: ShardIndex, keep: Filter) -> np.ndarray:

@@ -22,8 +22,8 @@ import pyarrow
 from pyarrow import parquet
 
 from clip_jax.config import describe_diff, diff
-from clip_jax.data.storage import Storage, StorageError, is_remote
-from clip_jax.errors import OutageError, UserError, one_line
+from clip_jax.data.storage import FAILURES, Storage, StorageError, is_remote
+from clip_jax.errors import UserError, one_line
 
 Kind = Literal["images", "texts"]
 KINDS: tuple[Kind, ...] = ("images", "texts")
@@ -156,7 +156,7 @@ class VectorStore:
     def _write(self, name: str, content: bytes) -> None:
         try:
             self._storage.write_whole(f"{self.folder}/{name}", content)
-        except (StorageError, OutageError) as error:
+        except FAILURES as error:
             raise UserError(f"{one_line(error)}; what is there is kept, run the same command again") from None
 
 
