@@ -7,7 +7,7 @@ so that a resumed run goes on with the next. What a run does when something goes
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -67,12 +67,12 @@ class Found(NamedTuple):
     Attributes:
       zero_shot: what the zero-shot evaluation found; None without one, and where it failed.
       numbers: all of it, as it belongs into the metrics.
-      failed: whether an evaluation did.
+      failures: of the evaluations that could not be made.
     """
 
     zero_shot: Evaluated | None
     numbers: dict[str, float]
-    failed: bool
+    failures: Sequence[Exception] = ()
 
 
 def train(
@@ -92,7 +92,8 @@ def train(
     Raises:
       UserError: see the module docstring; nothing was overwritten. Later on, what a person must look at.
       PreemptedError: it was told to end, and has saved.
-      RestartError: a data worker died, or a store that was read before does not answer any more.
+      RestartError: a data worker died, or a store that was read before does not answer any more, in the evaluation at
+        the end too.
     """
     startup = startup or Startup()
     startup.lap("import")
@@ -278,6 +279,7 @@ def _evaluate(run: Run, state: TrainState, watch: Watch) -> Found:
       PreemptedError: the run shall end; in all processes before the same batch.
     """
     variables, step = state.inference_variables, int(state.step)
+    failures: list[Exception] = []
 
     def progress() -> None:
         watch.watchdog.progress()
@@ -291,6 +293,7 @@ def _evaluate(run: Run, state: TrainState, watch: Watch) -> Found:
             raise
         except Exception as error:  # of any kind: nothing in it is needed for training
             watch.monitor.evaluation_failed(step, error)
+            failures.append(error)
             return None
 
     with watch.monitor.pause():
@@ -299,9 +302,7 @@ def _evaluate(run: Run, state: TrainState, watch: Watch) -> Found:
         numbers = ({} if zero_shot is None else scalars(zero_shot)) | (held_out or {})
         if numbers:
             watch.monitor.record(step, numbers)
-    pairs = ((run.evaluation, zero_shot), (run.held_out, held_out))
-    failed = any(found is None for evaluation, found in pairs if evaluation is not None)
-    return Found(zero_shot, numbers, failed)
+    return Found(zero_shot, numbers, failures)
 
 
 def _report(run: Run, state: TrainState, found: Found) -> None:
@@ -311,8 +312,9 @@ def _report(run: Run, state: TrainState, found: Found) -> None:
             report_zero_shot(run.workdir, found.zero_shot, sheet, templates=run.evaluation.templates)
     if jax.process_index() == 0:
         report_training(run.workdir, run.config)
-    if found.failed:
-        raise UserError(
+    if found.failures:
+        passes = all(isinstance(error, OutageError) for error in found.failures)
+        raise (RestartError if passes else UserError)(
             f"the evaluation at the end failed, see above; the run is trained, and its weights are in {run.workdir}. "
             "The same command evaluates again"
         )

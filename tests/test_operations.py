@@ -21,7 +21,7 @@ from test_health import RUN, bits, rows_of
 
 from clip_jax import watchdog
 from clip_jax.data.loader import open_training_data
-from clip_jax.errors import RESTART, UserError
+from clip_jax.errors import RESTART, OutageError, RestartError, UserError
 from clip_jax.evals.embedding import Embedder
 from clip_jax.evals.evaluation import Evaluated, Evaluation
 from clip_jax.models.clip import CLIP
@@ -240,16 +240,16 @@ def test_a_data_stream_that_blocks_ends_the_run(tmp_path):
 class Failing(Evaluation):
     """An evaluation that can be opened, and fails."""
 
-    def __init__(self):
-        self.runs = 0
+    def __init__(self, error):
+        self.runs, self.error = 0, error
 
     def run(self, variables, *, progress=None):
         self.runs += 1
-        raise OSError("the evaluation's data are gone")
+        raise self.error
 
 
 def test_an_evaluation_that_fails_ends_no_training(tmp_path, monkeypatch, caplog):
-    failing = Failing()
+    failing = Failing(OSError("the evaluation's data are gone"))
     monkeypatch.setattr(Evaluation, "open", lambda *_, **__: failing)
     run = dataclasses.replace(
         RUN, eval=dataclasses.replace(RUN.eval, every=4, held_out="source=synthetic", held_out_pairs=8, batch=8)
@@ -263,6 +263,10 @@ def test_an_evaluation_that_fails_ends_no_training(tmp_path, monkeypatch, caplog
     assert (tmp_path / "checkpoints" / "14").is_dir()
     records = [record for record in caplog.records if "evaluation after step" in record.message]
     assert [record.exc_info is not None for record in records] == [True, False, False, False]
+    failing.error = OutageError("its store does not answer")  # the run that is through evaluates again
+    with pytest.raises(RestartError, match="^the evaluation at the end failed, see above; the run is trained"):
+        train(run, tmp_path)
+    assert failing.runs == 5
 
 
 def test_images_that_cannot_be_read_are_an_error_when_all_batches_are_through():
@@ -278,6 +282,17 @@ def test_images_that_cannot_be_read_are_an_error_when_all_batches_are_through():
     assert len(seen) == 4
     with pytest.raises(OSError, match="gone"):
         reading.check()
+
+
+@pytest.mark.parametrize(("lasting", "kind"), [(False, OutageError), (True, RuntimeError)])
+def test_what_another_process_could_not_read_is_an_outage_where_it_was_one(monkeypatch, lasting, kind):
+    """So that all of them end with the same exit code."""
+    from clip_jax.evals import embedding
+
+    elsewhere = iter((True, lasting))
+    monkeypatch.setattr(embedding, "any_process", lambda flag: flag or next(elsewhere))
+    with pytest.raises(kind, match="another process could not read its images"):
+        embedding.InStep(iter(()), {}, count=0).check()
 
 
 def test_too_little_memory_names_what_to_change(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from clip_jax.data.images import Preprocess, normalize, preprocess_of
 from clip_jax.data.pipeline import EvalTransform, eval_batches
 from clip_jax.data.records import Records
 from clip_jax.distributed import any_process
+from clip_jax.errors import OutageError
 from clip_jax.models.clip import CLIP, Variables, image_features, probe_features, text_features
 from clip_jax.partition import place_rows, replicated
 
@@ -202,6 +203,7 @@ class InStep:
             yield batch
 
     def check(self) -> None:
-        """Raises what went wrong, in every process."""
+        """Raises what went wrong, in every process; where it was an outage, one in every process."""
         if any_process(self._error is not None):
-            raise self._error or RuntimeError("another process could not read its images")
+            lasting = any_process(self._error is not None and not isinstance(self._error, OutageError))
+            raise self._error or (RuntimeError if lasting else OutageError)("another process could not read its images")
