@@ -2,8 +2,10 @@
 
 import dataclasses
 import errno
+import gzip
 import itertools
 import json
+import lzma
 import pickle
 import tarfile
 import threading
@@ -547,6 +549,15 @@ def test_a_shard_that_is_no_tar_has_no_samples(tmp_path):
     (tmp_path / "a.tar").write_bytes(b"<html>" * 1_000)
     with pytest.raises(UserError, match="has no samples"):
         source(str(tmp_path / "a.tar"), tmp_path)
+
+
+@pytest.mark.parametrize("module", [gzip, lzma])
+def test_a_compressed_tar_is_named_as_such(tmp_path, module):
+    content = write_shard(tmp_path / "0.tar", range(3)).read_bytes()
+    path = tmp_path / "0.tar.packed"
+    path.write_bytes(module.compress(content))
+    with pytest.raises(UserError, match=r"^.*/0.tar.packed is compressed as a whole, .*; decompress it"):
+        source(str(path), tmp_path)
 
 
 def test_after_a_damaged_header_the_next_whole_one_counts(tmp_path):

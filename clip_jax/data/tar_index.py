@@ -21,6 +21,7 @@ _LOG = logging.getLogger(__name__)
 
 BLOCK = 512
 IMAGES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"})
+_COMPRESSED = (b"\x1f\x8b", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")  # gzip, xz, zstd: no tar begins so, nor any name
 _FORMAT = 2
 _CHUNK = 8 << 20
 _LONGEST_EXTENSION, _LONGEST_NUMBER = 1 << 20, 20
@@ -146,18 +147,24 @@ class Sidecars:
 
 def read_at(storage: Storage, path: str, size: int) -> ReadAt:
     """Returns a shard as `members` reads it: locally from header to header, remotely in large pieces, one after
-    another."""
-    if not is_remote(path):
-        return ReadAt(lambda offset, length: storage.read(path, offset, length), size)
+    another.
+
+    Raises:
+      StorageError: it is compressed as a whole, or cannot be read.
+    """
     chunk: dict[str, Any] = {"start": 0, "bytes": b""}
 
     def read(offset: int, length: int) -> bytes:
+        if not is_remote(path):
+            return storage.read(path, offset, length)
         if not chunk["start"] <= offset <= offset + length <= chunk["start"] + len(chunk["bytes"]):
             wanted = min(max(length, _CHUNK), size - offset)
             chunk.update(start=offset, bytes=storage.read(path, offset, max(wanted, 0)))
         begin = offset - chunk["start"]
         return chunk["bytes"][begin : begin + length]
 
+    if size and read(0, 6).startswith(_COMPRESSED):
+        raise StorageError(f"{path} is compressed as a whole, so that no sample can be read alone; decompress it")
     return ReadAt(read, size)
 
 
