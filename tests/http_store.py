@@ -18,6 +18,7 @@ class Store(socketserver.ThreadingMixIn, HTTPServer):
       latency: seconds before each answer.
       failing: share of the requests that are answered with 503.
       down_until: time before which every request is answered with 503.
+      knows_ranges: else files are sent whole, as by `python -m http.server`.
       requests: requests so far; ranges: those for a range.
     """
 
@@ -28,6 +29,7 @@ class Store(socketserver.ThreadingMixIn, HTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.folder, self.latency, self.failing = folder, latency, failing
         self.down_until, self.requests, self.ranges = 0.0, 0, 0
+        self.knows_ranges = True
         self.random = random.Random(0)
         self.lock = threading.Lock()
 
@@ -66,7 +68,7 @@ class _Handler(BaseHTTPRequestHandler):
         tag = hashlib.sha256(f"{file}{file.stat().st_mtime_ns}{size}".encode()).hexdigest()[:16]
         headers = {"ETag": f'"{tag}"', "Accept-Ranges": "bytes"}
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if asked is None or not body:
+        if asked is None or not body or not store.knows_ranges:
             self._send(200, file.read_bytes() if body else b"", headers, length=size)
             return
         with store.lock:

@@ -12,9 +12,10 @@ import pytest
 from batches import assert_same
 from http_store import serving
 from tars import write_shard, write_shards
-from test_tars import TRANSFORM, batches, source, windowed
+from test_tars import TRANSFORM, batches, captions, source, windowed
 
-from clip_jax.data import storage
+from clip_jax.data import prepare_inputs, storage, tar_index
+from clip_jax.data.captions import CaptionFields
 from clip_jax.data.order import WindowShuffle
 from clip_jax.data.pipeline import eval_batches, train_batches
 from clip_jax.data.reading import Part
@@ -41,6 +42,17 @@ def test_remote_shards_give_the_bits_of_local_ones(store, tmp_path):
     here = windowed(source(str(tmp_path / "shards" / "{00000..00002}.tar"), tmp_path))
     there = windowed(remote(store, tmp_path))
     assert_same(batches(there, 18), batches(here, 18))
+
+
+def test_a_server_that_knows_no_ranges_gives_the_same_records(store, tmp_path, monkeypatch):
+    store.knows_ranges = False
+    monkeypatch.setattr(tar_index, "_CHUNK", 1 << 13)
+    tars = source(f"{store.url}/00001.tar", tmp_path)
+    assert captions(tars[number] for number in range(len(tars))) == [f"number {number}" for number in range(40, 65)]
+    monkeypatch.setattr(prepare_inputs, "_COPIED_AT_ONCE", 1 << 13)
+    (part,) = prepare_inputs.tar_parts(f"{store.url}/00001.tar", 1.0)
+    prepared = [sample.record for sample in part.samples(CaptionFields(), 1.0)]
+    assert prepared == [tars[number] for number in range(25)]
 
 
 def test_requests_are_few(store, tmp_path):

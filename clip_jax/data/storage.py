@@ -110,7 +110,8 @@ class Storage:
                     return b""
                 raise
 
-        return self._retried(path, ask)[:length]  # cut, for a server that knows no ranges sends everything
+        content = self._retried(path, ask)
+        return content if len(content) <= length else content[start:][:length]  # of a server that knows no ranges
 
     def stat(self, path: str) -> Stat:
         """Returns size and tag.
