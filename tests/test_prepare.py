@@ -484,6 +484,18 @@ def test_other_settings_or_another_input_are_refused_by_name(shards, tmp_path, i
         prepare(asked)
 
 
+@pytest.mark.parametrize("suffix", [".jpg", ".txt", ".json"])
+def test_a_folder_whose_images_or_captions_changed_is_another_input(tmp_path, inline, suffix):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "0.jpg").write_bytes(picture(0))
+    (tmp_path / "in" / "0.txt").write_text("a wrong caption")
+    asked = job(data_dir=str(tmp_path), folder=str(tmp_path / "in"))
+    prepare(asked)
+    (tmp_path / "in" / f"0{suffix}").write_bytes(b'{"caption": "another"}')
+    with pytest.raises(UserError, match="files that changed since"):
+        prepare(asked)
+
+
 def test_two_jobs_do_not_write_one_dataset(shards, tmp_path, inline, monkeypatch):
     asked = job(data_dir=str(tmp_path), tars=shards)
 

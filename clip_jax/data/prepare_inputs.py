@@ -6,9 +6,10 @@ and says by its digest whether it is still the same.
 
 import contextlib
 import functools
+import os
 import posixpath
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,7 +212,14 @@ def folder_parts(folder: str, per_part: int) -> list[Part]:
     root = Path(folder).expanduser().resolve()
     images = images_below(root)
     cuts = [tuple(images[first : first + per_part]) for first in range(0, len(images), per_part)]
-    return [FolderPart(root, number, cut, state_of(root, cut)) for number, cut in enumerate(cuts)]
+    return [FolderPart(root, number, cut, state_of(root, _with_captions(cut))) for number, cut in enumerate(cuts)]
+
+
+def _with_captions(images: Sequence[str]) -> Iterator[str]:
+    """Yields the paths of images, and of what may lie beside them."""
+    for image in images:
+        stem = os.path.splitext(image)[0]
+        yield from (image, f"{stem}.txt", f"{stem}.json")
 
 
 def table_parts(tables: str, per_part: int, *, image_key: str, caption_key: str, image_root: str) -> list[Part]:
