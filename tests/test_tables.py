@@ -2,6 +2,8 @@
 
 import pickle
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow
@@ -105,6 +107,35 @@ def test_columns_that_hold_something_else_are_refused(folder, column, values, me
     path = folder / "pairs.parquet"
     parquet.write_table(pyarrow.table({"image": ["a.jpg"], "caption": ["a"]} | {column: values}), path)
     with pytest.raises(UserError, match=re.escape(message)):
+        TableSource(path)
+
+
+def test_threads_of_a_worker_read_the_table_once(folder, monkeypatch):
+    """All of it is in memory while it is read, several times over where each thread does."""
+    path = folder / "pairs.csv"
+    path.write_text("image,caption\n" + "images/1.jpg,x\n" * 4)
+    table = pickle.loads(pickle.dumps(TableSource(path)))
+    read, reads = TableSource._read, []
+
+    def slowly(self):
+        reads.append(1)
+        time.sleep(0.1)
+        return read(self)
+
+    monkeypatch.setattr(TableSource, "_read", slowly)
+    with ThreadPoolExecutor(4) as pool:
+        assert [record.captions for record in pool.map(table.__getitem__, range(4))] == [("x",)] * 4
+    assert len(reads) == 1
+
+
+def test_other_columns_of_a_text_table_play_no_part(folder):
+    path = folder / "pairs.csv"
+    rows = "".join(f"images/1.jpg,{number},{number}\n" for number in range(1_000))
+    path.write_text(f"image,caption,other\n{rows}images/1.jpg,last,not a number\n")
+    table = TableSource(path)
+    assert (len(table), table[1_000].captions) == (1_001, ("last",))
+    path.write_text(f"image,caption,other\nimages/1.jpg,x,{'y' * 3_000_000}\n" + rows)
+    with pytest.raises(UserError, match=r"straddl.*; is a quotation mark not closed\?"):
         TableSource(path)
 
 

@@ -1,6 +1,7 @@
 """Images and captions that a table names: CSV, TSV or Parquet, beside a folder of images."""
 
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from clip_jax.data.records import Record, RecordError, decode_caption, read_imag
 from clip_jax.data.storage import state_of
 from clip_jax.errors import UserError, did_you_mean, one_line
 
+_READING = threading.Lock()
 _TEXT = frozenset({"string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null"})
 
 
@@ -85,8 +87,9 @@ class TableSource:
 
     def _image(self, index: int) -> str | bytes | None:
         """Returns what stands in the column of images: a path, or an encoded image."""
-        if self._columns is None:
-            self._columns = self._read()
+        with _READING:  # once, for all threads
+            if self._columns is None:
+                self._columns = self._read()
         image = self._columns[0][index].as_py()
         if isinstance(image, dict):
             image = image.get("bytes") or image.get("path")
@@ -109,13 +112,17 @@ class TableSource:
                 table = parquet.read_table(self._path, columns=list(self._keys), memory_map=True)
             elif suffix in (".csv", ".tsv"):
                 parse = csv.ParseOptions(delimiter="," if suffix == ".csv" else "\t", newlines_in_values=True)
-                as_text = csv.ConvertOptions(column_types=dict.fromkeys(self._keys, pyarrow.binary()))
+                with csv.open_csv(self._path, parse_options=parse) as rows:
+                    self._check_columns(rows.schema.names)
+                as_text = csv.ConvertOptions(
+                    column_types=dict.fromkeys(self._keys, pyarrow.binary()), include_columns=self._keys
+                )
                 table = csv.read_csv(self._path, parse_options=parse, convert_options=as_text)
-                self._check_columns(table.column_names)
             else:
                 raise UserError(f"config.data.table={self._path}: it must be .csv, .tsv or .parquet")
         except (OSError, pyarrow.ArrowException) as error:
-            raise UserError(f"config.data.table={self._path}: {one_line(error)}") from None
+            hint = "; is a quotation mark not closed?" if "straddling" in str(error) else ""  # a row of over 1 MiB
+            raise UserError(f"config.data.table={self._path}: {one_line(error)}{hint}") from None
         return tuple(table.column(key) for key in self._keys)
 
     def _check_columns(self, names: list[str]) -> None:
