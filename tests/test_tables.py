@@ -24,7 +24,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize(("suffix", "separator"), [("csv", ","), ("tsv", "\t")])
+@pytest.mark.parametrize(("suffix", "separator"), [("csv", ","), ("tsv", "\t"), ("csv", "\t")])
 def test_rows_of_text_tables(folder, suffix, separator):
     rows = [("filepath", "title"), ("images/0.jpg", '"one\nline, or two"'), ("images/2.jpg", "naïve")]
     path = folder / f"pairs.{suffix}"

@@ -150,6 +150,8 @@ def test_patterns_expand(tmp_path):
     assert expand("s3://bucket/{1..2}.tar") == ["s3://bucket/1.tar", "s3://bucket/2.tar"]
     with pytest.raises(UserError, match="no file is called"):
         expand(f"{tmp_path}/*.zip")
+    with pytest.raises(UserError, match=r"^pipe:aws .* commands are not run; name the files themselves"):
+        expand("pipe:aws s3 cp s3://bucket/{0..9}.tar -")
     with pytest.raises(UserError, match="range {9..3} is empty"):
         expand("{9..3}.tar")
 

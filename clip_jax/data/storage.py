@@ -318,6 +318,8 @@ def expand(patterns: str) -> list[str]:
     """
     paths = []
     for pattern in patterns.split("::"):
+        if pattern.startswith("pipe:"):
+            raise UserError(f"{pattern}: commands are not run; name the files themselves, such as s3://bucket/0.tar")
         found = _expand_braces(pattern)
         if "~" in pattern:
             found = map(os.path.expanduser, found)

@@ -31,7 +31,7 @@ class TableSource:
         """Reads the table.
 
         Args:
-          table: `.csv`, `.tsv` or `.parquet`.
+          table: `.csv`, `.tsv` or `.parquet`; a `.csv` with a tab in its first line is read as a `.tsv`.
           image_key: column of paths, of encoded images, or of structs of both.
           caption_key: column of captions, or of lists of captions; empty for none.
           image_root: folder to which paths are relative; empty means the table's.
@@ -111,7 +111,9 @@ class TableSource:
                 self._check_types(schema)
                 table = parquet.read_table(self._path, columns=list(self._keys), memory_map=True)
             elif suffix in (".csv", ".tsv"):
-                parse = csv.ParseOptions(delimiter="," if suffix == ".csv" else "\t", newlines_in_values=True)
+                with self._path.open("rb") as file:
+                    tabs = suffix == ".tsv" or b"\t" in file.readline()  # open_clip's .csv have tabs
+                parse = csv.ParseOptions(delimiter="\t" if tabs else ",", newlines_in_values=True)
                 with csv.open_csv(self._path, parse_options=parse) as rows:
                     self._check_columns(rows.schema.names)
                 as_text = csv.ConvertOptions(
