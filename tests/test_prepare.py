@@ -508,6 +508,16 @@ def test_two_jobs_do_not_write_one_dataset(shards, tmp_path, inline, monkeypatch
     prepare(asked)
 
 
+def test_a_file_system_without_locks_costs_a_warning(shards, tmp_path, inline, monkeypatch, caplog):
+    def without(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(prepare_module.fcntl, "flock", without)
+    folder = prepare(job(data_dir=str(tmp_path), tars=shards))
+    assert manifest(folder)["records"] == 32
+    assert "has no locks (Function not implemented)" in caplog.text
+
+
 def test_a_shard_that_cannot_be_read_does_not_cost_the_others(shards, tmp_path, monkeypatch):
     gone = tmp_path / "shards" / "00001.tar"
     kept = tmp_path / "kept.tar"

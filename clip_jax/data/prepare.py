@@ -13,6 +13,7 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -21,7 +22,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from clip_jax.console import WorkProgress
 from clip_jax.data import prepare_inputs
@@ -35,6 +36,7 @@ from clip_jax.data.tfds_source import datasets_root
 from clip_jax.data.workers import cores, run
 from clip_jax.errors import UserError
 
+_LOG = logging.getLogger(__name__)
 _NAME, _SPLIT, _VERSION = re.compile(r"[a-zA-Z]\w*"), re.compile(r"[a-z]\w*"), re.compile(r"\d+\.\d+\.\d+")
 _OPTION = re.compile(r"config\.data\.(\w+)")
 _UNFINISHED = ".preparing"
@@ -211,8 +213,7 @@ def _begun(job: Job, plan: _Plan) -> Iterator[None]:
     with contextlib.ExitStack() as held:
         try:
             notes.mkdir(parents=True, exist_ok=True)
-            lock = held.enter_context((notes / "lock").open("w"))
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(held.enter_context((notes / "lock").open("w")))
             if not begun.exists():
                 _write(begun, json.dumps(plan.same()))
         except BlockingIOError:
@@ -225,6 +226,16 @@ def _begun(job: Job, plan: _Plan) -> Iterator[None]:
             yield
         finally:
             _sweep(job.unfinished)
+
+
+def _lock(file: IO[str]) -> None:
+    """Keeps other processes out, where the file system knows locks; shards are put in place whole in any case."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:  # such as Lustre's without the option `flock`
+        _LOG.warning("%s has no locks (%s): do not prepare it twice at once", file.name, error.strerror)
 
 
 def _sweep(folder: Path) -> None:
