@@ -181,6 +181,8 @@ def test_shards_of_the_same_name_in_several_folders_have_counts_of_their_own(tmp
     assert source(both, tmp_path).counts.tolist() == [7, 5]
     (tmp_path / "b" / "sizes.json").write_text('{"00000.tar": 8}')
     assert source(both, tmp_path / "elsewhere").counts.tolist() == [7, 8]
+    twice = f"{tmp_path}/a/00000.tar::{tmp_path}/a/00000.tar"
+    assert source(twice, tmp_path / "elsewhere").counts.tolist() == [7, 7]
     (tmp_path / "mine.json").write_text(f'{{"00000.tar": 9, "{tmp_path}/b/00000.tar": 6}}')
     assert source(both, tmp_path / "elsewhere", counts=str(tmp_path / "mine.json")).counts.tolist() == [7, 6]
 

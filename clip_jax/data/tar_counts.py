@@ -150,7 +150,7 @@ def _by_path(counts: dict[str, int], paths: Sequence[str]) -> dict[str, int]:
     """
     if not counts:
         return {}
-    names = Counter(map(posixpath.basename, paths))
+    names = Counter(map(posixpath.basename, set(paths)))
     by_name = {path: counts[name] for path in paths if names[name := posixpath.basename(path)] == 1 and name in counts}
     return by_name | {path: counts[path] for path in paths if path in counts}
 
