@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 import psutil
 import pyarrow
 import pytest
+from full_disk import small_files
 from http_store import serving
 from PIL import Image
 from pyarrow import parquet
@@ -25,6 +27,8 @@ from tiny import TINY
 
 from clip_jax.cli import main
 from clip_jax.data import prepare as prepare_module
+from clip_jax.data import prepare_inputs
+from clip_jax.data.captions import CaptionFields
 from clip_jax.data.images import decode
 from clip_jax.data.loader import open_training_data
 from clip_jax.data.prepare import Job, prepare
@@ -322,6 +326,21 @@ def test_remote_shards_are_read_once(shards, tmp_path, inline):
     prepare(job(data_dir=str(tmp_path / "local"), tars=shards))
     remote, local = (open_prepared(tmp_path / name) for name in ("remote", "local"))
     assert [remote[i] for i in range(32)] == [local[i] for i in range(32)]
+
+
+def test_the_copy_of_a_remote_shard_has_no_name_and_needs_room(shards, tmp_path, monkeypatch):
+    """A process that is killed leaves none behind; and where it does not fit, the dataset's folder is not to blame."""
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    with serving(tmp_path / "shards") as store:
+        (part,) = prepare_inputs.tar_parts(f"{store.url}/00000.tar", 1.0)
+        samples = part.samples(CaptionFields(), 1.0)
+        assert next(samples).key == "00000.tar/0"
+        assert not list(scratch.iterdir())
+        assert len(list(samples)) == 6
+        with small_files(10_000), pytest.raises(UserError, match=f"/00000.tar cannot be copied to {scratch}: File too"):
+            next(part.samples(CaptionFields(), 1.0))
 
 
 # Stopped and gone on with

@@ -251,16 +251,28 @@ def _open_table(table: Path, image_key: str, caption_key: str, image_root: str) 
 
 @contextlib.contextmanager
 def _local_copy(storage: Storage, path: str) -> Iterator[str]:
-    """Yields a local path with the content of a file."""
+    """Yields a local path with the content of a file: of a copy without a name, so that nothing is left of one that a
+    process was killed with.
+
+    Raises:
+      UserError: there is no room for it.
+    """
     if not is_remote(path):
         yield path
         return
     size = storage.stat(path).size
-    with tempfile.NamedTemporaryFile(prefix="clip-jax-", suffix=".tar") as copy:
+    with tempfile.TemporaryFile(buffering=0) as copy:
         for start in range(0, size, _COPIED_AT_ONCE):
-            copy.write(storage.read(path, start, min(_COPIED_AT_ONCE, size - start)))
-        copy.flush()
-        yield copy.name
+            rest = memoryview(storage.read(path, start, min(_COPIED_AT_ONCE, size - start)))
+            try:
+                while rest:
+                    rest = rest[copy.write(rest) :]
+            except OSError as error:
+                folder = tempfile.gettempdir()
+                raise UserError(
+                    f"{path} cannot be copied to {folder}: {error.strerror}; set TMPDIR to a folder with more room"
+                ) from None
+        yield f"/dev/fd/{copy.fileno()}"
 
 
 def _beside_image(path: Path, captions: CaptionFields) -> Record:
