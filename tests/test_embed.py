@@ -1,5 +1,6 @@
 """Embeddings: every record once whatever happens, bad ones named, vectors those of the model."""
 
+import errno
 import io
 import json
 import os
@@ -83,6 +84,20 @@ def test_large_images_of_16_bit_grey_are_embedded(model, tmp_path):
     run(FolderSource(tmp_path / "in"), tmp_path / "out", model)
     [row] = rows_of(tmp_path / "out")
     assert Image.open(io.BytesIO(row["thumbnail"])).size == (192, 192)
+
+
+def test_captions_on_a_share_that_does_not_answer_are_not_taken_for_none(tmp_path, model, monkeypatch):
+    write_pictures(tmp_path / "in", 1)
+    read = Path.read_bytes
+
+    def lost(path):
+        if path.name == "000.json":
+            raise OSError(errno.EIO, "Input/output error")
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", lost)
+    with pytest.raises(UserError, match=r"000.json cannot be read: Input/output error; when it can"):
+        run(FolderSource(tmp_path / "in"), tmp_path / "out", model, kinds=("images", "texts"))
 
 
 @pytest.mark.parametrize("devices_do_not_divide", [3, 8])

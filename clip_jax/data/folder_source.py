@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_jax.data.captions import CaptionFields
-from clip_jax.data.records import MAX_FILE_BYTES, Record, RecordError, file_reason, read_image_file
+from clip_jax.data.records import MAX_FILE_BYTES, UNREACHABLE, Record, RecordError, file_reason, read_image_file
 from clip_jax.data.storage import state_of
 from clip_jax.data.tar_index import IMAGES
 from clip_jax.errors import UserError
@@ -125,8 +125,14 @@ def _refuse(error: OSError) -> None:
 
 
 def _captions_beside(image: Path) -> tuple[str, ...]:
-    """Returns an image's captions, or none where they are missing or cannot be read."""
+    """Returns an image's captions, or none where they are missing or cannot be read.
+
+    Raises:
+      RecordError: their share does not answer.
+    """
     try:
         return CaptionFields().find(beside(image, ".txt"), beside(image, ".json"))[0]
-    except RecordError:
+    except RecordError as error:
+        if error.reason == UNREACHABLE:
+            raise
         return ()
