@@ -450,7 +450,7 @@ def test_a_job_that_was_killed_many_times_goes_on(tmp_path, slow_shards, inline)
         lambda work: work.exists(),
         lambda work: (work / "job.json").exists(),
         *(after(count, lambda work: any(work.parent.glob(".*array_record*.tmp"))) for count in range(5)),
-        after(5, lambda work: any(work.glob(".*rejects*.tmp"))),
+        after(4, lambda work: any(work.glob(".*rejects*.tmp"))),  # not 5: two workers may end the last two together
     ]
     check_killed_job(tmp_path, slow_shards, moments)
 
