@@ -289,7 +289,7 @@ def edit(path, *keys, value):
         ("open_clip", CONFIG, ("model_cfg", "vision_cfg", "mlp_ratio"), 5, r"c_fc.* has shape \[512.*\[640"),
         ("open_clip", CONFIG, ("model_cfg", "text_cfg", "mlp_ratio"), "4", "does not describe a CLIP model"),
         ("open_clip", CONFIG, ("model_cfg", "text_cfg", "mlp_ratio"), 0.01, "mlp_ratio 0.01 leaves no channel"),
-        ("open_clip", CONFIG, ("model_cfg", "text_cfg", "mlp_ratio"), 1e30, "no array can have the sizes"),
+        ("open_clip", CONFIG, ("model_cfg", "text_cfg", "mlp_ratio"), 1e30, "mlp_width is 64.*; it must be at most"),
         ("hugging_face", "config.json", ("text_config",), 3, "text_config is 3, not an object"),
         ("hugging_face", "config.json", ("text_config", "intermediate_size"), 0, "intermediate_size is 0"),
         ("hugging_face", "config.json", ("vision_config", "patch_size"), 7, r"image_size is 32; it must be a multiple"),

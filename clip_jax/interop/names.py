@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from clip_jax.errors import UserError, one_line
+from clip_jax.errors import UserError
 from clip_jax.models.clip import CLIP, Variables, init_variables
 from clip_jax.models.variants import ModelConfig
 from clip_jax.rules import leaf_paths
@@ -181,10 +181,7 @@ def from_torch(tensors: Tensors, config: ModelConfig, scheme: Scheme, *, where: 
     Raises:
       WeightsError: missing, unknown or misshapen tensors, or values that are no finite numbers, all by name.
     """
-    try:
-        like = jax.eval_shape(lambda: init_variables(CLIP(config), jax.random.key(0)))
-    except (OverflowError, ValueError) as error:
-        raise WeightsError(f"{where}: no array can have the sizes of this model ({one_line(error)})") from None
+    like = jax.eval_shape(lambda: init_variables(CLIP(config), jax.random.key(0)))
     sources = [(source_of(path, scheme), leaf.shape) for path, leaf in leaves_by_path(like).items()]
     _check_names(tensors, {name for source, _ in sources for name in source.names}, where)
     filled = [_filled(tensors, source, shape, where) for source, shape in sources]
