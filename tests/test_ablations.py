@@ -350,10 +350,12 @@ def test_a_sweep_is_run_once_at_a_time(study, tmp_path, ended_by):
     sweep, jobs, folder = study
     (tmp_path / "slow").touch()
     code = (
+        "import signal\n"
         "from pathlib import Path\n"
         "from clip_jax.ablations.running import run_sweep\n"
         "from clip_jax.ablations.sweep import Sweep, expand\n"
         f"sweep = Sweep(config={str(ROOT / DEMO)!r}, arms=[{{}}], name='study', common={{'eval.dataset': ''}})\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
         f"run_sweep(sweep, [expand(sweep)[0]._replace(arm='lr=0.001')], Path({str(folder)!r}))\n"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
