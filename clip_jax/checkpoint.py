@@ -37,6 +37,7 @@ import clip_jax
 from clip_jax.checksum import checksums, describe_leaves
 from clip_jax.config import CheckpointConfig, RunConfig, as_json, from_saved
 from clip_jax.data.images import Preprocess, preprocess_of
+from clip_jax.data.storage import steps_in
 from clip_jax.distributed import any_process, from_first
 from clip_jax.errors import UserError, one_line
 from clip_jax.models.clip import CLIP, Variables, init_variables
@@ -440,12 +441,6 @@ class _Manager(ocp.CheckpointManager):
 
     def reached_preemption(self, step: int) -> bool:
         return False
-
-
-def steps_in(folder: Path) -> list[int]:
-    """Returns the numbers that are names of a folder's directories, largest first; whole checkpoints or not."""
-    names = [path.name for path in folder.glob("*") if path.is_dir()]
-    return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
 
 
 def read_run(workdir: Path) -> tuple[ModelConfig, Variables, Preprocess]:

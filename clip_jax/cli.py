@@ -331,7 +331,8 @@ def _data_bench(arguments: argparse.Namespace) -> None:
     from clip_jax.command_line import load_config
     from clip_jax.data.bench import demand_of, examine
 
-    _check_positive(arguments, "seconds", "accelerators", "mfu", "rate", "processes")
+    _check_positive(arguments, "seconds", "accelerators", "rate", "processes")
+    _check_mfu(arguments)
     config = load_config(arguments.config, arguments.overrides)
     demand = demand_of(
         config,
@@ -416,7 +417,8 @@ def _plan(arguments: argparse.Namespace) -> None:
     if topology.slices > 1:
         overrides = [("mesh.dcn_data", str(topology.slices)), *overrides]
     config = load_config(arguments.config, overrides, without_data=True)
-    _check_positive(arguments, "mfu", "images_per_core", "tries", "memory")
+    _check_positive(arguments, "images_per_core", "tries", "memory")
+    _check_mfu(arguments)
     ahead_of_time = topology.chip.platform == "tpu" or compiles_for(topology)
     simulate_devices(1 if ahead_of_time else topology.chips)
     memory = topology.chip.memory if arguments.memory is None else int(arguments.memory * 2**30)
@@ -735,8 +737,11 @@ def _check_positive(arguments: argparse.Namespace, *names: str) -> None:
         value = getattr(arguments, name)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name.replace('_', '-')}={value}: it must be positive")
-        if name == "mfu" and arguments.mfu > 1:
-            raise UserError(f"--mfu={value}: it must be a share of the peak, such as 0.4")
+
+
+def _check_mfu(arguments: argparse.Namespace) -> None:
+    if not 0 < arguments.mfu <= 1:
+        raise UserError(f"--mfu={arguments.mfu}: it must be a share of the peak, such as 0.4")
 
 
 def _read_config(path: Path) -> dict:

@@ -4,7 +4,6 @@ The lock is the kernel's (`flock`), so a process that is killed leaves none behi
 on, such as NFS 4, it holds between hosts as well; there it outlives a host that is gone, until the server finds out.
 """
 
-import fcntl
 import json
 import logging
 import os
@@ -17,6 +16,7 @@ from typing import TextIO
 
 import jax
 
+from clip_jax.data.storage import take_lock
 from clip_jax.errors import UserError
 
 FILE = "lock"
@@ -56,7 +56,7 @@ def _take(file: TextIO, workdir: Path) -> None:
     end = time.monotonic() + _LEASE_S
     while True:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            take_lock(file, "another run in it would not be noticed")
             return
         except BlockingIOError:
             host, owner = _owner(workdir / FILE)
@@ -66,9 +66,6 @@ def _take(file: TextIO, workdir: Path) -> None:
                 ) from None
             _LOG.warning("%s is in use by %s; waiting, since that host may be gone", workdir, owner)
             time.sleep(10.0)
-        except OSError as error:
-            _LOG.warning("%s has no locks (%s): another run in it would not be noticed", workdir, error.strerror)
-            return
 
 
 def unwritable(workdir: Path, error: OSError) -> UserError:

@@ -17,8 +17,7 @@ from typing import Any
 import jax
 
 from clip_jax import lock
-from clip_jax.checkpoint import steps_in
-from clip_jax.data.storage import bring, file_system, find
+from clip_jax.data.storage import bring, file_system, find, steps_in
 from clip_jax.distributed import any_process
 from clip_jax.errors import RestartError, UserError, one_line
 from clip_jax.preemption import PreemptedError

@@ -1,6 +1,7 @@
 """Sweeps and comparisons: arms are checked first, runs are what their commands say, noise is told from effect."""
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -383,6 +384,16 @@ def test_a_sweep_is_run_once_at_a_time(study, tmp_path, ended_by):
     assert run_sweep(sweep, jobs[:1], folder)[0].state == "finished"
 
 
+def test_a_file_system_without_locks_costs_a_sweep_a_warning(study, monkeypatch, caplog):
+    def without(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", without)
+    sweep, jobs, folder = study
+    assert run_sweep(sweep, jobs[:1], folder)[0].state == "finished"
+    assert f"{folder} has no locks (Function not implemented)" in caplog.text
+
+
 def test_slots_share_the_machine_without_overlap(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 4, 5})
     assert machine_slots(1, {})[0].cores == ()
@@ -606,6 +617,8 @@ def test_another_revision_of_the_code_is_said(three_arms):
             metadata = three_arms / run / "checkpoints" / str(step) / "metadata" / "metadata"
             metadata.parent.mkdir(parents=True)
             metadata.write_text(json.dumps({"git_revision": found}))
+    (three_arms / "base/seed0/checkpoints/11.orbax-checkpoint-tmp/metadata").mkdir(parents=True)  # of a save cut short
+    (three_arms / "base/seed0/checkpoints/11.orbax-checkpoint-tmp/metadata/metadata").touch()
     assert "revisions" not in report(compare([three_arms]))
     metadata.write_text(json.dumps({"git_revision": "b" * 40}))
     said = f"several revisions of the code, which may differ too: {'a' * 9} {three_arms}/base/seed0; {'b' * 9} "

@@ -531,7 +531,7 @@ def test_a_file_system_without_locks_costs_a_warning(shards, tmp_path, inline, m
     def without(*_):
         raise OSError(errno.ENOSYS, "Function not implemented")
 
-    monkeypatch.setattr(prepare_module.fcntl, "flock", without)
+    monkeypatch.setattr("fcntl.flock", without)
     folder = prepare(job(data_dir=str(tmp_path), tars=shards))
     assert manifest(folder)["records"] == 32
     assert "has no locks (Function not implemented)" in caplog.text

@@ -4,7 +4,6 @@ Each is a process of its own, `train.py` as it would be started by hand, and wri
 its workdir. What is finished is known from the run's own files, so a sweep that was interrupted goes on where it was.
 """
 
-import fcntl
 import glob
 import os
 import signal
@@ -24,6 +23,7 @@ from clip_jax.ablations.runs import is_finished, read_config
 from clip_jax.ablations.sweep import Job, Sweep
 from clip_jax.config import as_json, describe_diff, diff
 from clip_jax.console import clock
+from clip_jax.data.storage import take_lock
 from clip_jax.errors import UserError
 
 LOG, LOCK = "train.log", "sweep.lock"
@@ -223,8 +223,8 @@ def _locked(folder: Path) -> Iterator[int]:
         raise UserError(f"{folder} cannot be written: {error.strerror}; name a folder that can") from None
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            take_lock(file, "do not run it twice at once")
+        except BlockingIOError:
             raise UserError(f"{folder} is in use: another process runs this sweep, or one of its runs") from None
         yield file.fileno()
 

@@ -19,6 +19,7 @@ from clip_jax.config import (
     RunConfig,
     from_saved,
 )
+from clip_jax.data.storage import steps_in
 from clip_jax.errors import ConfigError, UserError
 
 CONFIG, RESULTS = "config.json", "zero_shot.json"
@@ -68,10 +69,11 @@ class FinishedRun:
     @property
     def revision(self) -> str:
         """Of the code that wrote its newest checkpoint, by git; empty where that is not known."""
-        found = {int(path.parts[-3]): path for path in self.workdir.glob("checkpoints/[0-9]*/metadata/metadata")}
+        checkpoints = self.workdir / "checkpoints"
         try:
-            return json.loads(found[max(found)].read_text())["git_revision"] or "" if found else ""
-        except (OSError, ValueError, KeyError):
+            newest = str(steps_in(checkpoints)[0])
+            return json.loads((checkpoints / newest / "metadata" / "metadata").read_text())["git_revision"] or ""
+        except (OSError, ValueError, LookupError):
             return ""
 
     def results(self) -> dict[str, float]:

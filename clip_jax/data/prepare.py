@@ -10,10 +10,8 @@ on where it stopped. The result is the same, to the byte, however often it was s
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
-import logging
 import os
 import re
 import shutil
@@ -22,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from clip_jax.console import WorkProgress
 from clip_jax.data import prepare_inputs
@@ -30,13 +28,12 @@ from clip_jax.data.captions import CaptionFields
 from clip_jax.data.filters import Filter
 from clip_jax.data.prepare_inputs import Part
 from clip_jax.data.prepare_shard import OutputError, ShardReport, ShardSettings, ShardTask, find_report, process_shard
-from clip_jax.data.storage import appearing, local_path, sweep, sync
+from clip_jax.data.storage import appearing, local_path, sweep, sync, take_lock
 from clip_jax.data.tfds_files import FEATURES, dataset_info, shard_name
 from clip_jax.data.tfds_source import datasets_root
 from clip_jax.data.workers import cores, run
 from clip_jax.errors import UserError
 
-_LOG = logging.getLogger(__name__)
 _NAME, _SPLIT, _VERSION = re.compile(r"[a-zA-Z]\w*"), re.compile(r"[a-z]\w*"), re.compile(r"\d+\.\d+\.\d+")
 _OPTION = re.compile(r"config\.data\.(\w+)")
 _UNFINISHED = ".preparing"
@@ -213,7 +210,7 @@ def _begun(job: Job, plan: _Plan) -> Iterator[None]:
     with contextlib.ExitStack() as held:
         try:
             notes.mkdir(parents=True, exist_ok=True)
-            _lock(held.enter_context((notes / "lock").open("w")))
+            take_lock(held.enter_context((notes / "lock").open("w")), "do not prepare it twice at once")
             if not begun.exists():
                 _write(begun, json.dumps(plan.same()))
         except BlockingIOError:
@@ -226,16 +223,6 @@ def _begun(job: Job, plan: _Plan) -> Iterator[None]:
             yield
         finally:
             _sweep(job.unfinished)
-
-
-def _lock(file: IO[str]) -> None:
-    """Keeps other processes out, where the file system knows locks; shards are put in place whole in any case."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
-    except OSError as error:  # such as Lustre's without the option `flock`
-        _LOG.warning("%s has no locks (%s): do not prepare it twice at once", file.name, error.strerror)
 
 
 def _sweep(folder: Path) -> None:

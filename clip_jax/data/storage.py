@@ -9,6 +9,7 @@ goes through fsspec.
 
 import contextlib
 import errno
+import fcntl
 import functools
 import glob
 import hashlib
@@ -18,12 +19,13 @@ import os
 import random
 import re
 import resource
+import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar
 
 from clip_jax.errors import OutageError, UserError, did_you_mean, one_line
 
@@ -234,6 +236,47 @@ def appearing(path: Path) -> Iterator[Path]:
         sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def folder_appearing(folder: Path) -> Iterator[Path]:
+    """Yields another folder to write into, which takes the name of `folder` at the end, whole.
+
+    Where writing fails, nothing is left.
+
+    Raises:
+      OSError: it cannot be made, or `folder` has come meanwhile and holds something.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+        partial = Path(temporary) / folder.name
+        partial.mkdir()
+        yield partial
+        partial.rename(folder)
+
+
+def steps_in(folder: Path) -> list[int]:
+    """Returns the numbers that are names of a folder's directories, largest first; whole checkpoints or not."""
+    names = [path.name for path in folder.glob("*") if path.is_dir()]
+    return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+
+
+def take_lock(file: IO[str], without: str) -> None:
+    """Keeps other processes out of what a file stands for, until it is closed or its last holder is gone.
+
+    Args:
+      file: in the folder that is kept.
+      without: what to say where its file system has no locks, such as Lustre's without the option `flock`.
+
+    Raises:
+      BlockingIOError: another process has it.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        _LOG.warning("%s has no locks (%s): %s", Path(file.name).parent, error.strerror, without)
 
 
 def sweep(folder: Path) -> None:

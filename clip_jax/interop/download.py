@@ -9,11 +9,10 @@ import os
 import re
 import tempfile
 import urllib.request
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 
-from clip_jax.data.storage import Storage, bring, digest, file_system, find
+from clip_jax.data.storage import Storage, bring, digest, file_system, find, folder_appearing
 from clip_jax.errors import UserError, one_line
 from clip_jax.interop.weights import file_sha256
 
@@ -110,8 +109,12 @@ def download_url(url: str, *, cache: Path | None = None) -> Path:
         folder = (cache or _cache()) / "urls" / digest(url, *((file, *found[file]) for file in sorted(files)))
         if not folder.exists():
             print(f"downloading {url} to {folder / name}")
-            with _appearing(folder) as whole:
-                bring(system, {f"{root}/{file}".rstrip("/"): whole / name / file for file in files})
+            try:
+                with folder_appearing(folder) as whole:
+                    bring(system, {f"{root}/{file}".rstrip("/"): whole / name / file for file in files})
+            except OSError:
+                if not folder.exists():  # else another process was faster
+                    raise
     except UserError:
         raise
     except Exception as error:  # of any kind: it went through a store's package
@@ -126,7 +129,7 @@ def _of_weights(names: Iterable[str]) -> list[str]:
         matches = [fnmatch.filter(above, pattern) for pattern in patterns]
         if all(matches):
             return [*itertools.chain(*matches), *fnmatch.filter(above, _PIXELS)]
-    if not (below := [name for name in names if re.match(r"checkpoints/\d+/", name)]):
+    if not (below := {name for name in names if re.match(r"checkpoints/\d+/", name)}):
         return []
     from clip_jax.mirror import LIST  # Orbax takes a second to import, and only runs need it
 
@@ -134,20 +137,6 @@ def _of_weights(names: Iterable[str]) -> list[str]:
     whole = {step for step in steps if f"checkpoints/{step}/{LIST}" in below}
     newest = max(whole or steps, key=int)
     return [name for name in below if name.split("/")[1] == newest and not name.endswith(f"/{LIST}")]
-
-
-@contextmanager
-def _appearing(folder: Path) -> Iterator[Path]:
-    """Yields a path for a folder, which is put in place whole, unless another process was faster."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        whole = Path(temporary) / folder.name
-        yield whole
-        try:
-            whole.rename(folder)
-        except OSError:
-            if not folder.exists():
-                raise
 
 
 def _download(url: str, target: Path, sha256: str) -> None:

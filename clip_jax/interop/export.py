@@ -4,8 +4,6 @@ The comparison runs both sides on one fixed input: ours as read back and, where 
 layout is for. The folder appears whole, with its model card, or not at all.
 """
 
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clip_jax.data.images import normalize
+from clip_jax.data.storage import folder_appearing
 from clip_jax.errors import UserError, did_you_mean, one_line
 from clip_jax.evals.zero_shot import class_weights
 from clip_jax.interop import judges
@@ -163,18 +162,10 @@ def _appearing(folder: Path) -> Iterator[Path]:
     if folder.exists():
         raise UserError(f"{folder} exists; an export never overwrites: choose another folder or remove it")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error}") from None
-    try:
-        yield partial
-        partial.chmod(0o755)  # mkdtemp's folder is the user's alone
-        partial.rename(folder)
+        with folder_appearing(folder) as partial:
+            yield partial
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error}; nothing was kept") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write_stablehlo(folder: Path, weights: Weights, classes: Classes | None) -> None:

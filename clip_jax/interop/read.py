@@ -51,7 +51,7 @@ def read_weights(
 
 
 def _read(source: str | Path, activation: Activation | None) -> Weights:
-    path = download_url(source) if isinstance(source, str) and is_remote(source) else Path(source).expanduser()
+    path = download_url(str(source)) if is_remote(str(source)) else Path(source).expanduser()
     if path.is_file():
         return _read_file(path, activation)
     if path.is_dir():

@@ -10,8 +10,6 @@ judged against an exact search with queries that are not themselves in the way.
 """
 
 import json
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +20,7 @@ import numpy as np
 import pyarrow
 
 from clip_jax.console import plain_table
+from clip_jax.data.storage import folder_appearing
 from clip_jax.errors import UserError, one_line
 from clip_jax.search.store import Kind, VectorStore, vectors_of
 
@@ -313,15 +312,11 @@ def _appears_whole(folder: Path) -> Iterator[Path]:
     """
     if folder.exists():
         raise UserError(f"{folder} exists; name another folder for the index, or remove it")
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        partial.rename(folder)
+        with folder_appearing(folder) as partial:
+            yield partial
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {one_line(error)}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write_faiss(index: Any, path: Path) -> None:
