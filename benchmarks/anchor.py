@@ -49,10 +49,10 @@ from clip_jax.interop.names import to_torch
 from clip_jax.interop.open_clip import config_to_open_clip
 from clip_jax.interop.weights import Weights
 from clip_jax.models.clip import CLIP, image_features, init_variables, text_features
-from clip_jax.optim import learning_rate, make_optimizer
 from clip_jax.partition import make_mesh, place_rows
-from clip_jax.state import create_state
-from clip_jax.step import make_train_step
+from clip_jax.training.optim import learning_rate, make_optimizer
+from clip_jax.training.state import create_state
+from clip_jax.training.step import make_train_step
 from tests.references import import_open_clip
 
 BATCH, STEPS = 120, 300

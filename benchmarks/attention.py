@@ -22,10 +22,10 @@ from benchmarks.figures import Figure, report
 from benchmarks.turns import in_turns
 from clip_jax.command_line import one_line_errors
 from clip_jax.config import MeshConfig
-from clip_jax.kernel_check import attend_by, both_ways, relative_error
+from clip_jax.models.kernel_check import attend_by, both_ways, relative_error
+from clip_jax.models.text_groups import DEFAULT, Groups, groups_of
 from clip_jax.models.variants import AttentionKind
 from clip_jax.partition import make_mesh
-from clip_jax.text_groups import DEFAULT, Groups, groups_of
 
 
 class Shape(NamedTuple):

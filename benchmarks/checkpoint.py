@@ -18,14 +18,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from clip_jax.checkpoint import Checkpoints
-from clip_jax.checksum import checksums
+from clip_jax.checkpoints.checkpoint import Checkpoints
+from clip_jax.checkpoints.checksum import checksums
 from clip_jax.config import CheckpointConfig, DataConfig, MeshConfig, RunConfig
 from clip_jax.models.clip import CLIP
 from clip_jax.models.variants import model_config
-from clip_jax.optim import make_optimizer
 from clip_jax.partition import make_mesh
-from clip_jax.state import abstract_state
+from clip_jax.training.optim import make_optimizer
+from clip_jax.training.state import abstract_state
 
 
 def main() -> None:

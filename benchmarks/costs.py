@@ -9,7 +9,7 @@ from benchmarks.plans import CONFIGS, table_row
 from clip_jax.chips import CHIPS
 from clip_jax.command_line import load_config
 from clip_jax.models.variants import variant_name
-from clip_jax.utilization import StepFlops
+from clip_jax.planning.utilization import StepFlops
 
 MFU = 0.4
 DOLLARS_AN_H100_HOUR = 2.0

@@ -19,7 +19,7 @@ import numpy as np
 from clip_jax.config import RunConfig, from_config_dict
 from clip_jax.data.loader import open_part, open_source, parts_data
 from clip_jax.data.records import Record, Source
-from clip_jax.trainer import train
+from clip_jax.run.trainer import train
 
 DEMO = Path(__file__).parent.parent / "configs" / "demo.py"
 

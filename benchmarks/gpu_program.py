@@ -25,14 +25,14 @@ import jax
 from benchmarks.figures import Figure, report
 from benchmarks.step import load_runs
 from benchmarks.turns import add_compare
-from clip_jax import gpu_compiler
 from clip_jax.chips import parse_topology
 from clip_jax.command_line import one_line_errors, take_overrides
 from clip_jax.config import RunConfig
 from clip_jax.errors import UserError
-from clip_jax.hlo import collectives, computations, instructions, result_bytes
 from clip_jax.models.variants import variant_name
-from clip_jax.plan import lower_step
+from clip_jax.planning import gpu_compiler
+from clip_jax.planning.hlo import collectives, computations, instructions, result_bytes
+from clip_jax.planning.plan import lower_step
 
 KERNELS = ("fusion", "custom-call", "copy", "transpose", "copy-start")
 CUTS = ("slice", "dynamic-slice", "gather")

@@ -17,11 +17,11 @@ from benchmarks.turns import in_turns
 from clip_jax.config import DataConfig, OptimConfig, RunConfig
 from clip_jax.models.clip import CLIP
 from clip_jax.models.variants import ModelConfig, TextConfig, ViTConfig
-from clip_jax.optim import make_optimizer
 from clip_jax.partition import make_mesh
-from clip_jax.plan import lower_step
-from clip_jax.state import create_state
-from clip_jax.step import make_train_step
+from clip_jax.planning.plan import lower_step
+from clip_jax.training.optim import make_optimizer
+from clip_jax.training.state import create_state
+from clip_jax.training.step import make_train_step
 
 RUN = RunConfig(
     model=ModelConfig(

@@ -22,7 +22,7 @@ from benchmarks.figures import Figure, report
 from clip_jax.config import LossConfig, MeshConfig
 from clip_jax.models.clip import CLIPOutput
 from clip_jax.partition import ROWS, make_mesh, replicated, row_sharding
-from clip_jax.step import contrastive_loss
+from clip_jax.training.step import contrastive_loss
 
 MIB = 2**20
 

@@ -16,7 +16,7 @@ from benchmarks.figures import Figure, report
 from benchmarks.turns import in_turns
 from clip_jax.config import LossConfig
 from clip_jax.models.clip import CLIPOutput
-from clip_jax.step import contrastive_loss
+from clip_jax.training.step import contrastive_loss
 from tests.references import import_open_clip
 
 REFERENCE = "open_clip"

@@ -19,7 +19,7 @@ from clip_jax.command_line import load_config, one_line_errors, simulate_devices
 from clip_jax.models.variants import variant_name
 
 if TYPE_CHECKING:
-    from clip_jax.plan import Plan
+    from clip_jax.planning.plan import Plan
 
 CONFIGS = ("rn50", "rn101", "rn50x4", "rn50x16", "rn50x64", "vit_b32", "vit_b16", "vit_l14", "vit_l14_336")
 SLICES = {"8": 1, "64": 1, "256": 1, "2x128": 2}
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def _plan(name: str, kind: str, chips: str, *, overlap: bool) -> "Plan":
-    from clip_jax.plan import make_plan  # and JAX, for the devices that are simulated by now
+    from clip_jax.planning.plan import make_plan  # and JAX, for the devices that are simulated by now
 
     slices = SLICES[chips]
     topology = parse_topology(f"{kind}:{SHAPES[kind][chips]}", slices=slices)

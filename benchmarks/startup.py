@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.figures import Figure, report
-from clip_jax import metrics
 from clip_jax.command_line import one_line_errors, take_overrides
 from clip_jax.errors import UserError
+from clip_jax.run import metrics
 
 ROOT = Path(__file__).parent.parent
 STEPS, BATCH = 3, 16

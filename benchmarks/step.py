@@ -3,9 +3,9 @@
   python -m benchmarks.step --config=configs/vit_b32.py:batch=1024 [--config.key=value …] [--compare=key=value]
 
 Pairs a second, operations a second, their share of the peak, memory, compile time. Shares are of the data sheet's
-peak, where it is known, and of a large matrix product's speed in the same process; `clip_jax.utilization` says what
-is counted. `--compare=model.dead_tokens=compute` measures the same run with that key changed as well, in turns, and
-another such option with both. Needs jax, flax, optax, ml_collections and numpy only.
+peak, where it is known, and of a large matrix product's speed in the same process; `clip_jax.planning.utilization`
+says what is counted. `--compare=model.dead_tokens=compute` measures the same run with that key changed as well, in
+turns, and another such option with both. Needs jax, flax, optax, ml_collections and numpy only.
 """
 
 import argparse
@@ -29,9 +29,9 @@ from clip_jax.data.synthetic import synthetic_batches
 from clip_jax.errors import UserError
 from clip_jax.models.variants import variant_name
 from clip_jax.partition import place_rows
-from clip_jax.program import Program, make_program
-from clip_jax.state import TrainState
-from clip_jax.utilization import StepFlops
+from clip_jax.planning.utilization import StepFlops
+from clip_jax.training.program import Program, make_program
+from clip_jax.training.state import TrainState
 
 BATCHES = 4
 

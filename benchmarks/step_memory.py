@@ -33,7 +33,7 @@ def main() -> None:
     simulate_devices(1)
     import jax
 
-    from clip_jax.plan import devices_of, lower_step
+    from clip_jax.planning.plan import devices_of, lower_step
 
     topology = parse_topology(arguments.topology)
     print(f"{arguments.config}, {arguments.batch} pairs on {topology.name}; MiB of a chip")

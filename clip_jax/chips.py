@@ -16,7 +16,8 @@ class Chip:
     """What one chip has.
 
     Attributes:
-      platform: `tpu` can be compiled for without one, and so can `gpu` with the plugin of `clip_jax.gpu_compiler`.
+      platform: `tpu` can be compiled for without one, and so can `gpu` with the plugin of
+        `clip_jax.planning.gpu_compiler`.
       memory: bytes that programs can use; 0 means unknown.
       peak: bfloat16 operations a second; 0 means unknown.
       per_host: chips of a host.

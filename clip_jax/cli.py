@@ -410,7 +410,7 @@ def _interpolate(arguments: argparse.Namespace) -> None:
 def _plan(arguments: argparse.Namespace) -> None:
     from clip_jax.chips import parse_topology
     from clip_jax.command_line import load_config, simulate_devices
-    from clip_jax.gpu_compiler import compiles_for
+    from clip_jax.planning.gpu_compiler import compiles_for
 
     topology = parse_topology(arguments.topology, slices=arguments.slices)
     overrides = arguments.overrides
@@ -425,7 +425,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     if arguments.budget is not None:
         _propose(config, topology, arguments.budget * 2**30 or float(memory), arguments)
         return
-    from clip_jax.plan import make_plan, report
+    from clip_jax.planning.plan import make_plan, report
 
     plan = make_plan(config, topology)
     print(report(plan, mfu=arguments.mfu, memory=memory, images_per_core=arguments.images_per_core))
@@ -436,8 +436,8 @@ def _plan(arguments: argparse.Namespace) -> None:
 def _propose(config: Any, topology: Any, budget: float, arguments: argparse.Namespace) -> None:
     if not 0 < budget < math.inf:
         raise UserError(f"--budget: say how many GiB a chip of {topology.name} has, such as --budget=16")
-    from clip_jax.plan import devices_of, lasting_bytes, make_plan
-    from clip_jax.proposals import Exhausted, Search
+    from clip_jax.planning.plan import devices_of, lasting_bytes, make_plan
+    from clip_jax.planning.proposals import Exhausted, Search
 
     devices_of(topology)  # refuses a topology that does not exist before anything is tried
     search = Search(
@@ -465,14 +465,14 @@ def _propose(config: Any, topology: Any, budget: float, arguments: argparse.Name
 
 def _overfit(arguments: argparse.Namespace) -> None:
     from clip_jax.command_line import load_config
-    from clip_jax.distributed import processes
+    from clip_jax.run.distributed import processes
 
     _check_positive(arguments, "steps")
     config = load_config(arguments.config, arguments.overrides)
     with processes(config.distributed):
         import jax
 
-        from clip_jax.overfit import advice, overfit_one_batch
+        from clip_jax.run.overfit import advice, overfit_one_batch
 
         def say(line: str) -> None:
             if jax.process_index() == 0:
@@ -543,8 +543,8 @@ def _eval(arguments: argparse.Namespace) -> None:
     from dataclasses import fields
 
     from clip_jax.config import DistributedConfig
-    from clip_jax.distributed import processes
     from clip_jax.evals.job import EvalJob, make_job, read_suite
+    from clip_jax.run.distributed import processes
 
     if arguments.dataset and arguments.suite:
         raise UserError("--dataset names one dataset, and --suite many; give one of them")
@@ -610,7 +610,7 @@ def _extra(name: str, *modules: str) -> Iterator[None]:
 
 def _embed(arguments: argparse.Namespace) -> None:
     from clip_jax.config import DistributedConfig
-    from clip_jax.distributed import processes
+    from clip_jax.run.distributed import processes
 
     slices = None if arguments.slice is None else _parse_slice(arguments.slice)
     kinds = tuple(arguments.kinds.split(","))

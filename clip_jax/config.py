@@ -16,9 +16,9 @@ from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
-from clip_jax import text_groups
 from clip_jax.errors import ConfigError, UserError, did_you_mean
 from clip_jax.evals.prompts import default_templates
+from clip_jax.models import text_groups
 from clip_jax.models.variants import VOCABULARY, ModelConfig, ViTConfig, model_config
 from clip_jax.typed import convert, flatten, leaf_types, parse, resolve_key, split_outside_brackets
 

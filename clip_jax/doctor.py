@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from typing import Literal, NamedTuple
 
 from clip_jax.config import DistributedConfig, RunConfig
-from clip_jax.distributed import SLURM, detect, free_port, half_set
 from clip_jax.errors import UserError, one_line
+from clip_jax.run.distributed import SLURM, detect, free_port, half_set
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow", "libtpu", "jax-cuda12-plugin")
 
@@ -68,9 +68,9 @@ def _processes(config: DistributedConfig, environment: Mapping[str, str]) -> Ite
 def _devices(config: RunConfig | None) -> Iterator[Finding]:
     import jax
 
-    from clip_jax.gradient_cache import check_micro_batch
-    from clip_jax.overlap import check_overlap
     from clip_jax.partition import check_batch, make_mesh
+    from clip_jax.training.gradient_cache import check_micro_batch
+    from clip_jax.training.overlap import check_overlap
 
     try:
         devices = jax.local_devices()
@@ -96,7 +96,7 @@ def _devices(config: RunConfig | None) -> Iterator[Finding]:
 
 
 def _kernels() -> Iterator[Finding]:
-    from clip_jax.kernel_check import check_kernels
+    from clip_jax.models.kernel_check import check_kernels
 
     try:
         checks = check_kernels()

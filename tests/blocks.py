@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from tiny import TINY
 
 from clip_jax.config import MeshConfig
-from clip_jax.fences import compiler_options
+from clip_jax.models.fences import compiler_options
 from clip_jax.models.layers import BlockInit, Transformer
 from clip_jax.models.variants import TextConfig
 from clip_jax.partition import make_mesh

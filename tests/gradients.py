@@ -11,8 +11,8 @@ from batches import synthetic
 from clip_jax.models.clip import CLIP
 from clip_jax.partition import make_mesh, place_rows
 from clip_jax.rules import leaf_paths
-from clip_jax.state import abstract_state, create_state
-from clip_jax.step import make_train_step
+from clip_jax.training.state import abstract_state, create_state
+from clip_jax.training.step import make_train_step
 
 NEGLIGIBLE = ("attention/qkv/bias", "attention_pool/key/bias")  # a key's bias has no gradient but for rounding
 

@@ -44,7 +44,7 @@ def train_recorded(workdir: Path) -> None:
     from clip_jax.config import CheckpointConfig, DataConfig
     from clip_jax.data.loader import open_training_data
     from clip_jax.models.variants import TextConfig
-    from clip_jax.trainer import train
+    from clip_jax.run.trainer import train
 
     config = replace(
         TINY,
@@ -70,7 +70,7 @@ def train_recorded(workdir: Path) -> None:
 
 def outcome(workdir: Path) -> Outcome:
     """Reads what a run that has ended left: samples by position; where a position was read twice, they were equal."""
-    from clip_jax import metrics
+    from clip_jax.run import metrics
 
     record = json.loads((_newest(workdir) / "record" / "metadata").read_text())
     by_position: dict[int, list[int]] = {}
@@ -200,7 +200,7 @@ def _serve() -> None:
     import grain  # noqa: F401
     import orbax.checkpoint  # noqa: F401
 
-    import clip_jax.trainer  # noqa: F401
+    import clip_jax.run.trainer  # noqa: F401
 
     for line in sys.stdin:
         process = os.fork()

@@ -7,7 +7,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from clip_jax.config import MeshConfig
 from clip_jax.partition import make_mesh
-from clip_jax.state import TrainState
+from clip_jax.training.state import TrainState
 
 
 def small_state(seed: int, devices: int = 1, *, extra: int = 0) -> TrainState:

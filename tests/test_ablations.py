@@ -19,7 +19,6 @@ import yaml
 from PIL import Image
 from tiny import TINY
 
-from clip_jax import metrics
 from clip_jax.ablations.compare import as_values, compare, report, write_comparison
 from clip_jax.ablations.launching import commands, jobsets, slurm_array, write_expanded
 from clip_jax.ablations.running import LOG, machine_slots, run_sweep
@@ -31,6 +30,7 @@ from clip_jax.errors import ConfigError, UserError
 from clip_jax.evals.figures import BLUE, ORANGE
 from clip_jax.models.clip import CLIP, init_variables
 from clip_jax.models.flops import image_flops, loss_flops, text_flops
+from clip_jax.run import metrics
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module.. method is deprecated")  # in config_flags
 ROOT = Path(__file__).parent.parent

@@ -30,7 +30,7 @@ from benchmarks.anchor import (
 )
 from clip_jax.interop.names import to_torch
 from clip_jax.models.clip import CLIP, init_variables
-from clip_jax.optim import decay_mask
+from clip_jax.training.optim import decay_mask
 
 # Agreement: the means of three seeds differ by less than three standard errors of their difference, or by less than
 # can matter. A loss matters from 2 % of the way from chance to the digit known, ln(10); a share from two standard

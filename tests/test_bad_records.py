@@ -9,12 +9,12 @@ import pytest
 from tars import add, picture, write_shards
 from tiny import TINY
 
-from clip_jax.bad_records import BadRecords
 from clip_jax.config import CheckpointConfig, ConfigError, data_sources, from_config_dict, to_config_dict
 from clip_jax.data.loader import open_training_data
 from clip_jax.data.records import REASONS, UNREACHABLE
 from clip_jax.errors import OutageError, RestartError, UserError
-from clip_jax.trainer import train
+from clip_jax.run.bad_records import BadRecords
+from clip_jax.run.trainer import train
 
 
 def shard_with_holes(path, bad):
@@ -83,7 +83,7 @@ def test_an_outage_ends_a_long_run_within_tens_of_steps(tmp_path, batch, reason,
 
 def test_an_outage_ends_a_run_that_has_begun_for_a_restart(tmp_path, monkeypatch):
     """One that has read nothing yet may have a wrong address."""
-    monkeypatch.setattr("clip_jax.bad_records._JUDGED_FROM", 64)
+    monkeypatch.setattr("clip_jax.run.bad_records._JUDGED_FROM", 64)
     run = dataclasses.replace(TINY, checkpoint=CheckpointConfig(every=2))
 
     def lost(*, after):

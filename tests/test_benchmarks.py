@@ -10,8 +10,8 @@ import pytest
 
 from benchmarks import beside_torch, figures, gpu, gpu_program, run, step
 from benchmarks.figures import Figure, report
-from clip_jax import gpu_compiler
 from clip_jax.errors import UserError
+from clip_jax.planning import gpu_compiler
 
 FAST = Figure("ours", 1234.5, "pairs/s", "theirs", 0.5, 2469.0)
 ALONE = Figure("alone", 0.0123456, "s")

@@ -11,14 +11,14 @@ import pytest
 from states import assert_same_bits, small_state, target_of
 from tiny import TINY
 
-from clip_jax.checkpoint import Checkpoints, read_run
+from clip_jax.checkpoints.checkpoint import Checkpoints, read_run
 from clip_jax.config import CheckpointConfig, MeshConfig, as_json
 from clip_jax.data.images import Preprocess
 from clip_jax.models.clip import CLIP
 from clip_jax.models.variants import ResNetConfig
-from clip_jax.optim import make_optimizer
 from clip_jax.partition import make_mesh
-from clip_jax.state import abstract_state, create_state
+from clip_jax.training.optim import make_optimizer
+from clip_jax.training.state import abstract_state, create_state
 
 MODEL, OPTIMIZER = CLIP(TINY.model), make_optimizer(TINY.optim, steps=TINY.steps)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from states import small_state
 
-from clip_jax.checksum import checksums
+from clip_jax.checkpoints.checksum import checksums
 
 
 def mix(x: np.ndarray) -> np.ndarray:

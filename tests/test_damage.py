@@ -19,14 +19,14 @@ from random_weights import random_like
 from states import assert_same_bits, small_state, target_of
 from tiny import TINY
 
-from clip_jax.checkpoint import Checkpoints, read_run
-from clip_jax.checksum import checksums
+from clip_jax.checkpoints.checkpoint import Checkpoints, read_run
+from clip_jax.checkpoints.checksum import checksums
 from clip_jax.config import CheckpointConfig, MeshConfig
 from clip_jax.errors import UserError
 from clip_jax.models.clip import CLIP
-from clip_jax.optim import make_optimizer
 from clip_jax.partition import make_mesh
-from clip_jax.state import TrainState, abstract_state
+from clip_jax.training.optim import make_optimizer
+from clip_jax.training.state import TrainState, abstract_state
 
 # a coroutine of Orbax's ends in an exception that Orbax does not hear of
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -17,7 +17,7 @@ from clip_jax.data.bench import Speed, demand_of, examine, measure, waiting_shar
 from clip_jax.data.loader import open_part
 from clip_jax.errors import UserError
 from clip_jax.models.variants import model_config
-from clip_jax.plan import Plan
+from clip_jax.planning.plan import Plan
 
 TEXT = dataclasses.replace(TINY.model.text, vocab_size=49_408)
 MODEL = dataclasses.replace(TINY.model, text=TEXT)

@@ -16,7 +16,7 @@ from tiny import TINY
 from clip_jax.models import layers
 from clip_jax.models.dense import Dense, add_parameter
 from clip_jax.models.variants import ResNetConfig
-from clip_jax.plan import lower_step
+from clip_jax.planning.plan import lower_step
 
 
 def gradients(layer, shape, dtype):

@@ -19,10 +19,10 @@ from test_distributed import lines, peers
 from test_operations import LONG
 from tiny import TINY
 
-from clip_jax.checkpoint import Checkpoints
+from clip_jax.checkpoints.checkpoint import Checkpoints
+from clip_jax.checkpoints.lock import locked
 from clip_jax.config import CheckpointConfig
 from clip_jax.errors import UserError
-from clip_jax.lock import locked
 
 # what Orbax leaves of a write that failed
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -170,11 +170,11 @@ def test_two_runs_in_one_workdir(tmp_path):
 @pytest.mark.parametrize("gone", [True, False])
 def test_a_lock_of_another_host_is_waited_for(tmp_path, monkeypatch, gone):
     """A file server keeps that of a host that is gone for a while, in which the run is started again."""
-    monkeypatch.setattr("clip_jax.lock._LEASE_S", 60.0 if gone else -1.0)
+    monkeypatch.setattr("clip_jax.checkpoints.lock._LEASE_S", 60.0 if gone else -1.0)
     with contextlib.ExitStack() as other:
         other.enter_context(locked(tmp_path))
         (tmp_path / "lock").write_text(json.dumps({"host": "elsewhere", "process": 7, "since": "then"}))
-        monkeypatch.setattr("clip_jax.lock.time.sleep", lambda seconds: other.close())
+        monkeypatch.setattr("clip_jax.checkpoints.lock.time.sleep", lambda seconds: other.close())
         expected = contextlib.nullcontext() if gone else pytest.raises(UserError, match="process 7 on elsewhere, since")
         with expected, locked(tmp_path):
             assert json.loads((tmp_path / "lock").read_text())["process"] == os.getpid()
@@ -184,7 +184,7 @@ def test_a_killed_owner_leaves_no_lock(tmp_path):
     code = f"""
 import sys, time
 from pathlib import Path
-from clip_jax.lock import locked
+from clip_jax.checkpoints.lock import locked
 with locked(Path({str(tmp_path)!r})):
     print("locked", flush=True)
     time.sleep(100)

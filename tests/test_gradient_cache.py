@@ -12,9 +12,9 @@ from tiny import TINY
 from benchmarks.gradient_cache import compiled_step
 from clip_jax.config import LossConfig, MeshConfig
 from clip_jax.errors import ConfigError
-from clip_jax.gradient_cache import check_micro_batch
 from clip_jax.models.variants import ResNetConfig
 from clip_jax.partition import make_mesh
+from clip_jax.training.gradient_cache import check_micro_batch
 
 VIT = dataclasses.replace(TINY, model=dataclasses.replace(TINY.model, dtype="float64", patch_dropout=0.5), batch=64)
 SMALL_RESNET = ResNetConfig(image_size=32, width=8, heads=4, layers=(1, 1, 1, 1))

@@ -13,16 +13,17 @@ from gradients import by_path, largest_difference
 from test_step import setup, setup_in_f64
 from tiny import TINY
 
-from clip_jax import metrics, step
 from clip_jax.config import CheckpointConfig, HealthConfig, MeshConfig, OptimConfig
 from clip_jax.data.loader import open_training_data
 from clip_jax.data.skips import batches_between, next_position
 from clip_jax.errors import UserError
-from clip_jax.health import Alarms, Health, Rewind
-from clip_jax.hlo import collectives
-from clip_jax.losses import mean_cosine
 from clip_jax.partition import place_rows
-from clip_jax.trainer import train
+from clip_jax.planning.hlo import collectives
+from clip_jax.run import metrics
+from clip_jax.run.health import Alarms, Health, Rewind
+from clip_jax.run.trainer import train
+from clip_jax.training import step
+from clip_jax.training.losses import mean_cosine
 
 EVERYTHING = dataclasses.replace(
     TINY,
@@ -56,7 +57,7 @@ def learned(state):
 
 @pytest.fixture
 def replace(monkeypatch):
-    """Replaces a function of `clip_jax.step` in what is compiled from now on."""
+    """Replaces a function of `clip_jax.training.step` in what is compiled from now on."""
     cache_clear = setup.__globals__["compiled"].cache_clear
 
     def change(name, function):

@@ -22,11 +22,11 @@ from clip_jax.data.records import RecordError
 from clip_jax.data.synthetic import SyntheticSource
 from clip_jax.errors import ConfigError, UserError
 from clip_jax.evals.held_out import HeldOut
-from clip_jax.losses import sigmoid_loss, softmax_loss
 from clip_jax.models.clip import CLIP, forward, init_variables
 from clip_jax.models.variants import ResNetConfig
 from clip_jax.partition import make_mesh
-from clip_jax.trainer import train
+from clip_jax.run.trainer import train
+from clip_jax.training.losses import sigmoid_loss, softmax_loss
 
 HELD_OUT = EvalConfig(held_out="source=synthetic", held_out_pairs=40, batch=16, every=4)
 SIGMOID = dataclasses.replace(TINY.model, logit_bias=True)

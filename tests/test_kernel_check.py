@@ -3,10 +3,9 @@
 import jax
 import pytest
 
-from clip_jax import kernel_check
 from clip_jax.doctor import examine
-from clip_jax.kernel_check import check_kernels
-from clip_jax.models import activation_kernel, attention_kernel, gpu_kernels
+from clip_jax.models import activation_kernel, attention_kernel, gpu_kernels, kernel_check
+from clip_jax.models.kernel_check import check_kernels
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ from references import import_open_clip
 
 from benchmarks.loss_memory import MIB, contenders, measure
 from clip_jax.config import LossConfig, MeshConfig
-from clip_jax.losses import chance_loss
 from clip_jax.models.clip import CLIPOutput
 from clip_jax.partition import make_mesh, row_sharding
-from clip_jax.step import contrastive_loss
+from clip_jax.training.losses import chance_loss
+from clip_jax.training.step import contrastive_loss
 
 KINDS = ("softmax", "sigmoid")
 FORMS = ("reference", "chunked", "ring")

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from full_disk import small_files
 
-from clip_jax import metrics
 from clip_jax.console import Progress, WorkProgress, clock, plain_table, print_table
 from clip_jax.errors import UserError
-from clip_jax.metrics import MetricWriter
+from clip_jax.run import metrics
+from clip_jax.run.metrics import MetricWriter
 
 SCALARS = {
     "loss": 2.3456,

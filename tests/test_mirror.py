@@ -9,13 +9,13 @@ from states import assert_same_bits, small_state, target_of
 from test_checkpoint import save
 from tiny import TINY
 
-from clip_jax import metrics
-from clip_jax.checkpoint import Checkpoints
+from clip_jax.checkpoints.checkpoint import Checkpoints
+from clip_jax.checkpoints.mirror import Mirror
 from clip_jax.config import CheckpointConfig
 from clip_jax.data.loader import open_training_data
 from clip_jax.errors import RestartError, UserError
-from clip_jax.mirror import Mirror
-from clip_jax.trainer import train
+from clip_jax.run import metrics
+from clip_jax.run.trainer import train
 
 STATES = {step: small_state(step) for step in (1, 2, 3)}
 

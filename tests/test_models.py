@@ -24,7 +24,7 @@ from clip_jax.models.variants import (
 )
 from clip_jax.models.vit import drop_patches, patchify
 from clip_jax.rules import leaf_paths
-from clip_jax.state import count_parameters
+from clip_jax.training.state import count_parameters
 
 SMALL = ModelConfig(
     embed_dim=24,

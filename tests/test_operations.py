@@ -19,16 +19,16 @@ import pytest
 from test_distributed import lines, peers, start
 from test_health import RUN, bits, rows_of
 
-from clip_jax import watchdog
 from clip_jax.data.loader import open_training_data
 from clip_jax.errors import RESTART, OutageError, RestartError, UserError
 from clip_jax.evals.embedding import Embedder
 from clip_jax.evals.evaluation import Evaluated, Evaluation
 from clip_jax.models.clip import CLIP
 from clip_jax.partition import make_mesh
-from clip_jax.preemption import PreemptedError
-from clip_jax.trainer import train
-from clip_jax.watchdog import Watchdog
+from clip_jax.run import watchdog
+from clip_jax.run.preemption import PreemptedError
+from clip_jax.run.trainer import train
+from clip_jax.run.watchdog import Watchdog
 
 ROOT = Path(__file__).parent.parent
 LONG = ("--config.data.source=synthetic", "--config.eval.dataset=", "--config.log.tensorboard=false")
@@ -149,7 +149,7 @@ def test_a_batch_of_prompts_is_left_as_one_of_images_is():
 
 STUCK = """
 import os, signal, sys, time
-from clip_jax.preemption import Preemption
+from clip_jax.run.preemption import Preemption
 with Preemption({grace}):
     os.kill(os.getpid(), signal.SIGTERM)
     {then}
@@ -214,9 +214,9 @@ import dataclasses
 sys.path[:0] = ["tests"]
 from test_health import RUN
 from clip_jax.config import HealthConfig
-from clip_jax import watchdog
+from clip_jax.run import watchdog
 from clip_jax.data.loader import open_training_data
-from clip_jax.trainer import train
+from clip_jax.run.trainer import train
 data = open_training_data(RUN)
 def batches(position):
     for number, batch in enumerate(data.batches(position)):
@@ -299,12 +299,12 @@ def test_too_little_memory_names_what_to_change(tmp_path, monkeypatch):
     def step(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.")
 
-    monkeypatch.setattr("clip_jax.program.make_train_step", lambda *_, **__: step)
+    monkeypatch.setattr("clip_jax.training.program.make_train_step", lambda *_, **__: step)
     expected = r"out of memory on 8 x cpu \(RESOURCE_EXHAUSTED: .* 9 bytes.*model.remat=dots.*micro_batch=8.*fsdp=8"
     with pytest.raises(UserError, match=expected):
         train(RUN, tmp_path)
     monkeypatch.setattr(
-        "clip_jax.program.make_train_step",
+        "clip_jax.training.program.make_train_step",
         lambda *_, **__: lambda *_: (_ for _ in ()).throw(jax.errors.JaxRuntimeError("INTERNAL: x")),
     )
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
@@ -317,7 +317,7 @@ def test_a_compiler_that_does_not_know_the_options_of_overlap(tmp_path, monkeypa
     def step(*_):
         raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: No such compile option: 'xla_tpu_x'")
 
-    monkeypatch.setattr("clip_jax.program.make_train_step", lambda *_, **__: step)
+    monkeypatch.setattr("clip_jax.training.program.make_train_step", lambda *_, **__: step)
     overlapping = dataclasses.replace(RUN, mesh=dataclasses.replace(RUN.mesh, overlap=True))
     with pytest.raises(UserError, match=r"config.mesh.overlap is true, which .* cpu does not know: INVALID.*xla_tpu_x"):
         train(overlapping, tmp_path)

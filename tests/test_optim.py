@@ -12,7 +12,8 @@ from gradients import by_path
 from clip_jax.config import OptimConfig
 from clip_jax.errors import ConfigError
 from clip_jax.models.clip import create_model, init_variables
-from clip_jax.optim import (
+from clip_jax.rules import apply_rules, leaf_paths
+from clip_jax.training.optim import (
     DECAY_RULES,
     clamp_scale,
     decay_mask,
@@ -21,7 +22,6 @@ from clip_jax.optim import (
     moving_average,
     multipliers,
 )
-from clip_jax.rules import apply_rules, leaf_paths
 
 
 def params_of(name):

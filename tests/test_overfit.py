@@ -15,11 +15,11 @@ from tiny import TINY
 from clip_jax.config import LossConfig, OptimConfig, from_config_dict, to_config_dict
 from clip_jax.data.loader import open_training_data
 from clip_jax.data.records import REASONS
-from clip_jax.distributed import free_port
 from clip_jax.errors import UserError
-from clip_jax.losses import chance_loss, least_loss, sigmoid_loss, softmax_loss
-from clip_jax.optim import learning_rate
-from clip_jax.overfit import NEAR, Overfit, advice, check_config, overfit_one_batch
+from clip_jax.run.distributed import free_port
+from clip_jax.run.overfit import NEAR, Overfit, advice, check_config, overfit_one_batch
+from clip_jax.training.losses import chance_loss, least_loss, sigmoid_loss, softmax_loss
+from clip_jax.training.optim import learning_rate
 
 ROOT = Path(__file__).parent.parent
 RUN = dataclasses.replace(TINY, optim=OptimConfig(lr=3e-3, warmup_steps=2_000), samples=32 * 100_000)
@@ -214,13 +214,13 @@ sys.path.insert(0, "tests")
 from test_overfit import RUN
 
 from clip_jax.config import DistributedConfig
-from clip_jax.distributed import processes
+from clip_jax.run.distributed import processes
 
 address, index, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 explicit = DistributedConfig("explicit", address, count, index, address, 120)
 with processes(explicit if count > 1 else DistributedConfig("off")):
     from clip_jax.data.loader import open_training_data
-    from clip_jax.overfit import overfit_one_batch
+    from clip_jax.run.overfit import overfit_one_batch
 
     data = open_training_data(RUN)
 

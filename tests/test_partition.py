@@ -12,7 +12,6 @@ from clip_jax import partition
 from clip_jax.config import MeshConfig, OptimConfig
 from clip_jax.errors import ConfigError
 from clip_jax.models.clip import create_model, init_variables
-from clip_jax.optim import make_optimizer
 from clip_jax.partition import (
     PARAMETER_AXES,
     check_batch,
@@ -25,7 +24,8 @@ from clip_jax.partition import (
     traced_for,
 )
 from clip_jax.rules import apply_rules, leaf_paths
-from clip_jax.state import abstract_state, new_state
+from clip_jax.training.optim import make_optimizer
+from clip_jax.training.state import abstract_state, new_state
 
 
 def test_mesh_takes_the_rest():

@@ -18,23 +18,23 @@ from jax.experimental import topologies
 from jax.sharding import PartitionSpec
 from tiny import TINY
 
-from clip_jax import gpu_compiler
 from clip_jax.chips import parse_topology, peak_of
 from clip_jax.config import LossConfig, MeshConfig, from_config_dict, override, to_config_dict
 from clip_jax.data.synthetic import synthetic_batches
 from clip_jax.errors import UserError
-from clip_jax.hlo import Collective, collectives
 from clip_jax.models.clip import CLIP
 from clip_jax.models.flops import grouped_text_flops, image_flops, loss_flops, text_flops
+from clip_jax.models.text_groups import groups_of
 from clip_jax.models.variants import ResNetConfig, model_config
-from clip_jax.optim import make_optimizer
 from clip_jax.partition import AXES, make_mesh, place_rows
-from clip_jax.plan import Plan, lever, levers, make_plan, report
-from clip_jax.program import make_program
-from clip_jax.state import create_state
-from clip_jax.step import make_train_step
-from clip_jax.text_groups import groups_of
-from clip_jax.utilization import StepFlops
+from clip_jax.planning import gpu_compiler
+from clip_jax.planning.hlo import Collective, collectives
+from clip_jax.planning.plan import Plan, lever, levers, make_plan, report
+from clip_jax.planning.utilization import StepFlops
+from clip_jax.training.optim import make_optimizer
+from clip_jax.training.program import make_program
+from clip_jax.training.state import create_state
+from clip_jax.training.step import make_train_step
 
 ROOT = Path(__file__).parent.parent
 CPU = parse_topology("cpu:8")
@@ -492,7 +492,7 @@ from clip_jax.chips import parse_topology
 from clip_jax.command_line import simulate_devices
 from clip_jax.config import MeshConfig
 from clip_jax.partition import make_mesh
-from clip_jax.plan import devices_of
+from clip_jax.planning.plan import devices_of
 
 simulate_devices(1)
 for name in ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"):

@@ -18,7 +18,7 @@ from tiny import TINY
 from torch_clip import torch_clip, torch_images
 
 import clip_jax
-from clip_jax.checkpoint import Checkpoints
+from clip_jax.checkpoints.checkpoint import Checkpoints
 from clip_jax.config import CheckpointConfig, MeshConfig
 from clip_jax.errors import UserError
 from clip_jax.interop import download, read
@@ -29,10 +29,10 @@ from clip_jax.interop.weights import Weights
 from clip_jax.models.clip import CLIP, forward, init_variables
 from clip_jax.models.resolution import change_resolution, resize_positions
 from clip_jax.models.variants import ResNetConfig
-from clip_jax.optim import make_optimizer
 from clip_jax.partition import make_mesh
 from clip_jax.pretrained import Pretrained
-from clip_jax.state import abstract_state
+from clip_jax.training.optim import make_optimizer
+from clip_jax.training.state import abstract_state
 
 
 @pytest.fixture(scope="module", params=["vit", "resnet"])

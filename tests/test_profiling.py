@@ -13,8 +13,8 @@ from test_health import RUN, bits
 from test_operations import preempting
 
 from clip_jax.config import LogConfig
-from clip_jax.profiling import Profiler
-from clip_jax.trainer import train
+from clip_jax.run.profiling import Profiler
+from clip_jax.run.trainer import train
 
 # Python's from 3.12 on, about a type of jaxlib's; as an error it ends the process.
 pytestmark = pytest.mark.filterwarnings("ignore:builtin type .* has no __module__ attribute")

@@ -12,11 +12,11 @@ from tiny import TINY
 from clip_jax.chips import parse_topology
 from clip_jax.config import LossConfig, MeshConfig
 from clip_jax.errors import UserError
-from clip_jax.hlo import Collective
 from clip_jax.models.flops import image_flops, recomputed_flops, text_flops
 from clip_jax.models.variants import ResNetConfig, model_config
-from clip_jax.plan import Plan, lasting_bytes, lower_step, make_plan
-from clip_jax.proposals import Exhausted, Search, Tried
+from clip_jax.planning.hlo import Collective
+from clip_jax.planning.plan import Plan, lasting_bytes, lower_step, make_plan
+from clip_jax.planning.proposals import Exhausted, Search, Tried
 
 ROOT = Path(__file__).parent.parent
 GIB = 2**30

@@ -17,11 +17,11 @@ from clip_jax.models.clip import CLIP
 from clip_jax.models.convolution import Conv3x3
 from clip_jax.models.dense import Dense
 from clip_jax.models.variants import ResNetConfig
-from clip_jax.optim import make_optimizer
 from clip_jax.partition import make_mesh, row_sharding
-from clip_jax.plan import lower_step
+from clip_jax.planning.plan import lower_step
 from clip_jax.rules import leaf_paths
-from clip_jax.state import abstract_state
+from clip_jax.training.optim import make_optimizer
+from clip_jax.training.state import abstract_state
 
 ROWS, DEVICES = (64, 4, 4, 16), 8
 LAYERS = {

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from tiny import TINY
 
-from clip_jax.checkpoint import Contents
+from clip_jax.checkpoints.checkpoint import Contents
+from clip_jax.checkpoints.resume import check_resumable, describe_resume
 from clip_jax.config import as_json
 from clip_jax.errors import UserError
-from clip_jax.resume import check_resumable, describe_resume
 
 DATA = {"name": "made up", "files": (1, 2)}
 SAVED = Contents({"position": 320, "skips": []}, as_json(TINY), {"data": {"name": "made up", "files": [1, 2]}}, {})

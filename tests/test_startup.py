@@ -11,8 +11,8 @@ import pytest
 from devices import xla_flags
 
 from benchmarks.startup import KEYS, STEPS, beside_the_first, measure
-from clip_jax import metrics, startup
 from clip_jax.errors import UserError
+from clip_jax.run import metrics, startup
 
 ROOT = Path(__file__).parent.parent
 SMALL = {"model.vision.layers": 1, "model.text.layers": 1, "model.text.vocab_size": 128}
@@ -64,7 +64,7 @@ def test_a_damaged_program_is_compiled_again(tmp_path):
     """A program that was half written when a process was killed costs a warning."""
     code = f"""
 import jax, sys
-from clip_jax.startup import Startup, keep_programs
+from clip_jax.run.startup import Startup, keep_programs
 keep_programs({str(tmp_path)!r})
 startup = Startup()
 assert jax.jit(lambda x: x * 3 + 1)(jax.numpy.arange(4.0)).tolist() == [1, 4, 7, 10]
@@ -96,7 +96,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
 
 
 def test_the_age_of_a_process_is_that_of_the_system(monkeypatch):
-    code = "import time; time.sleep(0.3); from clip_jax.startup import process_age; print(process_age())"
+    code = "import time; time.sleep(0.3); from clip_jax.run.startup import process_age; print(process_age())"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, check=True)
     assert float(found.stdout) > 0.3
     monkeypatch.setattr(startup.Path, "read_text", lambda path: (_ for _ in ()).throw(FileNotFoundError))

@@ -17,15 +17,15 @@ from gradients import widened
 from tiny import TINY
 
 from clip_jax.config import LossConfig, MeshConfig, OptimConfig
-from clip_jax.hlo import collectives
 from clip_jax.models.clip import CLIP, image_features
 from clip_jax.models.variants import ResNetConfig
-from clip_jax.optim import make_optimizer
 from clip_jax.partition import make_mesh, place_rows
+from clip_jax.planning.hlo import collectives
 from clip_jax.rules import leaf_paths
-from clip_jax.state import abstract_state, create_state
-from clip_jax.step import make_train_step
-from clip_jax.towers import Towers
+from clip_jax.training.optim import make_optimizer
+from clip_jax.training.state import abstract_state, create_state
+from clip_jax.training.step import make_train_step
+from clip_jax.training.towers import Towers
 
 ROOT = Path(__file__).parent.parent
 

@@ -10,11 +10,11 @@ import pytest
 from gradients import batch_of, gradients, largest_difference
 from tiny import TINY
 
-from clip_jax import towers
 from clip_jax.config import MeshConfig
 from clip_jax.models.clip import CLIP, init_variables
 from clip_jax.models.layers import Block, BlockInit, take_up
 from clip_jax.partition import make_mesh
+from clip_jax.training import towers
 
 
 def block_both_ways(dtype, takes_up, seed=0):

@@ -17,20 +17,20 @@ from clip_jax.config import DataConfig, LossConfig, MeshConfig, RunConfig, from_
 from clip_jax.data.lengths import choose_groups
 from clip_jax.data.synthetic import synthetic_batches
 from clip_jax.errors import ConfigError
-from clip_jax.hlo import collectives
 from clip_jax.models import text
 from clip_jax.models.clip import CLIP, image_features, init_variables, text_features
 from clip_jax.models.flops import grouped_text_flops, image_flops, text_flops
 from clip_jax.models.text import TextTransformer, fit
+from clip_jax.models.text_groups import DEFAULT, groups_of, parse_groups
 from clip_jax.models.variants import VARIANTS, ResNetConfig, TextConfig, model_config
-from clip_jax.monitor import Monitor
-from clip_jax.optim import make_optimizer
 from clip_jax.partition import make_mesh, place_rows
-from clip_jax.plan import lower_step
-from clip_jax.state import abstract_state
-from clip_jax.step import make_train_step
-from clip_jax.text_groups import DEFAULT, groups_of, parse_groups
-from clip_jax.utilization import StepFlops
+from clip_jax.planning.hlo import collectives
+from clip_jax.planning.plan import lower_step
+from clip_jax.planning.utilization import StepFlops
+from clip_jax.run.monitor import Monitor
+from clip_jax.training.optim import make_optimizer
+from clip_jax.training.state import abstract_state
+from clip_jax.training.step import make_train_step
 
 ROOT = Path(__file__).parent.parent
 CONTEXT = 12

@@ -18,19 +18,19 @@ from devices import simulating
 from random_weights import random_like
 from tiny import TINY
 
-from clip_jax import metrics, monitor
+from clip_jax.checkpoints.lock import locked
 from clip_jax.config import CheckpointConfig, DataConfig, EvalConfig, MeshConfig, OptimConfig, RunConfig
 from clip_jax.data.images import Preprocess
 from clip_jax.data.loader import TrainingData, open_training_data
 from clip_jax.errors import UserError
 from clip_jax.interop.open_clip import write_open_clip
 from clip_jax.interop.weights import Weights
-from clip_jax.lock import locked
 from clip_jax.models.clip import CLIP, init_variables
 from clip_jax.models.resolution import change_resolution
 from clip_jax.models.variants import ResNetConfig, TextConfig
-from clip_jax.monitor import memory_in_use
-from clip_jax.trainer import train
+from clip_jax.run import metrics, monitor
+from clip_jax.run.monitor import memory_in_use
+from clip_jax.run.trainer import train
 
 ROOT = Path(__file__).parent.parent
 SYNTHETIC = dataclasses.replace(
@@ -259,7 +259,7 @@ for name in {absent!r}:
     sys.modules[name] = None
 from pathlib import Path
 from clip_jax.command_line import build_config
-from clip_jax.trainer import train
+from clip_jax.run.trainer import train
 from configs.demo import get_config
 config = get_config("source=synthetic,vision.layers=1,text.layers=1,batch=16,samples=48,warmup_steps=1,eval.dataset=")
 train(build_config(config, [], file="demo"), Path({workdir!r}))
@@ -287,7 +287,7 @@ def test_training_never_imports_tensorflow(digits_dir, tmp_path):
 import sys
 from pathlib import Path
 from clip_jax.command_line import build_config
-from clip_jax.trainer import train
+from clip_jax.run.trainer import train
 from configs.demo import get_config
 keys = "build=false,vision.layers=1,text.layers=1,batch=16,samples=48,warmup_steps=1,data_dir={digits_dir}"
 config = get_config(keys)

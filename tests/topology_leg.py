@@ -15,16 +15,16 @@ import jax
 import jax.numpy as jnp
 from tiny import TINY
 
-from clip_jax.checkpoint import Checkpoints
+from clip_jax.checkpoints.checkpoint import Checkpoints
 from clip_jax.config import CheckpointConfig, DataConfig, DistributedConfig, MeshConfig
 from clip_jax.data.loader import open_training_data
-from clip_jax.distributed import processes
 from clip_jax.models.clip import CLIP
 from clip_jax.models.variants import ResNetConfig, TextConfig
-from clip_jax.optim import make_optimizer
 from clip_jax.partition import make_mesh
-from clip_jax.state import TrainState, abstract_state, create_state
-from clip_jax.step import make_train_step, place_batch
+from clip_jax.run.distributed import processes
+from clip_jax.training.optim import make_optimizer
+from clip_jax.training.state import TrainState, abstract_state, create_state
+from clip_jax.training.step import make_train_step, place_batch
 
 _TEXT = TextConfig(width=32, heads=2, layers=1, context=16)
 _RESNET = ResNetConfig(image_size=32, width=16, heads=4, layers=(1, 1, 1, 1))

@@ -8,7 +8,7 @@ import numpy as np
 
 from clip_jax.ablations.compare import LOSS, ComparedArm, Comparison
 from clip_jax.evals.figures import BLUE, GREEN, GREY, ORANGE, RED, new_figure, save, smooth
-from clip_jax.losses import chance_loss
+from clip_jax.training.losses import chance_loss
 
 COLOURS = (BLUE, ORANGE, GREEN, RED, "#cc79a7", "#56b4e9", "#000000", GREY)
 STYLES = ("-", "--", ":", "-.")

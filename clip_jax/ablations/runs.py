@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clip_jax import metrics
 from clip_jax.config import (
     HELD_OUT_METRICS,
     CheckpointConfig,
@@ -21,6 +20,7 @@ from clip_jax.config import (
 )
 from clip_jax.data.storage import steps_in
 from clip_jax.errors import ConfigError, UserError
+from clip_jax.run import metrics
 
 CONFIG, RESULTS = "config.json", "zero_shot.json"
 EVALUATIONS = ("zero_shot/", "held_out/")
@@ -120,7 +120,7 @@ def read_config(workdir: Path) -> RunConfig | None:
 
 def is_finished(workdir: Path, config: RunConfig) -> bool:
     """Returns whether a run has come to its config's end: its last checkpoint and its final evaluation are there."""
-    from clip_jax.checkpoint import Checkpoints  # Orbax takes seconds to import, and comparing does without
+    from clip_jax.checkpoints.checkpoint import Checkpoints  # Orbax takes seconds to import, and comparing does without
 
     evaluated = not config.eval.dataset or (workdir / RESULTS).exists()
     if config.eval.held_out:

@@ -1,4 +1,4 @@
-"""How long the captions of a run are, and the groups that fit them; see `clip_jax.text_groups`."""
+"""How long the captions of a run are, and the groups that fit them; see `clip_jax.models.text_groups`."""
 
 import itertools
 import math
@@ -15,7 +15,7 @@ from clip_jax.data.records import REASONS, Record
 from clip_jax.data.tokenizer import Tokenizer
 from clip_jax.errors import UserError
 from clip_jax.models.flops import grouped_text_flops, text_flops
-from clip_jax.text_groups import groups_of
+from clip_jax.models.text_groups import groups_of
 
 _PARTS = 10_000
 

@@ -11,10 +11,10 @@ from jax.sharding import Mesh
 from clip_jax.data.images import Preprocess, normalize, preprocess_of
 from clip_jax.data.pipeline import EvalTransform, eval_batches
 from clip_jax.data.records import Records
-from clip_jax.distributed import any_process
 from clip_jax.errors import OutageError
 from clip_jax.models.clip import CLIP, Variables, image_features, probe_features, text_features
 from clip_jax.partition import place_rows, replicated
+from clip_jax.run.distributed import any_process
 
 Tokenize = Callable[..., np.ndarray]
 

@@ -18,8 +18,8 @@ from clip_jax.data.images import Preprocess
 from clip_jax.data.labelled import LabelledSource
 from clip_jax.data.reading import Subset
 from clip_jax.data.records import Records
-from clip_jax.distributed import from_first
 from clip_jax.evals.embedding import ImageFeatures
+from clip_jax.run.distributed import from_first
 from clip_jax.search.store import FORMAT, VectorStore, embedding_column, vectors_of
 
 SHARD = 8_192

@@ -19,7 +19,7 @@ from clip_jax.errors import UserError
 from clip_jax.evals.embedding import InStep
 from clip_jax.models.clip import CLIP, CLIPOutput, Variables, forward, scale_and_bias
 from clip_jax.partition import check_batch, join_rows, place_rows, replicated, row_sharding
-from clip_jax.step import JudgedFeatures, judge
+from clip_jax.training.step import JudgedFeatures, judge
 
 _LOG = logging.getLogger(__name__)
 

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from clip_jax import metrics
 from clip_jax.config import RunConfig
 from clip_jax.console import print_table
 from clip_jax.evals.evaluation import Evaluated, RetrievalSheet
 from clip_jax.evals.figures import plot_confusion, plot_retrieval, plot_training
 from clip_jax.evals.zero_shot import ZeroShotResult
-from clip_jax.losses import chance_loss
+from clip_jax.run import metrics
+from clip_jax.training.losses import chance_loss
 
 SHOWN_CONFUSIONS = 10
 _LOG = logging.getLogger(__name__)

@@ -131,7 +131,7 @@ def _of_weights(names: Iterable[str]) -> list[str]:
             return [*itertools.chain(*matches), *fnmatch.filter(above, _PIXELS)]
     if not (below := {name for name in names if re.match(r"checkpoints/\d+/", name)}):
         return []
-    from clip_jax.mirror import LIST  # Orbax takes a second to import, and only runs need it
+    from clip_jax.checkpoints.mirror import LIST  # Orbax takes a second to import, and only runs need it
 
     steps = {name.split("/")[1] for name in below}
     whole = {step for step in steps if f"checkpoints/{step}/{LIST}" in below}

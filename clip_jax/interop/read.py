@@ -88,7 +88,7 @@ def _read_folder(folder: Path) -> Weights:
 
 
 def _read_run(workdir: Path) -> Weights:
-    from clip_jax.checkpoint import read_run  # Orbax takes a second to import, and only runs need it
+    from clip_jax.checkpoints.checkpoint import read_run  # Orbax takes a second to import, and only runs need it
 
     config, variables, preprocess = read_run(workdir)
     return Weights(dataclasses.replace(config, dtype="float32"), variables, preprocess)  # a run may compute in less

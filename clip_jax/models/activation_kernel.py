@@ -18,7 +18,7 @@ from jax.experimental.pallas import triton
 
 from clip_jax.array_types import Array, Float
 from clip_jax.models.activations import PALLAS_CHANNELS
-from clip_jax.precision import wide_dtype
+from clip_jax.models.precision import wide_dtype
 
 AT_ONCE = 8  # rows
 ROWS = 16 * AT_ONCE  # of a program

@@ -2,8 +2,8 @@
 
 Values and slopes are computed in float32 or wider and rounded once; 1.702 itself would be 1.703 in bfloat16. A
 derivative is the gradient times the slope, which is computed from the argument alone. In a program for CPUs a wall
-(`clip_jax.fences`) stands between the passes: without it that platform's compiler takes the sigmoid from the forward
-pass, and so keeps it for every block. Other compilers choose for themselves.
+(`clip_jax.models.fences`) stands between the passes: without it that platform's compiler takes the sigmoid from the
+forward pass, and so keeps it for every block. Other compilers choose for themselves.
 
 On NVIDIA's GPUs a training step can have both from kernels of ours.
 """
@@ -16,11 +16,11 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from clip_jax.array_types import Array, Float
-from clip_jax.fences import fence
 from clip_jax.models import gpu_kernels
+from clip_jax.models.fences import fence
+from clip_jax.models.precision import widen
 from clip_jax.models.variants import Activation, MLPKind
 from clip_jax.partition import on_each_device
-from clip_jax.precision import widen
 
 PALLAS_CHANNELS = 128  # that a program takes
 Function = Callable[[jax.Array], jax.Array]

@@ -13,10 +13,10 @@ from jax.typing import DTypeLike
 from clip_jax.array_types import Array, Float, Int
 from clip_jax.errors import ConfigError
 from clip_jax.models import gpu_kernels
+from clip_jax.models.precision import wide_dtype
+from clip_jax.models.text_groups import Groups
 from clip_jax.models.variants import AttentionKind
 from clip_jax.partition import on_each_device
-from clip_jax.precision import wide_dtype
-from clip_jax.text_groups import Groups
 
 CUDNN_HEADS = range(8, 129, 8)  # channels of a head that the kernels take, on every GPU that has them
 PALLAS_HEADS = (16, 32, 64, 128)

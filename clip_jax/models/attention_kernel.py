@@ -21,8 +21,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from clip_jax.array_types import Array, Float
-from clip_jax.precision import wide_dtype
-from clip_jax.text_groups import Groups
+from clip_jax.models.precision import wide_dtype
+from clip_jax.models.text_groups import Groups
 
 WHOLE = 64  # tokens of a block
 SMALLEST = 16  # side of a matrix that a GPU's matrix units multiply

@@ -18,9 +18,9 @@ from jax.typing import DTypeLike
 
 from clip_jax.array_types import Array, Bool, Float, Int
 from clip_jax.errors import UserError
-from clip_jax.fences import fence
+from clip_jax.models.fences import fence
 from clip_jax.models.layers import Initializer
-from clip_jax.precision import wide_dtype, widen
+from clip_jax.models.precision import wide_dtype, widen
 
 EPSILON = 1e-5
 

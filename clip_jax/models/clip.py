@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from clip_jax.array_types import Array, Bool, Float, Int
+from clip_jax.models.precision import widen
 from clip_jax.models.resnet import ModifiedResNet
 from clip_jax.models.text import TextTransformer
+from clip_jax.models.text_groups import Groups
 from clip_jax.models.variants import ModelConfig, ResNetConfig, model_config
 from clip_jax.models.vit import VisionTransformer
-from clip_jax.precision import widen
-from clip_jax.text_groups import Groups
 
 Variables = dict[str, Any]
 

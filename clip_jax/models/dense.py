@@ -24,9 +24,9 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from clip_jax.array_types import Array, Float
+from clip_jax.models.precision import wide_dtype
 from clip_jax.models.variants import ModelConfig, ReduceDtype
 from clip_jax.partition import sum_over_rows
-from clip_jax.precision import wide_dtype
 
 
 def _multiply(x: jax.Array, kernel: jax.Array) -> jax.Array:

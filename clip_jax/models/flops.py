@@ -4,8 +4,8 @@ Two for every multiply-add of a matrix product or a convolution, nothing for the
 recomputed work too, so utilisation is measured against these.
 """
 
+from clip_jax.models.text_groups import Groups
 from clip_jax.models.variants import ModelConfig, ResNetConfig, TextConfig, ViTConfig, mlp_width
-from clip_jax.text_groups import Groups
 
 EXPANSION = 4  # output channels of a ResNet's bottleneck over its inner channels
 

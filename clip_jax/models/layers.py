@@ -17,14 +17,14 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from clip_jax.array_types import Array, Float, Int, Num
-from clip_jax.fences import fence
 from clip_jax.models.activations import ACTIVATIONS, activate, activates_by_kernels
 from clip_jax.models.attention import attend_in_groups, attend_packed, takes_packed
 from clip_jax.models.dense import add_parameter, dense_of
+from clip_jax.models.fences import fence
 from clip_jax.models.norm import LayerNorm
+from clip_jax.models.text_groups import Groups
 from clip_jax.models.variants import ModelConfig, Remat, TextConfig, ViTConfig, mlp_width
 from clip_jax.partition import constrain_rows
-from clip_jax.text_groups import Groups
 
 Initializer = Callable[..., jax.Array]
 

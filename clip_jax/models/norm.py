@@ -10,7 +10,8 @@ quadratic in the depth (`benchmarks/LOG.md`). Here sums with the gains are produ
 program. On a TPU a product would be of bfloat16 numbers: other platforms add up.
 
 XLA's compiler for GPUs would write the argument's normalised rows times the gradient out in float32, for three sums to
-read. In a program for GPUs a wall (`clip_jax.fences`) makes the sums over rows compute them again, from what is there.
+read. In a program for GPUs a wall (`clip_jax.models.fences`) makes the sums over rows compute them again, from what is
+there.
 
 A block's norms are each read by one dense layer, which can take up their gains: `clip_jax.models.layers.take_up`.
 What is left reads and writes rows alone, and of that XLA's compiler for GPUs makes one kernel a pass.
@@ -24,8 +25,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from clip_jax.array_types import Array, Float
-from clip_jax.fences import anew, fence
-from clip_jax.precision import widen
+from clip_jax.models.fences import anew, fence
+from clip_jax.models.precision import widen
 
 EPSILON = 1e-5
 

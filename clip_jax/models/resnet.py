@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 
 from clip_jax.array_types import Array, Bool, Float
-from clip_jax.fences import fence
 from clip_jax.models.attention import attend
 from clip_jax.models.batch_norm import BatchNorm
 from clip_jax.models.convolution import Conv3x3
 from clip_jax.models.dense import Dense, add_parameter, dense_of
+from clip_jax.models.fences import fence
 from clip_jax.models.layers import apply_blocks, record, symmetric_uniform
 from clip_jax.models.variants import ModelConfig, ResNetConfig
 from clip_jax.partition import constrain_rows

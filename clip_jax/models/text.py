@@ -17,9 +17,9 @@ from clip_jax.models.dense import add_parameter, dense_of
 from clip_jax.models.embedding import Embed
 from clip_jax.models.layers import BlockInit, Transformer, pick, record
 from clip_jax.models.norm import LayerNorm
+from clip_jax.models.text_groups import Groups
 from clip_jax.models.variants import ModelConfig
 from clip_jax.partition import constrain_rows, devices_of_rows, traced_for
-from clip_jax.text_groups import Groups
 
 ALIGNMENT = 8  # tokens: XLA's compiler for GPUs would fill up the operands of every product to a multiple, by a copy
 

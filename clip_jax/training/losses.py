@@ -1,8 +1,8 @@
 """The contrastive losses over all pairs of a batch, as they are defined.
 
-These are the reference forms: one matrix of logits, whose rows are sharded like the batch. `clip_jax.tiled_loss` has
-the same losses without that matrix. A pair's weight says whether it counts: bad samples and the padding of a last
-batch have weight 0 and are then also nobody's negative.
+These are the reference forms: one matrix of logits, whose rows are sharded like the batch.
+`clip_jax.training.tiled_loss` has the same losses without that matrix. A pair's weight says whether it counts: bad
+samples and the padding of a last batch have weight 0 and are then also nobody's negative.
 """
 
 import math

@@ -8,15 +8,15 @@ from jax.sharding import Mesh
 
 from clip_jax.config import RunConfig
 from clip_jax.errors import ConfigError
-from clip_jax.gradient_cache import check_micro_batch
 from clip_jax.models.clip import CLIP
-from clip_jax.optim import make_optimizer
 from clip_jax.partition import check_batch, make_mesh
-from clip_jax.state import TrainState, abstract_state, create_state, start_from
-from clip_jax.step import TrainStep, make_train_step
+from clip_jax.training.gradient_cache import check_micro_batch
+from clip_jax.training.optim import make_optimizer
+from clip_jax.training.state import TrainState, abstract_state, create_state, start_from
+from clip_jax.training.step import TrainStep, make_train_step
 
 if TYPE_CHECKING:
-    from clip_jax.initial import Initial
+    from clip_jax.training.initial import Initial
 
 
 class Program(NamedTuple):
@@ -68,7 +68,7 @@ def initial_of(config: RunConfig, program: Program) -> "Initial | None":
     """Returns the weights that the config names to start from, refused where they do not fit."""
     if not config.init_from:
         return None
-    from clip_jax.initial import read_initial  # a run from random weights does without the readers
+    from clip_jax.training.initial import read_initial  # a run from random weights does without the readers
 
     return read_initial(config, program.target.variables)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from clip_jax.config import RunConfig
 from clip_jax.models.flops import grouped_text_flops, image_flops, pair_flops, text_flops
-from clip_jax.text_groups import groups_of
+from clip_jax.models.text_groups import groups_of
 
 
 @dataclass(frozen=True)

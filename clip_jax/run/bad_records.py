@@ -11,7 +11,7 @@ import numpy as np
 
 from clip_jax.data.records import REASONS, UNREACHABLE
 from clip_jax.errors import OutageError, UserError
-from clip_jax.metrics import Unwritten
+from clip_jax.run.metrics import Unwritten
 
 _PREFIX = "bad/"
 _JUDGED_FROM = 1_000

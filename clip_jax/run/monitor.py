@@ -13,15 +13,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from clip_jax.bad_records import BadRecords
 from clip_jax.chips import peak_of
 from clip_jax.config import LogConfig, RunConfig, as_json
 from clip_jax.console import Progress
 from clip_jax.errors import one_line
-from clip_jax.health import Health
-from clip_jax.metrics import MetricWriter
-from clip_jax.startup import Startup, describe_startup
-from clip_jax.utilization import StepFlops
+from clip_jax.planning.utilization import StepFlops
+from clip_jax.run.bad_records import BadRecords
+from clip_jax.run.health import Health
+from clip_jax.run.metrics import MetricWriter
+from clip_jax.run.startup import Startup, describe_startup
 
 _STATM = Path("/proc/self/statm")  # in pages; the second number is what is resident
 _STEPS_WATCHED = 50

@@ -17,7 +17,7 @@ from clip_jax.console import plain_table
 from clip_jax.errors import ConfigError, UserError, one_line
 from clip_jax.models.flops import image_flops, recomputed_flops, text_flops
 from clip_jax.models.variants import REMATS, Remat, variant_name
-from clip_jax.plan import Plan
+from clip_jax.planning.plan import Plan
 
 _USUAL = REMATS[:-1]  # `full` recomputes twice, and only where nothing else fits the config's batch
 _DOUBLINGS = 3

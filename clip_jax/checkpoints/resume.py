@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from clip_jax.checkpoint import Contents
+from clip_jax.checkpoints.checkpoint import Contents
 from clip_jax.config import RunConfig, as_json, describe_diff, diff, from_saved, model_diff
 from clip_jax.errors import ConfigError, UserError
 

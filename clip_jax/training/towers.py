@@ -19,9 +19,9 @@ from clip_jax.data.images import normalize, preprocess_of
 from clip_jax.models.clip import CLIP, image_features_train, scale_and_bias, text_features
 from clip_jax.models.layers import take_up
 from clip_jax.models.text import fit
-from clip_jax.optim import frozen, stop_frozen
+from clip_jax.models.text_groups import Groups, groups_of
 from clip_jax.partition import traced_for
-from clip_jax.text_groups import Groups, groups_of
+from clip_jax.training.optim import frozen, stop_frozen
 
 Batch = dict[str, jax.Array]
 Parameters = dict[str, Any]

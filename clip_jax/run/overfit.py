@@ -19,9 +19,9 @@ from clip_jax.config import RunConfig
 from clip_jax.data.loader import TrainingData, open_training_data
 from clip_jax.data.records import REASONS
 from clip_jax.errors import UserError
-from clip_jax.losses import chance_loss, least_loss
-from clip_jax.program import fresh_state, initial_of, make_program
-from clip_jax.step import place_batch
+from clip_jax.training.losses import chance_loss, least_loss
+from clip_jax.training.program import fresh_state, initial_of, make_program
+from clip_jax.training.step import place_batch
 
 NEAR = 0.02
 """A loss is near its floor if it is above it by less than this share of the loss of guessing."""
@@ -99,7 +99,7 @@ def overfit_one_batch(
       data: training data instead of what `config.data` names.
 
     Raises:
-      UserError: what `clip_jax.trainer.train` would refuse too; or a batch of which no two pairs can be used.
+      UserError: what `clip_jax.run.trainer.train` would refuse too; or a batch of which no two pairs can be used.
     """
     config = check_config(config, steps=steps)
     program = make_program(config)

@@ -14,7 +14,10 @@ from typing import NamedTuple, TypeVar
 
 import jax
 
-from clip_jax.checkpoint import Checkpoints, Restored
+from clip_jax.checkpoints.checkpoint import Checkpoints, Restored
+from clip_jax.checkpoints.lock import locked, unwritable
+from clip_jax.checkpoints.mirror import Mirror
+from clip_jax.checkpoints.resume import check_resumable, describe_resume
 from clip_jax.config import RunConfig, as_json
 from clip_jax.data.loader import TrainingData, open_training_data
 from clip_jax.data.skips import Skips, batches_between
@@ -22,20 +25,17 @@ from clip_jax.errors import OutageError, RestartError, UserError, one_line
 from clip_jax.evals.evaluation import Evaluated, Evaluation, scalars
 from clip_jax.evals.held_out import HeldOut
 from clip_jax.evals.report import report_training, report_zero_shot
-from clip_jax.health import Rewind
-from clip_jax.lock import locked, unwritable
-from clip_jax.losses import chance_loss
-from clip_jax.mirror import Mirror
 from clip_jax.models.variants import variant_name
-from clip_jax.monitor import Monitor
-from clip_jax.preemption import PreemptedError, Preemption
-from clip_jax.profiling import Profiler
-from clip_jax.program import Program, fresh_state, initial_of, make_program
-from clip_jax.resume import check_resumable, describe_resume
-from clip_jax.startup import Startup
-from clip_jax.state import TrainState, count_parameters
-from clip_jax.step import place_batch
-from clip_jax.watchdog import Watchdog
+from clip_jax.run.health import Rewind
+from clip_jax.run.monitor import Monitor
+from clip_jax.run.preemption import PreemptedError, Preemption
+from clip_jax.run.profiling import Profiler
+from clip_jax.run.startup import Startup
+from clip_jax.run.watchdog import Watchdog
+from clip_jax.training.losses import chance_loss
+from clip_jax.training.program import Program, fresh_state, initial_of, make_program
+from clip_jax.training.state import TrainState, count_parameters
+from clip_jax.training.step import place_batch
 
 T = TypeVar("T")
 
@@ -263,7 +263,7 @@ def _device_errors_explained(run: Run) -> Iterator[None]:
             ) from error
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        from clip_jax.plan import levers  # a run that fits does without plans
+        from clip_jax.planning.plan import levers  # a run that fits does without plans
 
         changes = "; ".join(levers(run.config, chips=mesh.size))
         raise UserError(

@@ -11,9 +11,9 @@ from clip_jax.array_types import Array, Float
 from clip_jax.config import MeshConfig
 from clip_jax.models import activations, gpu_kernels
 from clip_jax.models.attention import attend_in_groups, attend_packed
+from clip_jax.models.text_groups import Groups
 from clip_jax.models.variants import AttentionKind
 from clip_jax.partition import make_mesh
-from clip_jax.text_groups import Groups
 
 HEADS, CHANNELS = 4, 64
 ROWS = 8  # of which each is checked

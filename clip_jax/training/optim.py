@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from clip_jax.config import OptimConfig
 from clip_jax.errors import ConfigError, did_you_mean
-from clip_jax.precision import widen
+from clip_jax.models.precision import widen
 from clip_jax.rules import apply_rules, leaf_paths
 
 _MATRICES = (r"/kernel$", True), (r"/embedding$", True)

@@ -34,15 +34,15 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 import clip_jax
-from clip_jax.checksum import checksums, describe_leaves
+from clip_jax.checkpoints.checksum import checksums, describe_leaves
 from clip_jax.config import CheckpointConfig, RunConfig, as_json, from_saved
 from clip_jax.data.images import Preprocess, preprocess_of
 from clip_jax.data.storage import steps_in
-from clip_jax.distributed import any_process, from_first
 from clip_jax.errors import UserError, one_line
 from clip_jax.models.clip import CLIP, Variables, init_variables
 from clip_jax.models.variants import ModelConfig
-from clip_jax.state import TrainState, from_average, to_average
+from clip_jax.run.distributed import any_process, from_first
+from clip_jax.training.state import TrainState, from_average, to_average
 
 _JSON_ITEMS = ("data", "config", "metadata")
 _ITEMS = ("state", *_JSON_ITEMS, "record")

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from clip_jax.config import HealthConfig, RunConfig
-from clip_jax.metrics import Unwritten
+from clip_jax.run.metrics import Unwritten
 
 _MOST_LINES = 1_000
 _AT_CLAMP = 1 - 1e-5

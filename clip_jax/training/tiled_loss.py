@@ -29,9 +29,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from clip_jax.array_types import Array, Float
-from clip_jax.losses import LossOutput, shares_of
+from clip_jax.models.precision import wide_dtype
 from clip_jax.partition import AXES, ROWS
-from clip_jax.precision import wide_dtype
+from clip_jax.training.losses import LossOutput, shares_of
 
 Kind = Literal["softmax", "sigmoid"]
 

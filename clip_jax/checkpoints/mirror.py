@@ -3,7 +3,7 @@
 A checkpoint there is whole: the list of its files, with their sizes, is written after them and removed before them, and
 without its list it does not count. The list tells it from another of the same step, as a run that went back writes.
 Whether its bits are what was trained is judged by its checksums when it is read, as for any other
-(`clip_jax.checkpoint`).
+(`clip_jax.checkpoints.checkpoint`).
 """
 
 import hashlib
@@ -16,11 +16,11 @@ from typing import Any
 
 import jax
 
-from clip_jax import lock
+from clip_jax.checkpoints import lock
 from clip_jax.data.storage import bring, file_system, find, steps_in
-from clip_jax.distributed import any_process
 from clip_jax.errors import RestartError, UserError, one_line
-from clip_jax.preemption import PreemptedError
+from clip_jax.run.distributed import any_process
+from clip_jax.run.preemption import PreemptedError
 
 LIST = "files.json"
 """Says in a copied checkpoint's folder that it is whole, and of what."""

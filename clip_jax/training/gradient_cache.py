@@ -17,9 +17,9 @@ from jax.sharding import Mesh
 from clip_jax.config import RunConfig
 from clip_jax.errors import ConfigError
 from clip_jax.models.clip import CLIPOutput
+from clip_jax.models.text_groups import Groups
 from clip_jax.partition import check_batch, join_rows, split_rows
-from clip_jax.text_groups import Groups
-from clip_jax.towers import Batch, Towers
+from clip_jax.training.towers import Batch, Towers
 
 Loss = Callable[[CLIPOutput, jax.Array], Any]
 """Features and weights of a batch to what has the loss as its attribute `loss`."""

@@ -17,17 +17,17 @@ from jax.sharding import Mesh
 
 from clip_jax.config import LossConfig, RunConfig
 from clip_jax.data.records import REASONS
-from clip_jax.fences import compiler_options
-from clip_jax.gradient_cache import Gradients, Loss, cached_gradients
-from clip_jax.losses import LossOutput, mean_cosine, sigmoid_loss, softmax_loss
 from clip_jax.models.clip import CLIP, CLIPOutput
-from clip_jax.optim import clamp_scale, gradient_norms, is_schedule, learning_rate, moving_average
-from clip_jax.overlap import overlap_options
+from clip_jax.models.fences import compiler_options
+from clip_jax.models.text_groups import Groups
 from clip_jax.partition import place_rows, replicated, row_sharding
-from clip_jax.state import TrainState, to_average
-from clip_jax.text_groups import Groups
-from clip_jax.tiled_loss import tiled_loss
-from clip_jax.towers import Batch, Towers
+from clip_jax.training.gradient_cache import Gradients, Loss, cached_gradients
+from clip_jax.training.losses import LossOutput, mean_cosine, sigmoid_loss, softmax_loss
+from clip_jax.training.optim import clamp_scale, gradient_norms, is_schedule, learning_rate, moving_average
+from clip_jax.training.overlap import overlap_options
+from clip_jax.training.state import TrainState, to_average
+from clip_jax.training.tiled_loss import tiled_loss
+from clip_jax.training.towers import Batch, Towers
 
 Metrics = dict[str, jax.Array]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
@@ -198,7 +198,7 @@ def _gradients(towers: Towers, loss: Loss, batch: Batch) -> Gradients:
     """Returns the gradients of a whole batch at once.
 
     The text tower and the loss are differentiated in one piece, between the image tower's two passes: see
-    `clip_jax.towers`.
+    `clip_jax.training.towers`.
     """
     rest = {name: part for name, part in towers.params.items() if name != "image"}
     image, pull_image, batch_stats = jax.vjp(

@@ -1,0 +1,1 @@
+"""What a training step computes: losses, gradients, optimizer, state."""
