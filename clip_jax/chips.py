@@ -60,6 +60,8 @@ _DEVICE_KINDS = {
     "NVIDIA H100": "h100",
     "NVIDIA H200": "h200",
 }
+_MOST_CHIPS = 16_384
+"""Simulating so many devices takes JAX two minutes, and four times as many sixteen times as long."""
 _EXAMPLES = "v5p:4x8x8, v5e:16x16, v6e:16x16, v4:4x4x4, h100:64, cpu:8"
 
 
@@ -129,7 +131,7 @@ def parse_topology(text: str, *, slices: int = 1) -> Topology:
     """Returns the topology that a text such as `v5p:4x8x8` or `h100:64` names.
 
     Raises:
-      UserError: no such chip, or a shape that such chips do not come in.
+      UserError: no such chip, a shape that such chips do not come in, or more of them than can be planned for.
     """
     kind, colon, shape = text.partition(":")
     if kind not in CHIPS:
@@ -141,4 +143,7 @@ def parse_topology(text: str, *, slices: int = 1) -> Topology:
         raise UserError(f"--topology={text}: {kind} comes in {dimensions} dimension(s), such as {kind}:{example}")
     if slices < 1:
         raise UserError(f"--slices={slices}: it must be at least 1")
-    return Topology(kind, sides, slices)
+    topology = Topology(kind, sides, slices)
+    if topology.chips > _MOST_CHIPS:
+        raise UserError(f"--topology={text}: {topology.chips:,} chips; runs can be planned for {_MOST_CHIPS:,} at most")
+    return topology

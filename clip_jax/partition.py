@@ -91,17 +91,20 @@ def hybrid_grid(slices: int, grid: tuple[int, int], devices: Sequence[Any]) -> n
     return np.asarray(order).reshape(slices, *grid)  # several processes to a node
 
 
-def check_batch(key: str, batch: int, mesh: Mesh) -> None:
+def check_batch(key: str, batch: int, mesh: Mesh, *, whole: int = 0) -> None:
     """Raises a ConfigError unless a batch has the same number of rows for every device.
 
     Args:
       key: the config key that holds `batch`, for the message.
       batch: rows over all devices.
       mesh: the devices.
+      whole: rows that the batch is a part of, so that it must divide them; 0 means none.
     """
     if batch % mesh.size:
-        below = batch // mesh.size * mesh.size
-        near = " or ".join(str(rows) for rows in (below, below + mesh.size) if rows)
+        shared = range(mesh.size, (whole or batch + mesh.size) + 1, mesh.size)
+        fitting = [rows for rows in shared if not whole or whole % rows == 0]
+        below, above = [rows for rows in fitting if rows < batch], [rows for rows in fitting if rows > batch]
+        near = " or ".join(str(rows) for rows in (*below[-1:], *above[:1]))
         raise ConfigError(f"config.{key} is {batch}, not divisible by the mesh's {mesh.size} devices; use {near}")
 
 

@@ -97,6 +97,8 @@ def test_micro_batches_that_do_not_fit_say_what_would():
     check_micro_batch(dataclasses.replace(TINY, batch=64, micro_batch=16), mesh)
     with pytest.raises(ConfigError, match=r"config.micro_batch is 4, not divisible by the mesh's 8 devices; use 8"):
         check_micro_batch(dataclasses.replace(TINY, batch=64, micro_batch=4), mesh)
+    with pytest.raises(ConfigError, match=r"config.micro_batch is 12, not .*; use 8 or 24$"):  # 16 does not divide 72
+        check_micro_batch(dataclasses.replace(TINY, batch=72, micro_batch=12), mesh)
     torn = dataclasses.replace(RESNET, micro_batch=8)
     with pytest.raises(ConfigError, match=r"bn_group is 2, and a device has 1 samples .* must divide them"):
         check_micro_batch(torn, mesh)

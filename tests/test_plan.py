@@ -361,6 +361,7 @@ def test_what_the_levers_offer_is_accepted(sizes, chips, offered):
         ("v5e", "v5e comes in 2 dimension"),
         ("h100:8x8", "such as h100:8"),
         ("cpu:0", "such as cpu:8"),
+        ("cpu:99999999", "99,999,999 chips; runs can be planned for 16,384 at most"),
     ],
 )
 def test_topologies_that_do_not_exist(text, message):

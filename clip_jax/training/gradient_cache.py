@@ -50,7 +50,7 @@ def check_micro_batch(config: RunConfig, mesh: Mesh) -> None:
     """
     if not config.micro_batch:
         return
-    check_batch("micro_batch", config.micro_batch, mesh)
+    check_batch("micro_batch", config.micro_batch, mesh, whole=config.batch)
     each, group = config.micro_batch // mesh.size, config.model.bn_group
     if group and config.parts > 1 and each % group:
         raise ConfigError(
