@@ -44,7 +44,7 @@ def test_remote_shards_give_the_bits_of_local_ones(store, tmp_path):
     assert_same(batches(there, 18), batches(here, 18))
 
 
-def test_a_server_that_knows_no_ranges_gives_the_same_records(store, tmp_path, monkeypatch):
+def test_a_server_that_knows_no_ranges_gives_the_same_records(store, tmp_path, monkeypatch, caplog):
     store.knows_ranges = False
     monkeypatch.setattr(tar_index, "_CHUNK", 1 << 13)
     tars = source(f"{store.url}/00001.tar", tmp_path)
@@ -53,6 +53,8 @@ def test_a_server_that_knows_no_ranges_gives_the_same_records(store, tmp_path, m
     (part,) = prepare_inputs.tar_parts(f"{store.url}/00001.tar", 1.0)
     prepared = [sample.record for sample in part.samples(CaptionFields(), 1.0)]
     assert prepared == [tars[number] for number in range(25)]
+    said = f"{store.url} sends whole files where a part is asked for: copy them to a disk, or to another server"
+    assert [record.message for record in caplog.records] == [said]
 
 
 def test_requests_are_few(store, tmp_path):

@@ -113,7 +113,10 @@ class Storage:
                 raise
 
         content = self._retried(path, ask)
-        return content if len(content) <= length else content[start:][:length]  # of a server that knows no ranges
+        if len(content) <= length:
+            return content
+        _say_no_ranges("/".join(path.split("/")[:3]))
+        return content[start:][:length]
 
     def stat(self, path: str) -> Stat:
         """Returns size and tag.
@@ -307,6 +310,11 @@ def sync(path: Path) -> None:
 def requests_made() -> int:
     """Returns how many requests this process has made to remote stores, those that failed too."""
     return _requests
+
+
+@functools.cache
+def _say_no_ranges(server: str) -> None:
+    _LOG.warning("%s sends whole files where a part is asked for: copy them to a disk, or to another server", server)
 
 
 def _count_request() -> None:
