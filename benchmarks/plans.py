@@ -52,7 +52,7 @@ def _plan(name: str, kind: str, chips: str, *, overlap: bool) -> "Plan":
     slices = SLICES[chips]
     topology = parse_topology(f"{kind}:{SHAPES[kind][chips]}", slices=slices)
     run = load_config(f"configs/{name}.py", [], without_data=True)
-    batch, mesh = PAIRS_A_CHIP * topology.chips, dataclasses.replace(run.mesh, dcn_data=slices, overlap=overlap)
+    batch, mesh = PAIRS_A_CHIP * topology.devices, dataclasses.replace(run.mesh, dcn_data=slices, overlap=overlap)
     return make_plan(dataclasses.replace(run, batch=batch, mesh=mesh), topology)
 
 
@@ -86,12 +86,12 @@ def _sent_by_arithmetic(plan: "Plan") -> float:
     import jax.numpy as jnp
 
     run, topology = plan.config, plan.topology
-    chips, sums = topology.chips // topology.slices, 1 if topology.slices == 1 else 2
+    devices, sums = topology.devices // topology.slices, 1 if topology.slices == 1 else 2
     tpu, text = topology.chip.platform == "tpu", run.model.text
     gradients = sums * jnp.dtype(run.model.dtype).itemsize * plan.parameters
     gradients += 0 if tpu else 2 * text.vocab_size * text.width
     features = (2 if tpu else 1) * 4 * run.batch * run.model.embed_dim
-    return 2 * (chips - 1) / chips * (gradients + features)
+    return 2 * (devices - 1) / devices * (gradients + features)
 
 
 def memory_row(plan: "Plan", *, mfu: float) -> str:

@@ -420,7 +420,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     _check_positive(arguments, "images_per_core", "tries", "memory")
     _check_mfu(arguments)
     ahead_of_time = topology.chip.platform == "tpu" or compiles_for(topology)
-    simulate_devices(1 if ahead_of_time else topology.chips)
+    simulate_devices(1 if ahead_of_time else topology.devices)
     memory = topology.chip.memory if arguments.memory is None else int(arguments.memory * 2**30)
     if arguments.budget is not None:
         _propose(config, topology, arguments.budget * 2**30 or float(memory), arguments)

@@ -215,8 +215,10 @@ def test_utilization_by_arithmetic():
         ("TPU v5", 459e12),
         ("TPU v5p", 459e12),
         ("TPU v6 lite", 918e12),
+        ("TPU7x", 1153.5e12),
         ("NVIDIA H100 80GB HBM3", 989e12),
         ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA B200", 2250e12),
         ("NVIDIA H100 PCIe", 0),
         ("NVIDIA GeForce RTX 4090", 0),
         ("cpu", 0),
@@ -316,6 +318,21 @@ def test_the_arithmetic_of_a_report():
     assert "does not fit; try model.remat=dots" in report(plan_of(), mfu=0.4, memory=2**30, images_per_core=4.0)
 
 
+def test_a_chip_of_two_devices_is_paid_once():
+    """A step of 2 s on two hosts of eight devices, four chips each."""
+    plan = plan_of(topology=parse_topology("tpu7x:2x2x2"), step_flops=8 * 2307e12 * 0.4 * 2)
+    text = " ".join(report(plan, mfu=0.4, memory=16 * 2**30, images_per_core=4.0).split())
+    for line in (
+        "on 8 chip(s) (16 devices), tpu7x:2x2x2",
+        "memory of a device: there is 16.00 GiB: fits",
+        "all-reduce, a step 3 x, 1.0 MiB a device",
+        "step at 40% of the peak 2.000 s, 16 pairs/s",
+        "each of 2 host(s) 8 images/s, 2.0 cores at 4",
+        "1,000 steps 0.0 days, 4 chip-hours",
+    ):
+        assert line in text
+
+
 def test_the_first_lever_is_what_holds_most():
     state = {"parameters": 3 * 2**30, "optimizer state": 6 * 2**30, "total": 10 * 2**30}
     assert lever(plan_of(memory=state)).startswith("try mesh.fsdp=4 ")
@@ -325,7 +342,7 @@ def test_the_first_lever_is_what_holds_most():
     smallest = dataclasses.replace(blocks, micro_batch=4)
     assert lever(plan_of(config=smallest)) == "try model.remat=full, or more chips"
     reference = dataclasses.replace(run, loss=LossConfig(form="reference"))
-    found = [text.split(" ")[0] for text in levers(reference, chips=4)]
+    found = [text.split(" ")[0] for text in levers(reference, devices=4)]
     assert found == ["loss.form=chunked", "model.remat=dots", "micro_batch=16", "model.remat=full,", "mesh.fsdp=4", "a"]
 
 
@@ -344,7 +361,7 @@ def test_what_the_levers_offer_is_accepted(sizes, chips, offered):
     config = to_config_dict(dataclasses.replace(TINY, model=dataclasses.replace(TINY.model, vision=vision)))
     for key, value in sizes.items():
         override(config, key, str(value))
-    found = levers(from_config_dict(config), chips=chips)
+    found = levers(from_config_dict(config), devices=chips)
     assert [text.partition(" (")[0] for text in found if text.startswith("micro_batch=")] == offered
     for text in found:
         changed = config.copy_and_resolve_references()
@@ -439,7 +456,13 @@ def test_without_the_gpus_compiler_temporaries_are_called_the_cpus(monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "slices", "shape"),
-    [("h100:64", 1, "1x8x8"), ("a100:4", 1, "1x1x4"), ("h200:16", 2, "2x2x8"), ("h100:12", 1, "1x3x4")],
+    [
+        ("h100:64", 1, "1x8x8"),
+        ("a100:4", 1, "1x1x4"),
+        ("h200:16", 2, "2x2x8"),
+        ("h100:12", 1, "1x3x4"),
+        ("b200:8", 1, "1x1x8"),
+    ],
 )
 def test_gpus_to_compile_for_are_hosts_of_up_to_eight(monkeypatch, name, slices, shape):
     asked = []
@@ -453,7 +476,8 @@ def test_gpus_to_compile_for_are_hosts_of_up_to_eight(monkeypatch, name, slices,
     ((platform, found, target),) = asked
     assert (platform, found) == ("cuda", shape)
     assert f'device_description_str: "NVIDIA {name[:4].upper()}"' in target
-    assert f"major: {8 if name.startswith('a100') else 9} minor: 0 }}" in target
+    major = {"a100": 8, "h100": 9, "h200": 9, "b200": 10}[name[:4]]
+    assert f"major: {major} minor: 0 }}" in target
 
 
 def test_a_plugin_that_cannot_compile_is_one_line(monkeypatch):
@@ -496,16 +520,18 @@ from clip_jax.partition import make_mesh
 from clip_jax.planning.plan import devices_of
 
 simulate_devices(1)
-for name in ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"):
-    print(name, make_mesh(MeshConfig(), devices=devices_of(parse_topology(name))).size)
+for name in ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"):
+    topology = parse_topology(name)
+    print(name, make_mesh(MeshConfig(), devices=devices_of(topology)).size, topology.devices)
 """
 
 
 @needs_libtpu
-def test_a_chip_is_one_device_of_a_mesh():
+def test_a_chip_is_one_device_of_a_mesh_and_of_tpu7x_two():
     command = [sys.executable, "-c", EVERY_TPU]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert found.stdout.splitlines() == ["v4:2x2x1 4", "v5e:2x2 4", "v5p:2x2x1 4", "v6e:2x2 4"], found.stderr
+    expected = ["v4:2x2x1 4 4", "v5e:2x2 4 4", "v5p:2x2x1 4 4", "v6e:2x2 4 4", "tpu7x:2x2x1 8 8"]
+    assert found.stdout.splitlines() == expected, found.stderr
 
 
 @needs_libtpu

@@ -36,6 +36,11 @@ _TARGETS = {
         memory_bandwidth: 4814000000000 l2_cache_size: 62914560 device_memory_size: 150110011392
         shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
     """,
+    "b200": """
+        core_count: 148 fpus_per_core: 128 clock_rate_ghz: 1.965
+        memory_bandwidth: 7672320000000 l2_cache_size: 132644864 device_memory_size: 191514411008
+        shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
+    """,
 }
 _ALL_HAVE = """
     threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 shared_memory_per_block: 49152

@@ -33,7 +33,7 @@ DAY = 86_400
 
 @dataclass(frozen=True)
 class Plan:
-    """Figures of one run on one topology; memory is in bytes of one chip.
+    """Figures of one run on one topology; memory is in bytes of one device.
 
     Attributes:
       config: the run's.
@@ -55,12 +55,12 @@ class Plan:
     collectives: tuple[Collective, ...]
 
     def fits(self, memory: int) -> bool:
-        """Whether a chip of so many bytes can run it; 0 means any."""
+        """Whether devices of so many bytes can run it; 0 means any."""
         return not memory or self.memory["total"] <= memory
 
     def step_seconds(self, mfu: float) -> float:
         """Time of a step at that share of the chips' peak; 0 where the peak is not known."""
-        peak = self.topology.chip.peak * self.topology.chips
+        peak = self.topology.chip.peak * self.topology.devices
         return self.step_flops / (peak * mfu) if peak else 0.0
 
     def exchange_seconds(self, *, hidden: bool = True) -> float:
@@ -94,20 +94,20 @@ def make_plan(config: RunConfig, topology: Topology) -> Plan:
         memory, found = {"total": compiled}, []
     else:
         memory = _memory(compiled, state)
-        found = collectives(_text(compiled), devices=topology.chips, slices=topology.slices)
+        found = collectives(_text(compiled), devices=topology.devices, slices=topology.slices)
     return Plan(
         config=config,
         topology=topology,
         parameters=count_parameters(state.params),
         sample_flops=flops,
-        step_flops=StepFlops.of(config, devices=topology.chips).paper,
+        step_flops=StepFlops.of(config, devices=topology.devices).paper,
         memory=memory,
         collectives=tuple(found),
     )
 
 
 def lasting_bytes(config: RunConfig, topology: Topology) -> int:
-    """Returns the bytes of one chip that hold parameters, optimizer state and average; compiles nothing.
+    """Returns the bytes of one device that hold parameters, optimizer state and average; compiles nothing.
 
     Raises:
       ConfigError: mesh or batch do not fit the devices.
@@ -145,12 +145,12 @@ def devices_of(topology: Topology) -> Sequence[Any]:
         return gpu_compiler.gpus(topology)
     if topology.chip.platform != "tpu":
         devices = jax.devices("cpu")
-        if len(devices) < topology.chips:
+        if len(devices) < topology.devices:
             raise UserError(
                 f"--topology={topology.name}: JAX has {len(devices)} simulated CPU device(s); set "
-                f"XLA_FLAGS=--xla_force_host_platform_device_count={topology.chips} before it starts"
+                f"XLA_FLAGS=--xla_force_host_platform_device_count={topology.devices} before it starts"
             )
-        return devices[: topology.chips]
+        return devices[: topology.devices]
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             f'--topology={topology.name} needs the TPU\'s compiler, which needs no TPU: pip install "jax[tpu]"'
@@ -172,29 +172,31 @@ def report(plan: Plan, *, mfu: float, memory: int, images_per_core: float) -> st
     Args:
       plan: what to say.
       mfu: share of the chips' peak at which the towers run.
-      memory: bytes of a chip; 0 means unknown.
+      memory: bytes of a device; 0 means unknown.
       images_per_core: images a second that one core of a host decodes and augments.
     """
     config, topology = plan.config, plan.topology
-    title = f"{variant_name(config.model)}, batch {config.batch:,} on {topology.chips} chip(s), {topology.name}"
+    title = f"{variant_name(config.model)}, batch {config.batch:,} on {topology.size}, {topology.name}"
     if topology.slices > 1:
         title += f", {topology.slices} slices"
     rows = [
         ("parameters", f"{plan.parameters:,}"),
         ("forward pass, an image and a text", " + ".join(f"{flops / 1e9:.2f} GFLOP" for flops in plan.sample_flops)),
         ("training step", f"{plan.step_flops / 1e15:,.2f} PFLOP"),
-        *((f"memory of a chip: {kind}", f"{size / 2**30:,.2f} GiB") for kind, size in plan.memory.items()),
+        *((f"memory of a {topology.each}: {kind}", f"{size / 2**30:,.2f} GiB") for kind, size in plan.memory.items()),
     ]
     if memory:
         verdict = "fits" if plan.fits(memory) else f"does not fit; {lever(plan)}"
-        rows.append(("memory of a chip: there is", f"{memory / 2**30:,.2f} GiB: {verdict}"))
+        rows.append((f"memory of a {topology.each}: there is", f"{memory / 2**30:,.2f} GiB: {verdict}"))
     if topology.chip.platform == "gpu" and not gpu_compiler.compiles_for(topology):
         account = f"the CPU's account, which is too much; with the GPU's compiler: {gpu_compiler.INSTALL}"
         rows.append(("temporaries are", account))
     for each in plan.collectives:
         fabric = "between slices" if each.across else "within a slice" if topology.slices > 1 else "a step"
         behind = f", {each.hidden / each.sent:.0%} of it beside other work" if each.hidden else ""
-        rows.append((f"{each.kind}, {fabric}", f"{each.count:,} x, {each.bytes / 2**20:,.1f} MiB a chip{behind}"))
+        rows.append(
+            (f"{each.kind}, {fabric}", f"{each.count:,} x, {each.bytes / 2**20:,.1f} MiB a {topology.each}{behind}")
+        )
     rows += _time_rows(plan, mfu=mfu, images_per_core=images_per_core)
     return plain_table(title, ("what", "how much"), rows)
 
@@ -203,23 +205,23 @@ def lever(plan: Plan) -> str:
     """Returns the first thing to change where a run does not fit, as config keys."""
     lasting = sum(size for kind, size in plan.memory.items() if kind in ("parameters", "optimizer state", "average"))
     state_first = lasting > plan.memory["total"] / 2
-    return f"try {levers(plan.config, chips=plan.topology.chips, state_first=state_first)[0]}"
+    return f"try {levers(plan.config, devices=plan.topology.devices, state_first=state_first)[0]}"
 
 
-def levers(config: RunConfig, *, chips: int, state_first: bool = False) -> list[str]:
+def levers(config: RunConfig, *, devices: int, state_first: bool = False) -> list[str]:
     """Returns what to change where a run does not fit, as config keys that it would accept, what costs least first.
 
     Args:
       config: the run's.
-      chips: that it is on.
+      devices: that it is on.
       state_first: most of the memory is parameters and optimizer state.
     """
     remat = REMATS.index(config.model.remat)
     half, bn_group = (config.micro_batch or config.batch) // 2, config.model.bn_group
-    part = half // chips
-    can_halve = part > 0 and half % chips == 0 and config.batch % half == 0 and part % (bn_group or part) == 0
+    part = half // devices
+    can_halve = part > 0 and half % devices == 0 and config.batch % half == 0 and part % (bn_group or part) == 0
     group = f" with model.bn_group={part}" if isinstance(config.model.vision, ResNetConfig) and not bn_group else ""
-    fsdp = next((size for size in (8, 4, 2) if chips % (size * config.mesh.dcn_data) == 0), 1)
+    fsdp = next((size for size in (8, 4, 2) if devices % (size * config.mesh.dcn_data) == 0), 1)
     rest = "" if config.mesh.data == -1 else " with mesh.data=-1"
     shards = f"mesh.fsdp={fsdp}{rest} (more chips share parameters and optimizer state)"
     found = [
@@ -235,10 +237,10 @@ def levers(config: RunConfig, *, chips: int, state_first: bool = False) -> list[
 
 
 def _time_rows(plan: Plan, *, mfu: float, images_per_core: float) -> list[tuple[str, str]]:
-    seconds, chips = plan.step_seconds(mfu), plan.topology.chips
+    seconds, topology = plan.step_seconds(mfu), plan.topology
     if not seconds:
         return []
-    rate, hosts = plan.config.batch / seconds, -(-chips // plan.topology.chip.per_host)
+    rate, hosts = plan.config.batch / seconds, -(-topology.devices // topology.chip.per_host)
     days = seconds * plan.config.steps / DAY
     each, cores = rate / hosts, rate / hosts / images_per_core
     exchange, exposed = plan.exchange_seconds(), plan.exchange_seconds(hidden=False)
@@ -251,7 +253,7 @@ def _time_rows(plan: Plan, *, mfu: float, images_per_core: float) -> list[tuple[
             f"each of {hosts} host(s)",
             f"{each:,.0f} images/s, {cores:,.1f} cores at {images_per_core:,.0f}",
         ),
-        (f"{plan.config.steps:,} steps", f"{days:,.1f} days, {days * 24 * chips:,.0f} chip-hours"),
+        (f"{plan.config.steps:,} steps", f"{days:,.1f} days, {days * 24 * topology.chips:,.0f} chip-hours"),
     ]
 
 

@@ -109,12 +109,12 @@ class Search:
         """Returns the frontier as a table, and what to choose as flags."""
         found, own = self.frontier(), self._config.batch
         title = (
-            f"{variant_name(self._config.model)} on {self._topology.chips} chip(s), {self._topology.name}: what fits "
-            f"into {self._budget / 2**30:,.2f} GiB of a chip, of {len(self.tried)} tried"
+            f"{variant_name(self._config.model)} on {self._topology.size}, {self._topology.name}: what fits "
+            f"into {self._budget / 2**30:,.2f} GiB of a {self._topology.each}, of {len(self.tried)} tried"
         )
         if not found:
             return f"{title}: nothing; take more chips or a smaller batch"
-        columns = ("batch", "micro-batch", "remat", "mesh", "memory of a chip", "step", "pairs/s")
+        columns = ("batch", "micro-batch", "remat", "mesh", f"memory of a {self._topology.each}", "step", "pairs/s")
         lines = [plain_table(title, columns, [_row(each) for each in found])]
         fastest = [each for each in found if each.config.batch == own][:1]
         largest = [each for each in found if each.config.batch == found[-1].config.batch][:1]
@@ -187,7 +187,7 @@ class Search:
 
     def _seconds(self, work: float, plan: Plan) -> float:
         """Returns the time of the operations, and then of the exchange that nothing hides."""
-        peak = self._topology.chip.peak * self._topology.chips
+        peak = self._topology.chip.peak * self._topology.devices
         return work / (peak * self._mfu) + plan.exchange_seconds(hidden=False) if peak else 0.0
 
     def _is_hopeless(self, config: RunConfig) -> bool:
@@ -214,15 +214,15 @@ class Search:
 
     def _batches(self) -> list[int]:
         """Returns the config's batch, and by doubling and halving it others that the devices share evenly."""
-        own, chips = self._config.batch, self._topology.chips
+        own, devices = self._config.batch, self._topology.devices
         smaller = [own // 2**k for k in range(1, _DOUBLINGS + 1) if own % 2**k == 0]
-        return sorted(size for size in (*smaller, *(own * 2**k for k in range(_DOUBLINGS + 1))) if size % chips == 0)
+        return sorted(size for size in (*smaller, *(own * 2**k for k in range(_DOUBLINGS + 1))) if size % devices == 0)
 
     def _meshes(self) -> list[MeshConfig]:
-        """Returns the config's mesh, and those of which a chip holds less and less of the state."""
-        own, chips = self._config.mesh, self._topology.chips // self._topology.slices
+        """Returns the config's mesh, and those of which a device holds less and less of the state."""
+        own, devices = self._config.mesh, self._topology.devices // self._topology.slices
         others = [dataclasses.replace(own, data=-1, fsdp=1, zero1=True)]
-        others += [dataclasses.replace(own, data=-1, fsdp=n, zero1=False) for n in (2, 8, 32) if chips % n == 0]
+        others += [dataclasses.replace(own, data=-1, fsdp=n, zero1=False) for n in (2, 8, 32) if devices % n == 0]
         found = [own]
         for mesh in others:
             try:

@@ -265,7 +265,7 @@ def _device_errors_explained(run: Run) -> Iterator[None]:
             raise
         from clip_jax.planning.plan import levers  # a run that fits does without plans
 
-        changes = "; ".join(levers(run.config, chips=mesh.size))
+        changes = "; ".join(levers(run.config, devices=mesh.size))
         raise UserError(
             f"out of memory on {mesh.size} x {kind} ({why}). Change one after the other: {changes}. `clip-jax plan` "
             "says what fits"
