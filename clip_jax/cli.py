@@ -122,17 +122,17 @@ def _parser() -> argparse.ArgumentParser:
 
     plan = commands.add_parser("plan", help="say what a run needs: does it fit, how long does it take")
     plan.add_argument("--config", required=True, help="config file, such as configs/vit_b32.py[:key=value,...]")
-    plan.add_argument("--topology", required=True, help="such as v5p:4x8x8, v5e:16x16, h100:64 or cpu:8")
+    plan.add_argument("--topology", required=True, help="such as v5p:4x8x8, tpu7x:4x4x8, h100:64 or cpu:8")
     plan.add_argument("--slices", type=int, default=1, help="slices of that topology, or nodes; sets mesh.dcn_data")
     plan.add_argument("--mfu", type=float, default=0.4, help="share of the peak that is reached (default: 0.4)")
-    plan.add_argument("--memory", type=float, help="GiB of a chip, instead of what such chips have")
+    plan.add_argument("--memory", type=float, help="GiB of a device, instead of what such chips have")
     plan.add_argument("--images-per-core", type=float, default=150.0, help="that a core of a host decodes in a second")
     plan.add_argument(
         "--budget",
         type=float,
         nargs="?",
         const=0.0,
-        help="propose batch, remat and mesh for so many GiB of a chip, or for all that it has, by trying them",
+        help="propose batch, remat and mesh for so many GiB of a device, or for all that it has, by trying them",
     )
     plan.add_argument("--tries", type=int, default=12, help="compilations for --budget at most (default: 12)")
     plan.set_defaults(run=_plan)
@@ -435,7 +435,7 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 def _propose(config: Any, topology: Any, budget: float, arguments: argparse.Namespace) -> None:
     if not 0 < budget < math.inf:
-        raise UserError(f"--budget: say how many GiB a chip of {topology.name} has, such as --budget=16")
+        raise UserError(f"--budget: say how many GiB a {topology.each} of {topology.name} has, such as --budget=16")
     from clip_jax.planning.plan import devices_of, lasting_bytes, make_plan
     from clip_jax.planning.proposals import Exhausted, Search
 
