@@ -19,7 +19,8 @@ class Store(socketserver.ThreadingMixIn, HTTPServer):
       failing: share of the requests that are answered with 503.
       down_until: time before which every request is answered with 503.
       knows_ranges: else files are sent whole, as by `python -m http.server`.
-      requests: requests so far; ranges: those for a range.
+      moved_to: else each request is sent on to the same path there.
+      requests: requests so far; ranges: those for a range; tokens: what they gave to be let in.
     """
 
     daemon_threads = True
@@ -29,7 +30,8 @@ class Store(socketserver.ThreadingMixIn, HTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.folder, self.latency, self.failing = folder, latency, failing
         self.down_until, self.requests, self.ranges = 0.0, 0, 0
-        self.knows_ranges = True
+        self.knows_ranges, self.moved_to = True, ""
+        self.tokens: set[str | None] = set()
         self.random = random.Random(0)
         self.lock = threading.Lock()
 
@@ -55,10 +57,14 @@ class _Handler(BaseHTTPRequestHandler):
         store = self.server
         with store.lock:
             store.requests += 1
+            store.tokens.add(self.headers.get("Authorization"))
             fails = store.random.random() < store.failing or time.monotonic() < store.down_until
         time.sleep(store.latency)
         if fails:
             self._send(503, b"")
+            return
+        if store.moved_to:
+            self._send(302, b"", {"Location": store.moved_to + self.path})
             return
         file = store.folder / self.path.lstrip("/")
         if not file.is_file():

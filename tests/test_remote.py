@@ -7,6 +7,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import huggingface_hub.constants
 import numpy as np
 import pytest
 from batches import assert_same
@@ -42,6 +43,31 @@ def test_remote_shards_give_the_bits_of_local_ones(store, tmp_path):
     here = windowed(source(str(tmp_path / "shards" / "{00000..00002}.tar"), tmp_path))
     there = windowed(remote(store, tmp_path))
     assert_same(batches(there, 18), batches(here, 18))
+
+
+def test_the_hubs_shards_are_read_as_who_is_logged_in_there(tmp_path, monkeypatch):
+    folder = tmp_path / "shards" / "datasets" / "owner" / "name" / "resolve"
+    write_shards(folder / "main", [40])
+    (folder / "refs%2Fpr%2F1").mkdir()
+    (folder / "refs%2Fpr%2F1" / "0.tar").write_bytes(b"proposed")
+    with serving(tmp_path / "shards") as files, serving(tmp_path / "shards") as hub:
+        hub.moved_to = files.url
+        monkeypatch.setenv("HF_TOKEN", "secret")
+        monkeypatch.setattr(
+            huggingface_hub.constants,
+            "HUGGINGFACE_CO_URL_TEMPLATE",
+            f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
+        )
+        storage._hub.cache_clear()
+        tars = source("hf://datasets/owner/name/00000.tar", tmp_path / "remote")
+        assert captions(tars[number] for number in range(40)) == [f"number {number}" for number in range(40)]
+        assert (hub.tokens, files.tokens) == ({"Bearer secret"}, {None})
+        assert Storage(0.0).read("hf://datasets/owner/name@refs%2Fpr%2F1/0.tar", 3, 4) == b"pose"
+        with pytest.raises(StorageError, match=r"^hf://datasets/owner/name/0.tar: .*404"):
+            Storage(0.0).stat("hf://datasets/owner/name/0.tar")
+    storage._hub.cache_clear()
+    with pytest.raises(UserError, match=r"^hf://datasets/name.tar names no file of the Hugging Face Hub; write hf://"):
+        Storage(0.0).read("hf://datasets/name.tar", 0, 1)
 
 
 def test_a_server_that_knows_no_ranges_gives_the_same_records(store, tmp_path, monkeypatch, caplog):

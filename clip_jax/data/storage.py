@@ -4,7 +4,7 @@ A remote file that was given up is not asked for during the next minute: it fail
 try decides. So a shard that stays away costs the deadline once, not once for each of its blocks.
 
 Local paths are read with `pread`, once: shares try again themselves. Everything else (`gs://`, `s3://`, `http://`, …)
-goes through fsspec.
+goes through fsspec; the Hugging Face Hub's files (`hf://datasets/owner/name/file`) by HTTP, whose ranges are exact.
 """
 
 import contextlib
@@ -26,6 +26,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
+from urllib.parse import unquote
 
 from clip_jax.errors import OutageError, UserError, did_you_mean, one_line
 
@@ -38,6 +39,8 @@ _GIVEN_UP_S = 60.0
 _BEYOND_END = 416
 _NEVER_RETRIED = (FileNotFoundError, PermissionError, IsADirectoryError, ImportError)
 _URL = re.compile(r"[a-z0-9+]+://")
+_HUB = "hf://"
+_HUB_FILE = re.compile(r"hf://(?:(dataset|space)s/)?([^/]+/[^/@]+)(?:@([^/]+))?/(.+)")
 _WILD = "*?["
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
@@ -102,11 +105,11 @@ class Storage:
             return _local(path, lambda: _read_range(path, start, length))
         if not length:
             return b""
-        system = _system(path)
+        system, address = _located(path)
 
         def ask() -> bytes:
             try:
-                return system.cat_file(path, start=start, end=start + length)
+                return system.cat_file(address, start=start, end=start + length)
             except Exception as error:
                 if _status(error) == _BEYOND_END:
                     return b""
@@ -115,7 +118,7 @@ class Storage:
         content = self._retried(path, ask)
         if len(content) <= length:
             return content
-        _say_no_ranges("/".join(path.split("/")[:3]))
+        _say_no_ranges("/".join(address.split("/")[:3]))
         return content[start:][:length]
 
     def stat(self, path: str) -> Stat:
@@ -127,10 +130,10 @@ class Storage:
         if not is_remote(path):
             found = _local(path, lambda: os.stat(path))
             return Stat(found.st_size, str(found.st_mtime_ns))
-        system = _system(path)
-        if path.startswith("http"):
-            return self._retried(path, lambda: _http_stat(system, path))
-        return _stat_of(self._retried(path, lambda: system.info(path)))
+        system, address = _located(path)
+        if address.startswith("http"):
+            return self._retried(path, lambda: _http_stat(system, address))
+        return _stat_of(self._retried(path, lambda: system.info(address)))
 
     def read_whole(self, path: str) -> bytes:
         """Returns a file.
@@ -140,8 +143,8 @@ class Storage:
         """
         if not is_remote(path):
             return _local(path, lambda: Path(path).read_bytes())
-        system = _system(path)
-        return self._retried(path, lambda: system.cat_file(path))
+        system, address = _located(path)
+        return self._retried(path, lambda: system.cat_file(address))
 
     def write_whole(self, path: str, content: bytes) -> None:
         """Writes a file: whole, or not at all.
@@ -150,8 +153,8 @@ class Storage:
           StorageError, OutageError: it cannot be written.
         """
         if is_remote(path):
-            system = _system(path)
-            self._retried(path, lambda: system.pipe_file(path, content))  # stores put objects whole
+            system, address = _located(path)
+            self._retried(path, lambda: system.pipe_file(address, content))  # stores put objects whole
             return
 
         def write() -> None:
@@ -419,6 +422,23 @@ def _alternatives(inner: str) -> list[str]:
     return [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
 
 
+def _located(path: str) -> tuple[Any, str]:
+    """Returns what reads a URL, and under which name it has the file.
+
+    Raises:
+      UserError: as `_system`; or a URL of the Hugging Face Hub that names no file.
+    """
+    if not path.startswith(_HUB):
+        return _system(path), path
+    found = _HUB_FILE.fullmatch(path)
+    if found is None:
+        raise UserError(f"{path} names no file of the Hugging Face Hub; write hf://datasets/owner/name/file")
+    from huggingface_hub import hf_hub_url
+
+    kind, repository, revision, file = found.groups()
+    return _hub(), hf_hub_url(repository, file, repo_type=kind, revision=unquote(revision or "main"))
+
+
 def _system(path: str) -> Any:
     """Returns what reads a URL.
 
@@ -443,11 +463,23 @@ def _file_system(protocol: str) -> Any:
     options: dict[str, Any] = {"use_listings_cache": False}  # a listing kept would hide that a shard changed
     if protocol == "file":
         options["auto_mkdir"] = True
-    if protocol in ("http", "https"):
-        import aiohttp
+    return _http() if protocol in ("http", "https") else fsspec.filesystem(protocol, **options)
 
-        options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=_SILENCE_S)}
-    return fsspec.filesystem(protocol, **options)
+
+@functools.cache
+def _hub() -> Any:
+    """Returns what reads files of the Hugging Face Hub, as the user who is logged in there."""
+    from huggingface_hub.utils import build_hf_headers
+
+    return _http(headers=build_hf_headers())
+
+
+def _http(**options: Any) -> Any:
+    import aiohttp
+    import fsspec
+
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=_SILENCE_S)
+    return fsspec.filesystem("http", use_listings_cache=False, client_kwargs={"timeout": timeout, **options})
 
 
 def _stat_of(info: Mapping[str, Any]) -> Stat:
