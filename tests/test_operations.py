@@ -327,12 +327,12 @@ def test_a_compiler_that_does_not_know_the_options_of_overlap(tmp_path, monkeypa
 
 def little_memory() -> None:
     """For a child process."""
-    resource.setrlimit(resource.RLIMIT_AS, (12 << 30, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_AS, (6 << 30, resource.RLIM_INFINITY))
 
 
 @pytest.mark.slow
 def test_memory_that_is_really_too_little_names_what_to_change(tmp_path):
-    """A step that needs a hundred GiB, in a process that may have twelve."""
+    """A step that needs ten GiB, in a process that may have six."""
     more = ("--config.batch=65536", "--config.samples=131072", "--config.optim.warmup_steps=0")
     process = start(*LONG, *more, f"--workdir={tmp_path}", devices=1, prepare=little_memory)
     _, errors = process.communicate(timeout=300)
