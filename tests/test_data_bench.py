@@ -45,6 +45,8 @@ def test_the_demand_is_the_plans():
     assert wanted.rate == pytest.approx(8 * 989e12 * 0.4 / flops, rel=1e-3)
     step = Plan(config, parse_topology("h100:8"), 0, (0, 0), config.batch * flops, {}, ()).step_seconds(0.4)
     assert wanted.rate == pytest.approx(config.batch / step, rel=1e-3)
+    wanted = demand_of(config, accelerators=4, chip="tpu7x", mfu=0.4)  # of which JAX makes eight devices
+    assert wanted.rate == pytest.approx(4 * 2307e12 * 0.4 / flops, rel=1e-3)
     assert demand_of(config, accelerators=4, chip="none", mfu=1.0, rate=250.0).rate == 1_000
     for chip in ("h10", "cpu"):
         with pytest.raises(UserError, match=f"--chip={chip}: unknown peak.*h100.*or say --rate"):

@@ -116,7 +116,7 @@ def demand_of(config: RunConfig, *, accelerators: int, chip: str, mfu: float, ra
 
     Args:
       config: the run's.
-      accelerators: fed by this host.
+      accelerators: chips that this host feeds.
       chip: a key of CHIPS.
       mfu: share of its peak that is reached.
       rate: pairs a second of one of them, instead.
@@ -130,7 +130,7 @@ def demand_of(config: RunConfig, *, accelerators: int, chip: str, mfu: float, ra
         known = [name for name, each in CHIPS.items() if each.peak]
         raise UserError(f"--chip={chip}: unknown peak{did_you_mean(chip, known)} ({', '.join(known)}); or say --rate")
     flops = pair_flops(config.model, config.batch, tiled=config.loss.form != "reference")
-    each = CHIPS[chip].peak * mfu / flops
+    each = CHIPS[chip].peak * CHIPS[chip].per_chip * mfu / flops
     return Demand(accelerators * each, f"{accelerators} x {chip} at {mfu:.0%} of the peak")
 
 
