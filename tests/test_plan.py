@@ -280,6 +280,21 @@ def test_what_sparse_cores_carry_beside_work_is_hidden():
     assert collectives(SPARSE_CORES, devices=8) == [Collective("all-reduce", False, 2, 64, sent=64, hidden=32)]
 
 
+@pytest.mark.parametrize(("before", "after", "hidden"), [(True, False, 0), (False, True, 32)])
+def test_what_starts_without_arguments_is_under_way_once_it_has_them(before, after, hidden):
+    """As libtpu 0.0.48 writes what SparseCores carry."""
+    work = "  %work = f32[8] fusion(%p), kind=kLoop, calls=%add\n"
+    entry = f"""
+ENTRY %main (p: f32[8]) -> f32[8] {{
+  %start = ((), (), s32[]{{:S(2)}}) call-start(), async_execution_thread="sparsecore", to_apply=%called
+{before * work}  %given = ((f32[8]), f32[8]) call-update(%start, %p)
+{after * work}  ROOT %done = f32[8] call-done(%given)
+}}
+"""
+    text = SPARSE_CORES.partition("%branch")[0] + entry
+    assert collectives(text, devices=8) == [Collective("all-reduce", False, 1, 32, sent=32, hidden=hidden)]
+
+
 def test_a_collective_that_is_cut_into_parts_counts_once():
     parts = "".join(
         f"""  %part.{number} = f32[8] all-reduce(%p), channel_id=2, to_apply=%add, backend_config={{"""

@@ -24,6 +24,7 @@ _CALLED = re.compile(
 _BRANCHES = re.compile(r"\b(branch|true)_computations?=")
 _BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')  # a TPU's part of one, host to host
 _STARTED = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = .* (?:[\w-]+-start|send)\(")
+_GIVEN = re.compile(r"^\s+%?([\w.-]+) = .* [\w-]+-update\(%?([\w.-]+)")  # its arguments, where it started without
 _DONE = re.compile(r" [\w-]+-done\(.*?%([\w.-]+)[,)]")
 _COMPUTES = re.compile(r" (?:fusion|convolution|dot|custom-call|while|conditional|call)\(")
 _CONTINUES = re.compile(r'"async_collective_fusion_config":\{"flag_start":"\d')  # with other fusions; the first has -1
@@ -104,14 +105,17 @@ def _sent(kind: str, size: int, *, members: int) -> int:
 
 def _beside_work(lines: Sequence[str]) -> Iterator[str]:
     """Yields the names of the asynchronous instructions between whose start and end something is computed."""
-    open_since: dict[str, int] = {}
+    open_since: dict[str, tuple[str, int]] = {}
     for number, line in enumerate(lines):
         if match := _STARTED.match(line):
-            open_since[match[1]] = number
-        elif (match := _DONE.search(line)) and any(
-            map(_COMPUTES.search, lines[open_since.get(match[1], number) : number])
-        ):
-            yield match[1]
+            open_since[match[1]] = match[1], number
+        elif match := _GIVEN.match(line):
+            name, _ = open_since.get(match[2], (match[2], number))
+            open_since[match[1]] = name, number
+        elif match := _DONE.search(line):
+            name, since = open_since.get(match[1], (match[1], number))
+            if any(map(_COMPUTES.search, lines[since:number])):
+                yield name
 
 
 def computations(text: str) -> dict[str, list[str]]:
