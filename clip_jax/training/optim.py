@@ -132,8 +132,12 @@ def gradient_norms(gradients: dict[str, Any]) -> dict[str, jax.Array]:
 
 
 def moving_average(average: Any, values: Any, *, decay: float) -> Any:
-    """Returns the next exponential moving average of a tree of values."""
-    return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, average, values)
+    """Returns the next exponential moving average of a tree of values, decay · average + (1 - decay) · values.
+
+    Written as a step towards the values: in float32 the two factors do not sum to 1, and averages would be smaller than
+    what is averaged, by 0.017 % for 0.9999 and 0.14 % for 0.99999.
+    """
+    return jax.tree.map(lambda old, new: old + (1 - decay) * (new - old), average, values)
 
 
 def _checked(config: OptimConfig, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
