@@ -232,9 +232,8 @@ def test_a_rewind_takes_an_earlier_checkpoint_and_abandons_the_later_ones(tmp_pa
         assert checkpoints.save(6, states[6], position=2, skips=((64, 96),), config=TINY, data={}, now=True)
         checkpoints.wait()
         assert checkpoints.restore(6, target_of(states[6])).skips == ((64, 96),)
-        assert checkpoints.restore_before(2, target_of(states[2])) is None
-    names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
-    assert names == {"abandoned-4", "abandoned-6", "abandoned-6-2", "abandoned-7"}  # from step 2 on, none is earlier
+        assert checkpoints.restore_before(2, target_of(states[2]))[0] == 6  # none is earlier: no beginning anew
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"4", "6", "abandoned-6", "abandoned-7"}
 
 
 def test_readers_of_weights_verify_too(tmp_path, caplog):

@@ -240,14 +240,17 @@ def test_a_few_bad_steps_are_skipped_counted_and_named(tmp_path, capsys):
     assert not list((tmp_path / "checkpoints").glob("abandoned-*"))
 
 
-@pytest.mark.parametrize("first", [7, pytest.param(2, marks=pytest.mark.slow)], ids=["checkpoint", "beginning"])
-def test_more_in_a_row_rewind_and_pass_over_their_pairs(tmp_path, capsys, first):
+@pytest.mark.parametrize(
+    ("first", "every"), [(7, 3), pytest.param(1, 4, marks=pytest.mark.slow)], ids=["checkpoint", "beginning"]
+)
+def test_more_in_a_row_rewind_and_pass_over_their_pairs(tmp_path, capsys, first, every):
     """The run that comes of it is one whose data never held these pairs, to the bit; before a checkpoint too."""
     begin, end = (first - 1) * 16, (first + 2) * 16
     bad = [(begin, end)]
-    state = train(RUN, tmp_path / "run", data=spoiled(RUN, bad))
+    run = dataclasses.replace(RUN, checkpoint=CheckpointConfig(every=every, keep=2))
+    state = train(run, tmp_path / "run", data=spoiled(run, bad))
     out = capsys.readouterr().out
-    assert f"back to step {0 if first == 2 else 6}; positions passed over from here on: [({begin}, {end})]" in out
+    assert f"back to step {first - 1}; positions passed over from here on: [({begin}, {end})]" in out
 
     data = open_training_data(RUN)
 

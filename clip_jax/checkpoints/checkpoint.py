@@ -195,15 +195,18 @@ class Checkpoints:
     def restore_before(self, step: int, target: TrainState) -> tuple[int, Restored] | None:
         """Reads the newest good checkpoint of an earlier step than `step`, for a run that goes back to it.
 
-        Those from `step` on are set aside as `abandoned-<step>`: a later start must not find them.
+        Where newer ones have taken the place of those, the newest of all: `step` and all since were skipped, which
+        changed nothing that is learnt. Others from `step` on are set aside as `abandoned-<step>`: a later start must
+        not find them.
 
         Returns:
           Its step and what it holds, or None where there is none.
         """
         self._settle(wait=True)
-        found = self._restore_newest(target, before=step)
-        for later in [later for later in self.steps() if later >= step]:
-            self._set_aside(later, "abandoned", why=f"is abandoned for that of step {found[0] if found else 0}")
+        found = self._restore_newest(target, before=step) or self._restore_newest(target, before=None)
+        kept = found[0] if found else 0
+        for later in [later for later in self.steps() if later > kept]:
+            self._set_aside(later, "abandoned", why=f"is abandoned for that of step {kept}")
         self._on_change()
         return found
 

@@ -220,7 +220,7 @@ def _steps(run: Run, start: Restored, watch: Watch) -> TrainState:
 
 
 def _go_back(run: Run, skips: Skips, rewind: Rewind, watch: Watch) -> Restored:
-    """Returns the checkpoint before the steps that were skipped, or the beginning, to go on past their pairs."""
+    """Returns a checkpoint without the steps that were skipped, or the beginning, to go on past their pairs."""
     limit, skips = run.config.health.max_rewinds, (*skips, (rewind.begin, rewind.end))
     what = f"more than {run.config.health.max_skipped} steps in a row, from {rewind.first} on, had no finite gradient"
     if len(skips) > limit:
