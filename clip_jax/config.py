@@ -440,7 +440,7 @@ class HealthConfig:
       max_skipped: a step whose loss or gradient is not finite changes no parameter; after more of them in a row than
         this, the run goes back to the checkpoint before the first, and passes over their pairs from then on.
       max_rewinds: how often a run goes back, in its whole life; instead of the next time it ends with exit code 2.
-      spike_window: steps whose losses a loss is compared with.
+      spike_window: steps whose losses a loss is compared with; at least 2.
       spike_deviations: standard deviations over their median from which on a loss raises `alarm/loss_spike`; 0 means
         never.
       clamp_steps: steps in a row with the logit scale at `optim.max_scale` that raise `alarm/logit_scale`; 0 means
@@ -623,13 +623,17 @@ def _plain(values: Values) -> dict[str, Any]:
 
 def _contradictions(config: RunConfig) -> Iterator[tuple[bool, str]]:
     """Yields (is it so, one line that names the keys) for everything that types cannot say."""
-    yield from _must_be_positive(config)
+    yield from _bounds(config)
     yield from _model_contradictions(config.model)
     yield from _data_contradictions(config.data, config.eval)
     yield (
         config.model.text.vocab_size < VOCABULARY and _has_captions(config.data, config.eval),
         f"config.model.text.vocab_size is {config.model.text.vocab_size}; the tokenizer gives {VOCABULARY} ids, and it "
         "must be at least that (with config.data.source=synthetic alone it can be less)",
+    )
+    yield (
+        config.model.text.vocab_size < 4,
+        f"config.model.text.vocab_size is {config.model.text.vocab_size}; it must hold a token, SOT, EOT and 0 (4)",
     )
     yield from _distributed_contradictions(config.distributed)
     yield from _checkpoint_contradictions(config.checkpoint, config.eval)
@@ -640,12 +644,21 @@ def _contradictions(config: RunConfig) -> Iterator[tuple[bool, str]]:
         f"config.log.profile is {profile}; it must be (first step, last step), such as (100, 104), or ()",
     )
     yield (
+        bool(profile) and profile[0] > config.steps,
+        f"config.log.profile is {profile}, and the run has {config.steps} steps (config.samples / config.batch); no "
+        "step would be traced",
+    )
+    yield (
         bool(config.log.wandb_name) and not config.log.wandb_project,
         f"config.log.wandb_name is {config.log.wandb_name!r}, and nothing is sent to Weights & Biases; set "
         "config.log.wandb_project",
     )
     cosine = config.health.collapse_cosine
     yield not 0 < cosine <= 1, f"config.health.collapse_cosine is {cosine}; it must be over 0 and at most 1"
+    yield (
+        config.health.spike_window == 1,
+        "config.health.spike_window is 1; it must be at least 2, since a spread is measured between steps",
+    )
     text_groups.parse_groups(config.text_groups)
     optim, mesh = config.optim, config.mesh
     yield (
@@ -698,8 +711,12 @@ def _contradictions(config: RunConfig) -> Iterator[tuple[bool, str]]:
     )
 
 
-def _must_be_positive(config: RunConfig) -> Iterator[tuple[bool, str]]:
+def _bounds(config: RunConfig) -> Iterator[tuple[bool, str]]:
     values = flatten(dataclasses.asdict(config))
+    for key, value in values.items():
+        parts = value if isinstance(value, tuple) else (value,)
+        is_finite = all(math.isfinite(part) for part in parts if isinstance(part, float))
+        yield not is_finite, f"config.{key} is {value}; it must be finite"
     names = "batch samples loss.tile optim.lr optim.eps optim.max_scale mesh.fsdp mesh.dcn_data checkpoint.every"
     names += " data.streams data.block data.window data.connections data.retry_s"
     names += " distributed.timeout checkpoint.keep eval.batch log.every data.threads data.prefetch model.embed_dim"
@@ -947,6 +964,6 @@ def _source_contradictions(data: DataConfig) -> Iterator[tuple[bool, str]]:
         f"config.data.order is 'window', and config.data.source={data.source!r} is read record by record; use 'full'",
     )
     yield (
-        not data.weight > 0,
-        f"config.data.weight is {data.weight}; it must be positive",
+        not 0 < data.weight < math.inf,
+        f"config.data.weight is {data.weight}; it must be positive, and finite",
     )

@@ -154,6 +154,10 @@ def test_overrides_that_are_refused(key, text, message):
             {"log": {"profile": (4, 2)}},
             r"config.log.profile is \(4, 2\); it must be \(first step, last step\), such as",
         ),
+        (
+            {"log": {"profile": (390_626, 390_630)}},
+            r"profile is \(390626, 390630\), and the run has 390625 steps .*no step would be traced",
+        ),
         ({"log": {"profile_steps": 0}}, "config.log.profile_steps is 0; it must be positive"),
         (
             {"checkpoint": {"best_metric": "zero_shot/photos/top1"}, "eval": {"dataset": "x", "every": 5}},
@@ -163,6 +167,17 @@ def test_overrides_that_are_refused(key, text, message):
             {"checkpoint": {"best_mode": "least"}},
             "config.checkpoint.best_mode is 'least'; it must be one of 'max', 'min'",
         ),
+        ({"optim": {"lr": float("inf")}}, "config.optim.lr is inf; it must be finite"),
+        ({"model": VIT | {"temperature": float("nan")}}, "config.model.temperature is nan; it must be finite"),
+        (
+            {"data": {"dataset": "x", "mean": (0.5, float("inf"), 0.5)}},
+            r"config.data.mean is \(0.5, inf, 0.5\); it must be finite",
+        ),
+        (
+            {"data": {"mixture": ("dataset=x,weight=1e999",)}},
+            r"config.data.mixture\[0\]: config.data.weight is inf; it must be positive, and finite",
+        ),
+        ({"health": {"spike_window": 1}}, "config.health.spike_window is 1; it must be at least 2"),
         ({"samples": 5}, "config.samples is 5, less than one config.batch"),
         ({"samples": 32_768 * 10}, "config.optim.warmup_steps is 2000; .* less than the run's 10 steps"),
         ({"optim": {"cooldown_steps": 5}}, "cooldown_steps is 5, and config.optim.schedule 'cosine' falls by itself"),
@@ -265,10 +280,13 @@ def test_a_vocabulary_that_lacks_ids_of_captions_is_refused(captions):
     assert from_config_dict(values).model.text.vocab_size == 50_000
 
 
-def test_synthetic_pairs_have_any_vocabulary():
+def test_synthetic_pairs_have_nearly_any_vocabulary():
     values = base().to_dict() | {"data": {"source": "synthetic"}, "eval": {"held_out": "source=synthetic"}}
     values["model"]["text"]["vocab_size"] = 128
     assert from_config_dict(values).model.text.vocab_size == 128
+    values["model"]["text"]["vocab_size"] = 3
+    with pytest.raises(ConfigError, match="config.model.text.vocab_size is 3; it must hold a token, SOT, EOT and 0"):
+        from_config_dict(values)
 
 
 @pytest.mark.parametrize(
