@@ -136,7 +136,9 @@ def test_when_checkpoints_are_written_and_which_are_kept(tmp_path, config, metri
 
 
 def test_the_best_is_known_after_a_restart(tmp_path):
+    """And a checkpoint from before any metric was asked for does not stay for ever."""
     config = CheckpointConfig(every=100, keep=1, best_metric="top1")
+    run_steps(tmp_path, dataclasses.replace(config, best_metric=""), {}, steps=1)
     run_steps(tmp_path, config, {2: 0.9}, steps=3)
     with Checkpoints(tmp_path, config) as checkpoints:
         step, _ = checkpoints.restore_latest(target_of(small_state(0)))
@@ -144,6 +146,11 @@ def test_the_best_is_known_after_a_restart(tmp_path):
         for step, top1 in ((4, 0.3), (5, 0.4)):
             checkpoints.save(step, small_state(0), position=0, config=TINY, data={}, metrics={"top1": top1})
     assert steps_in(tmp_path) == [2, 5]
+
+
+def test_less_than_a_second_for_a_write_is_one(tmp_path):
+    with Checkpoints(tmp_path, CheckpointConfig(timeout_s=0.3)) as checkpoints:
+        assert not checkpoints.save(1, small_state(0), position=0, config=TINY, data={})
 
 
 def test_the_clock_decides_too(tmp_path):

@@ -313,7 +313,7 @@ class Checkpoints:
                 save_decision_policy=_when(self._config),
                 preservation_policy=_which(self._config),
                 best_fn=_metric_of(self._config) if self._config.best_metric else None,
-                async_options=ocp.AsyncOptions(timeout_secs=round(self._config.timeout_s)),
+                async_options=ocp.AsyncOptions(timeout_secs=math.ceil(self._config.timeout_s)),
             )
             _hush_lost_tasks()
             try:
@@ -512,7 +512,8 @@ def _which(config: CheckpointConfig) -> policies.AnyPreservationPolicy:
     if config.keep_every:
         chosen.append(policies.EveryNSteps(config.keep_every))
     if config.best_metric:
-        chosen.append(policies.BestN(get_metric_fn=_metric_of(config), reverse=config.best_mode == "min", n=1))
+        best = {"reverse": config.best_mode == "min", "n": 1, "keep_checkpoints_without_metrics": False}
+        chosen.append(policies.BestN(get_metric_fn=_metric_of(config), **best))
     return policies.AnyPreservationPolicy(chosen)
 
 
