@@ -68,19 +68,35 @@ def test_nothing_changed():
 
 
 def test_learning_rate_and_schedule_may_change():
+    """Also by the number of steps, which a cosine is made of: it says at which rate the run goes on."""
     optim = dataclasses.replace(TINY.optim, lr=1e-4, warmup_steps=3)
     assert lines(optim=optim, samples=32 * 40) == [
-        "resuming at step 10; changed since: optim.lr 0.001 -> 0.0001, optim.warmup_steps 5 -> 3, samples 640 -> 1280"
+        "resuming at step 10; changed since: optim.lr 0.001 -> 0.0001, optim.warmup_steps 5 -> 3, samples 640 -> 1280",
+        "the learning rate goes on at 9.14e-05, and would have at 0.00075 without these changes",
     ]
+    constant = dataclasses.replace(TINY, optim=dataclasses.replace(TINY.optim, schedule="constant"))
+    longer = dataclasses.replace(constant, samples=32 * 40)
+    saved = SAVED._replace(config=as_json(constant))
+    assert describe_resume(saved, longer, step=10, data=DATA) == [
+        "resuming at step 10; changed since: samples 640 -> 1280"
+    ]
+
+
+def test_steps_that_are_over_are_refused():
+    """Less samples than the run has seen would end it as if it had come to its end, by another schedule than it had."""
+    with pytest.raises(UserError, match=r"samples is 256, 8 steps, and w is at step 10.*config.samples=320 would end"):
+        lines(samples=256)
+    lines(samples=320)
 
 
 def test_another_batch_is_explained():
     """640 pairs were planned, 320 are seen; with 16 a step the 320 others would take 20 more steps."""
-    first, second = lines(batch=16)
+    first, second, third = lines(batch=16)
     assert first == "resuming at step 10; changed since: batch 32 -> 16"
     assert "goes on at step 10 of 40" in second
     assert "will have seen 800 pairs" in second
     assert second.endswith("config.samples=480 would make it 640, as planned")
+    assert third.startswith("the learning rate goes on at 0.00095, and would have at 0.00075")
     planned = dataclasses.replace(TINY, batch=16, samples=480)
     assert 320 + (planned.steps - 10) * planned.batch == 640
 

@@ -5,20 +5,24 @@ schedule goes by steps; so another batch in the middle of a run changes how many
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from clip_jax.checkpoints.checkpoint import Contents
 from clip_jax.config import RunConfig, as_json, describe_diff, diff, from_saved, model_diff
 from clip_jax.errors import ConfigError, UserError
+from clip_jax.optim import learning_rate
 
 _ORDER = ("seed", "data.order", "data.streams", "data.block", "data.window", "data.mixture", "data.weight")
 """Keys that decide which pair is at a position, beside the data themselves."""
 
 
 def check_resumable(saved: Contents, config: RunConfig, *, step: int, where: Path) -> None:
-    """Raises a UserError if a checkpoint holds another model than the config's, or more or less beside it; or if a
-    batch of another size leaves nothing to do.
+    """Raises a UserError if a checkpoint holds another model than the config's, or more or less beside it; or if the
+    config's steps are over, but not as the run's own end.
 
     Args:
       saved: as `Checkpoints.read_contents` gives it.
@@ -26,7 +30,7 @@ def check_resumable(saved: Contents, config: RunConfig, *, step: int, where: Pat
       step: the checkpoint's.
       where: the workdir, for the message.
     """
-    old, new = _saved_config(saved), as_json(config)
+    old, new = as_json(_saved_config(saved)), as_json(config)
     pixels = {key: values for key, values in diff(old["data"], new["data"]).items() if key in ("mean", "std")}
     if changes := model_diff(old["model"], new["model"]) | pixels:
         raise UserError(
@@ -42,6 +46,11 @@ def check_resumable(saved: Contents, config: RunConfig, *, step: int, where: Pat
             f"has {config.steps} steps now (config.samples / config.batch), so nothing is left to do; "
             f"{_samples_for_the_rest(saved, config, step)}"
         )
+    if config.steps < step:
+        raise UserError(
+            f"config.samples is {config.samples:,}, {config.steps} steps, and {where} is at step {step} already; "
+            f"config.samples={step * config.batch} would end the run there"
+        )
 
 
 def describe_resume(saved: Contents, config: RunConfig, *, step: int, data: dict[str, Any]) -> list[str]:
@@ -53,10 +62,14 @@ def describe_resume(saved: Contents, config: RunConfig, *, step: int, data: dict
       step: the checkpoint's.
       data: what identifies the training data.
     """
-    changes = diff(_saved_config(saved), as_json(config))
+    before = _saved_config(saved)
+    changes = diff(as_json(before), as_json(config))
     lines = [f"resuming at step {step}" + (f"; changed since: {describe_diff(changes)}" if changes else "")]
     if "batch" in changes:
         lines.append(_describe_batch(saved, config, step))
+    was, is_now = (float(np.asarray(learning_rate(each.optim, steps=each.steps)(step))) for each in (before, config))
+    if not math.isclose(was, is_now, rel_tol=1e-3):
+        lines.append(f"the learning rate goes on at {is_now:.3g}, and would have at {was:.3g} without these changes")
     other_data = saved.metadata["data"] != json.loads(json.dumps(data))
     if other_data or any(key in changes for key in _ORDER):
         what = "data" if other_data else "order of the data"
@@ -67,10 +80,10 @@ def describe_resume(saved: Contents, config: RunConfig, *, step: int, data: dict
     return lines
 
 
-def _saved_config(saved: Contents) -> dict[str, Any]:
+def _saved_config(saved: Contents) -> RunConfig:
     """Returns a checkpoint's config; keys that came later have their defaults."""
     try:
-        return as_json(from_saved(saved.config))
+        return from_saved(saved.config)
     except ConfigError as error:
         raise UserError(f"the config of the newest checkpoint is not understood by this version: {error}") from None
 
