@@ -9,9 +9,11 @@ from PIL import Image
 from tiny import TINY
 
 from clip_jax.config import LossConfig
-from clip_jax.errors import UserError
+from clip_jax.errors import OutageError, UserError
 from clip_jax.evals import report
+from clip_jax.evals.evaluation import Evaluated, RetrievalSheet
 from clip_jax.evals.figures import BLUE, GREEN, RED, plot_confusion, plot_retrieval, plot_training
+from clip_jax.evals.zero_shot import ZeroShotResult
 
 
 def pixels(path) -> np.ndarray:
@@ -51,6 +53,21 @@ def test_a_runs_figure_has_the_chance_loss_of_its_kind(tmp_path, monkeypatch):
     for kind in ("softmax", "sigmoid"):
         report.report_training(tmp_path, dataclasses.replace(TINY, loss=LossConfig(kind=kind)))
     assert drawn == pytest.approx([math.log(32), math.log(32) - 31 * math.log(31 / 32)])
+
+
+def test_a_report_that_cannot_be_written_ends_no_run(tmp_path, caplog):
+    """A folder in a file's place, as a full disk; a store that does not answer any more."""
+
+    def images():
+        raise OutageError("the store does not answer")
+
+    (tmp_path / "zero_shot.json").mkdir()
+    result = ZeroShotResult("photo", ("a", "b"), np.eye(2, dtype=np.int64), math.nan, np.ones(2, bool), np.arange(2))
+    sheet = RetrievalSheet(("a", "b"), images, np.ones((2, 1), bool))
+    report.report_zero_shot(tmp_path, Evaluated((result,), None), sheet, templates={"photo": ("{}",)})
+    assert {path.name for path in tmp_path.iterdir()} == {"zero_shot.json", "confusion.png"}
+    assert "zero_shot.json was not written: IsADirectoryError" in caplog.text
+    assert "retrieval.png was not written: OutageError: the store does not answer" in caplog.text
 
 
 def test_a_single_step_can_be_seen(tmp_path):

@@ -33,12 +33,12 @@ class RetrievalSheet(NamedTuple):
 
     Attributes:
       captions: q texts.
-      images: uint8 [q, k, s, s, 3], best first.
+      images: reads them, uint8 [q, k, s, s, 3], best first; raises what their source does.
       hits: bool [q, k], whether the image is of the caption's class.
     """
 
     captions: tuple[str, ...]
-    images: np.ndarray
+    images: Callable[[], np.ndarray]
     hits: np.ndarray
 
 
@@ -108,8 +108,11 @@ class Evaluation:
         texts = self._embedder.texts(variables, captions)
         found = nearest(texts, evaluated.images.features, top=top, mesh=self._mesh)
         index, labels = evaluated.images.index[found], evaluated.images.labels[found]
-        pixels = np.stack([[self._transform(self._source[int(i)])["image"] for i in row] for row in index])
-        return RetrievalSheet(captions, pixels, labels == np.arange(len(classes))[:, None])
+
+        def images() -> np.ndarray:
+            return np.stack([[self._transform(self._source[int(i)])["image"] for i in row] for row in index])
+
+        return RetrievalSheet(captions, images, labels == np.arange(len(classes))[:, None])
 
 
 def scalars(evaluated: Evaluated) -> dict[str, float]:

@@ -1,14 +1,15 @@
 """What a run leaves to look at: tables on the console, `zero_shot.json`, and figures in the workdir."""
 
+import functools
 import json
 import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from clip_jax.config import RunConfig
 from clip_jax.console import print_table
+from clip_jax.errors import one_line
 from clip_jax.evals.evaluation import Evaluated, RetrievalSheet
 from clip_jax.evals.figures import plot_confusion, plot_retrieval, plot_training
 from clip_jax.evals.zero_shot import ZeroShotResult
@@ -21,10 +22,9 @@ _LOG = logging.getLogger(__name__)
 
 def report_training(workdir: Path, config: RunConfig) -> None:
     """Draws the run's metrics into `training.png`."""
-    rows = metrics.read(workdir)
+    rows, chance = metrics.read(workdir), chance_loss(config.loss.kind, config.batch)
     if rows:
-        chance = chance_loss(config.loss.kind, config.batch)
-        _draw(plot_training, rows, workdir / "training.png", chance_loss=chance, title=workdir.name)
+        _leave(workdir / "training.png", lambda path: plot_training(rows, path, chance_loss=chance, title=workdir.name))
 
 
 def report_zero_shot(workdir: Path, evaluated: Evaluated, sheet: RetrievalSheet, *, templates: dict) -> None:
@@ -42,32 +42,23 @@ def report_zero_shot(workdir: Path, evaluated: Evaluated, sheet: RetrievalSheet,
     for result in evaluated.results:
         _print_confusions(result)
 
-    entries = [_entry(result, templates) for result in evaluated.results]
-    (workdir / "zero_shot.json").write_text(json.dumps(entries, indent=2) + "\n")
-    last = evaluated.results[-1]
-    _draw(
-        plot_confusion,
-        last.confusion,
-        last.classes,
-        workdir / "confusion.png",
-        title=f"Prompts: {last.prompts}, top-1 {last.top1:.1%}",
-    )
-    _draw(
-        plot_retrieval,
-        sheet.captions,
-        sheet.images,
-        sheet.hits,
-        workdir / "retrieval.png",
-        title="Images found for captions",
-    )
+    entries, last = [_entry(result, templates) for result in evaluated.results], evaluated.results[-1]
+    _leave(workdir / "zero_shot.json", lambda path: path.write_text(json.dumps(entries, indent=2) + "\n"))
+    title = f"Prompts: {last.prompts}, top-1 {last.top1:.1%}"
+    _leave(workdir / "confusion.png", lambda path: plot_confusion(last.confusion, last.classes, path, title=title))
+    _leave(workdir / "retrieval.png", functools.partial(_draw_retrieval, sheet))
 
 
-def _draw(plot: Callable[..., None], *arguments: Any, **options: Any) -> None:
-    """Draws a figure; one that fails, or finds no matplotlib, must not fail a run that has trained for days."""
+def _draw_retrieval(sheet: RetrievalSheet, path: Path) -> None:
+    plot_retrieval(sheet.captions, sheet.images(), sheet.hits, path, title="Images found for captions")
+
+
+def _leave(path: Path, write: Callable[[Path], object]) -> None:
+    """Writes a file; one that fails, or finds no matplotlib, must not fail a run that has trained for days."""
     try:
-        plot(*arguments, **options)
-    except Exception as error:
-        _LOG.warning("%s: no figure was drawn: %s: %s", plot.__name__, type(error).__name__, error)
+        write(path)
+    except Exception as error:  # of any kind: of disks, of stores, of matplotlib
+        _LOG.warning("%s was not written: %s: %s", path, type(error).__name__, one_line(error))
 
 
 def _row(result: ZeroShotResult, templates: dict) -> list[str]:
