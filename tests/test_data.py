@@ -334,7 +334,8 @@ def test_tfds_source_reads_what_its_keys_say(digits_dir):
     word = both.classes[both[5].label]
     assert word in both[5].captions[0] or str(both[5].label) in both[5].captions[0]
     assert pairs.classes == ()
-    assert both.fingerprint == {"name": "digits", "version": "1.0.0", "split": "train", "records": 8982}
+    assert pairs.fingerprint == {"name": "digits", "version": "1.0.0", "split": "train", "records": 8982}
+    assert both.fingerprint == pairs.fingerprint | {"label_key": "label"}  # kept features hold labels
     assert json.loads(json.dumps(both.fingerprint)) == both.fingerprint
     assert str(both) == "digits:1.0.0 (train)"
 

@@ -155,6 +155,15 @@ def test_a_folder_that_grew_is_refused(model, tmp_path):
         run(FolderSource(tmp_path / "in"), tmp_path / "out", model)
 
 
+@pytest.mark.parametrize("suffix", [".json", ".txt"])
+def test_captions_of_a_folder_that_changed_are_refused(suffix, model, tmp_path):
+    write_pictures(tmp_path / "in", 3)
+    run(FolderSource(tmp_path / "in"), tmp_path / "out", model)
+    (tmp_path / "in" / "even" / "002.png").with_suffix(suffix).write_text('{"caption": "mended"}')
+    with pytest.raises(UserError, match=r"another job \(state "):
+        run(FolderSource(tmp_path / "in"), tmp_path / "out", model)
+
+
 @pytest.mark.parametrize("name", ["", "pairs.csv", "pairs.parquet", "pairs.tar"])
 def test_data_that_changed_under_the_same_names_are_refused(name, model, tmp_path):
     """By what is kept of them alone: what a checkpoint or a result says of its data holds for a copy too."""
@@ -293,6 +302,8 @@ def test_tables_and_tfds(model, tmp_path, digits_dir):
     section = f"source=tfds,dataset=digits,split=test[:20],data_dir={digits_dir},caption_key="
     run(open_images(section, model), tmp_path / "digits", model)
     assert [row["key"] for row in rows_of(tmp_path / "digits")] == [str(i) for i in range(20)]
+    with pytest.raises(UserError, match=r"another job \(data\.caption_key"):
+        run(open_images(section.removesuffix(",caption_key="), model), tmp_path / "digits", model)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ Links to folders are followed, but for those that lead back to a folder which th
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,8 @@ class FolderSource:
 
     @property
     def state(self) -> str:
-        """A digest of the images' sizes and times of change."""
-        return state_of(self.root, self._paths)
+        """A digest of the sizes and times of change of the images and of what lies beside them."""
+        return state_of(self.root, with_captions(self._paths))
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -104,6 +104,13 @@ def beside(image: Path, suffix: str) -> bytes | None:
     except OSError as error:
         reason = file_reason(error, "caption_unreadable")
         raise RecordError(reason, f"{file} cannot be read: {error.strerror}") from None
+
+
+def with_captions(images: Iterable[str]) -> Iterator[str]:
+    """Yields the paths of images, and of what may lie beside them."""
+    for image in images:
+        stem = os.path.splitext(image)[0]
+        yield from (image, f"{stem}.txt", f"{stem}.json")
 
 
 def _walk(root: Path) -> Iterator[str]:

@@ -10,7 +10,7 @@ from clip_jax.config import kind_named
 from clip_jax.data.captions import parse_metadata
 from clip_jax.data.folder_source import FolderSource
 from clip_jax.data.records import MAX_FILE_BYTES, Record, RecordError, Source
-from clip_jax.data.storage import Storage, StorageError, digest, expand
+from clip_jax.data.storage import Storage, StorageError, digest, expand, state_of
 from clip_jax.data.tar_index import IMAGES, members, read_at, sample_key
 from clip_jax.data.tfds_source import TfdsSource
 from clip_jax.errors import UserError
@@ -99,8 +99,8 @@ class ClassFolders:
 
     @property
     def state(self) -> str:
-        """That of the `FolderSource`."""
-        return self._images.state
+        """A digest of the images' sizes and times of change."""
+        return state_of(self._images.root, map(self.key, range(len(self))))
 
     def __len__(self) -> int:
         return len(self._images)

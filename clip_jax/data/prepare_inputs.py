@@ -6,17 +6,16 @@ and says by its digest whether it is still the same.
 
 import contextlib
 import functools
-import os
 import posixpath
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from clip_jax.data.captions import CaptionFields, parse_metadata
-from clip_jax.data.folder_source import beside, images_below
+from clip_jax.data.folder_source import beside, images_below, with_captions
 from clip_jax.data.records import Record, RecordError, read_image_file
 from clip_jax.data.storage import Stat, Storage, StorageError, absolute, digest, expand, is_remote, state_of
 from clip_jax.data.table_source import TableSource
@@ -212,14 +211,7 @@ def folder_parts(folder: str, per_part: int) -> list[Part]:
     root = Path(folder).expanduser().resolve()
     images = images_below(root)
     cuts = [tuple(images[first : first + per_part]) for first in range(0, len(images), per_part)]
-    return [FolderPart(root, number, cut, state_of(root, _with_captions(cut))) for number, cut in enumerate(cuts)]
-
-
-def _with_captions(images: Sequence[str]) -> Iterator[str]:
-    """Yields the paths of images, and of what may lie beside them."""
-    for image in images:
-        stem = os.path.splitext(image)[0]
-        yield from (image, f"{stem}.txt", f"{stem}.json")
+    return [FolderPart(root, number, cut, state_of(root, with_captions(cut))) for number, cut in enumerate(cuts)]
 
 
 def table_parts(tables: str, per_part: int, *, image_key: str, caption_key: str, image_root: str) -> list[Part]:

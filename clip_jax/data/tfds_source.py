@@ -24,6 +24,7 @@ OWN_DATASETS = ("digits",)
 
 _NAME = re.compile(r"(?P<name>\w+)(/(?P<config>[^/:]+))?(:(?P<version>\d+\.\d+\.\d+))?")
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
+_USUAL_KEYS = {"image": "image", "caption": "caption", "label": ""}
 
 
 class TfdsSource:
@@ -33,7 +34,7 @@ class TfdsSource:
 
     Attributes:
       classes: names of the label's classes, in order; empty without `label_key`.
-      fingerprint: name, version, split and number of records, as JSON holds them.
+      fingerprint: name, version, split, number of records, and keys that are not the usual ones, as JSON holds them.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class TfdsSource:
             "version": str(builder.info.version),
             "split": split,
             "records": len(self._records),
+            **{f"{role}_key": key for role, key in self._keys.items() if key != _USUAL_KEYS[role]},
         }
 
     @property
