@@ -23,6 +23,7 @@ from clip_jax.data.labelled import ClassFolders, open_labelled
 from clip_jax.data.tfds_source import TfdsSource
 from clip_jax.errors import UserError
 from clip_jax.evals import prompts
+from clip_jax.evals.command import run_jobs
 from clip_jax.evals.evaluation import Evaluation, scalars
 from clip_jax.evals.evaluator import Evaluator
 from clip_jax.evals.job import EvalJob, read_suite
@@ -311,6 +312,19 @@ check = ["target={acc1 + 0.02:.4f},tol=0.01", "target=0.5,tol=0.5,metric=acc5"]
     assert header == "acc1,acc5,mean_per_class_recall,dataset,model,pretrained,task,language,model_fullname"
     assert first.split(",")[:4] == [*map(str, result.metrics.values()), "digits"]
     assert second.split(",")[3] == "mine"
+
+
+def test_one_evaluation_that_fails_keeps_no_other_from_being_done(evaluator, folders, shards, tmp_path, capsys):
+    """Nor its results from being written: a dataset that is not there, an impossible target, a good one."""
+    missing, wrong = EvalJob(f"{tmp_path}/none/", name="nowhere"), EvalJob(shards, check=("published,tol=0.1",))
+    with pytest.raises(UserError, match="^2 of 3 evaluations failed: nowhere, test$"):
+        run_jobs(evaluator, [missing, wrong, EvalJob(str(folders))], out=tmp_path)
+    said = capsys.readouterr().err
+    assert f"error: nowhere: {tmp_path}/none/ is not a folder\nerror: test: no published figure" in said
+    rows = (tmp_path / "results.csv").read_text().splitlines()[1:]
+    assert [row.split(",")[3] for row in rows] == ["by_class", "test"]
+    with pytest.raises(UserError, match="^2 of 2 evaluations failed: nowhere, nowhere$"):
+        run_jobs(evaluator, [missing, missing], out=tmp_path / "new")
 
 
 def test_what_is_said_for_a_whole_suite_holds_where_it_has_a_meaning(folders, tmp_path):

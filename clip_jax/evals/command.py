@@ -1,11 +1,13 @@
 """Evaluations one after another: tables for a person, files for programs, targets met or missed."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 
 from clip_jax.console import print_table
+from clip_jax.errors import UserError, one_line
 from clip_jax.evals.evaluator import Evaluator
 from clip_jax.evals.figures import plot_typographic
 from clip_jax.evals.job import EvalJob
@@ -16,7 +18,8 @@ from clip_jax.evals.tasks import evaluate
 def run_jobs(evaluator: Evaluator, jobs: Sequence[EvalJob], *, out: Path | None = None) -> bool:
     """Does evaluations, and returns whether all their targets are met; collective over processes.
 
-    The first process prints, and writes every result as soon as it is there.
+    The first process prints, and writes every result as soon as it is there. In a single process, one of several that
+    cannot be done is named at once, and the others are done.
 
     Args:
       evaluator: of the model.
@@ -25,27 +28,42 @@ def run_jobs(evaluator: Evaluator, jobs: Sequence[EvalJob], *, out: Path | None 
         writes nothing.
 
     Raises:
-      UserError: as `evaluate`, `check` and `Result.write`.
+      UserError: as `evaluate`, `check` and `Result.write`; of several, it names those that could not be done.
     """
     first = jax.process_index() == 0
     checks: list[Check] = []
+    failed: list[str] = []
     for job in jobs:
-        result = evaluate(evaluator, job)
-        if first:
-            print_table(_title(result), COLUMNS, result.rows())
-        if first and out is not None:
-            print(file := result.write(out))
-            if result.task == "typographic":
-                figure = file.with_suffix(".png")
-                plot_typographic(result.details["curve"], result.metrics["acc1"], figure, title=_title(result))
-                print(figure)
-        for target in job.targets:
-            checks += check(result, target, model=evaluator.variant)
-    if first and out is not None:
+        try:
+            result = evaluate(evaluator, job)
+            if first:
+                _show(result, out)
+            for target in job.targets:
+                checks += check(result, target, model=evaluator.variant)
+        except UserError as error:
+            if len(jobs) == 1 or jax.process_count() > 1:  # other processes may be in the midst of it
+                raise
+            print(f"error: {job.called}: {one_line(error)}", file=sys.stderr)
+            failed.append(job.called)
+    if first and out is not None and out.is_dir():
         write_table(out)
     if first and checks:
         print_table("Targets", CHECK_COLUMNS, [each.row() for each in checks])
+    if failed:
+        raise UserError(f"{len(failed)} of {len(jobs)} evaluations failed: {', '.join(failed)}")
     return all(each.passed for each in checks)
+
+
+def _show(result: Result, out: Path | None) -> None:
+    """Prints a result, and writes it into a folder if there is one."""
+    print_table(_title(result), COLUMNS, result.rows())
+    if out is None:
+        return
+    print(file := result.write(out))
+    if result.task == "typographic":
+        figure = file.with_suffix(".png")
+        plot_typographic(result.details["curve"], result.metrics["acc1"], figure, title=_title(result))
+        print(figure)
 
 
 def _title(result: Result) -> str:
