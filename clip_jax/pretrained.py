@@ -79,13 +79,7 @@ class Pretrained:
         Raises:
           UserError: another shape, or pixels that are not preprocessed.
         """
-        images = jnp.asarray(images)
-        side = self.config.vision.image_size
-        if images.ndim != 4 or images.shape[1:] != (side, side, 3) or not jnp.issubdtype(images.dtype, jnp.floating):
-            raise UserError(
-                f"images are {images.dtype} {list(images.shape)}; encode_image needs floats [b, {side}, {side}, 3], as "
-                "model.preprocess gives them for a list of images"
-            )
+        images = self._checked_images(images)
         return _features(self.model, self.variables, images, method="encode_image", normalize=normalize)
 
     def encode_text(self, tokens: ArrayLike, *, normalize: bool = False) -> Float[Array, "b e"]:
@@ -98,13 +92,7 @@ class Pretrained:
         Raises:
           UserError: another shape or type.
         """
-        tokens = jnp.asarray(tokens)
-        context = self.config.text.context
-        if tokens.ndim != 2 or tokens.shape[1] > context or not jnp.issubdtype(tokens.dtype, jnp.integer):
-            raise UserError(
-                f"tokens are {tokens.dtype} {list(tokens.shape)}; encode_text needs integers [b, {context}], as "
-                "model.tokenize gives them"
-            )
+        tokens = self._checked_tokens(tokens)
         return _features(self.model, self.variables, tokens, method="encode_text", normalize=normalize)
 
     def text_states(self, tokens: ArrayLike, *, layer: int = -2, norm: bool = False) -> Float[Array, "b l w"]:
@@ -118,10 +106,10 @@ class Pretrained:
           norm: apply the tower's final LayerNorm.
 
         Raises:
-          UserError: no such block.
+          UserError: no such block, or tokens that `encode_text` refuses.
         """
         number = _block(layer, self.config.text.layers)
-        states = _states(self.model, self.variables, jnp.asarray(tokens), tower="text", block=number)
+        states = _states(self.model, self.variables, self._checked_tokens(tokens), tower="text", block=number)
         if not norm:
             return states
         module = LayerNorm(states.dtype, name="ln_final")
@@ -137,18 +125,37 @@ class Pretrained:
           layer: after which block; -1 is the last one.
 
         Raises:
-          UserError: no such block, or a ResNet, which has none.
+          UserError: no such block, or a ResNet, which has none; or images that `encode_image` refuses.
         """
         vision = self.config.vision
         if isinstance(vision, ResNetConfig):
             raise UserError("image_states is for ViTs: a ResNet has no tokens; see model.model for its feature maps")
-        return _states(
-            self.model, self.variables, jnp.asarray(images), tower="image", block=_block(layer, vision.layers)
-        )
+        number = _block(layer, vision.layers)
+        return _states(self.model, self.variables, self._checked_images(images), tower="image", block=number)
 
     def tokenize(self, texts: Captions) -> np.ndarray:
         """Returns int32 [b, context]; a single text is a batch of one, and what is too long is cut."""
         return tokenize(texts, context=self.config.text.context)
+
+    def _checked_images(self, images: ArrayLike) -> jax.Array:
+        images, side = jnp.asarray(images), self.config.vision.image_size
+        shape_fits = images.ndim == 4 and images.shape[1:] == (side, side, 3) and len(images)
+        if not shape_fits or not jnp.issubdtype(images.dtype, jnp.floating):
+            raise UserError(
+                f"images are {images.dtype} {list(images.shape)}; the model needs floats [b, {side}, {side}, 3], as "
+                "model.preprocess gives them for a list of images"
+            )
+        return images
+
+    def _checked_tokens(self, tokens: ArrayLike) -> jax.Array:
+        tokens, context = jnp.asarray(tokens), self.config.text.context
+        shape_fits = tokens.ndim == 2 and tokens.shape[1] <= context and len(tokens)
+        if not shape_fits or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise UserError(
+                f"tokens are {tokens.dtype} {list(tokens.shape)}; the model needs integers [b, {context}], as "
+                "model.tokenize gives them for one text or several"
+            )
+        return tokens
 
 
 def load(

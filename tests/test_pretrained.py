@@ -1,6 +1,7 @@
 """The Python API: a model that is loaded is the model that was trained, whatever it is loaded from."""
 
 import dataclasses
+import functools
 import http.server
 import math
 import shutil
@@ -82,17 +83,25 @@ def test_bfloat16(loaded):
         (np.zeros((2, 3, 32, 32), np.float32), r"images are float32 \[2, 3, 32, 32\]; .* floats \[b, 32, 32, 3\]"),
         (np.zeros((2, 32, 32, 3), np.uint8), "images are uint8"),
         (np.zeros((32, 32, 3), np.float32), r"\[32, 32, 3\]"),
+        (np.zeros((0, 32, 32, 3), np.float32), r"\[0, 32, 32, 3\]"),
     ],
 )
 def test_images_that_are_none(loaded, images, message):
-    with pytest.raises(UserError, match=message):
-        loaded[2].encode_image(images)
+    kind, _, model = loaded
+    for encode in (model.encode_image, functools.partial(model.image_states, layer=-1))[: 2 if kind == "vit" else 1]:
+        with pytest.raises(UserError, match=message):
+            encode(images)
 
 
-@pytest.mark.parametrize("tokens", [np.zeros((1, 11), np.int32), np.zeros((1, 10), np.float32), np.zeros(10, np.int32)])
+@pytest.mark.parametrize(
+    "tokens",
+    [np.zeros((1, 11), np.int32), np.zeros((1, 10), np.float32), np.zeros(10, np.int32), np.zeros((0, 10), np.int32)],
+)
 def test_tokens_that_are_none(loaded, tokens):
-    with pytest.raises(UserError, match=r"tokens are .*needs integers \[b, 10\]"):
-        loaded[2].encode_text(tokens)
+    model = loaded[2]
+    for encode in (model.encode_text, functools.partial(model.text_states, layer=-1)):
+        with pytest.raises(UserError, match=r"tokens are .*needs integers \[b, 10\]"):
+            encode(tokens)
 
 
 def test_a_fingerprint_stays_what_indexes_hold():
