@@ -6,6 +6,7 @@ import numpy as np
 
 from clip_jax.data.images import Images
 from clip_jax.errors import UserError
+from clip_jax.evals.prompts import checked
 from clip_jax.evals.zero_shot import class_weights
 from clip_jax.pretrained import Pretrained
 
@@ -23,8 +24,10 @@ def label_weights(model: Pretrained, labels: Sequence[str], templates: Sequence[
       templates: prompts with `{}` for the label; a label's weight is the mean over them.
 
     Raises:
-      UserError: no labels, a blank one, or one twice.
+      UserError: no labels, a blank one, one twice, or a text that is not in a list; a template without its `{}`.
     """
+    if isinstance(labels, str):
+        raise UserError(f"the labels are one text, {labels!r}; give a list of texts")
     if not labels or not all(label.strip() for label in labels):
         raise UserError("there is no label, or a blank one; write texts such as 'a cat' 'a dog'")
     if len(set(labels)) < len(labels):
@@ -34,7 +37,7 @@ def label_weights(model: Pretrained, labels: Sequence[str], templates: Sequence[
     def embed(texts: Sequence[str]) -> np.ndarray:
         return np.asarray(model.encode_text(model.tokenize(list(texts)), normalize=True))
 
-    return class_weights(embed, labels, templates)
+    return class_weights(embed, labels, checked(tuple(templates), "templates"))
 
 
 def probabilities(model: Pretrained, features: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -55,7 +58,13 @@ def probabilities(model: Pretrained, features: np.ndarray, weights: np.ndarray) 
 def classify_images(
     model: Pretrained, images: Images, labels: Sequence[str], *, templates: Sequence[str] = AS_WRITTEN
 ) -> np.ndarray:
-    """Returns the probability of every label for every image of a list, float [n, c].
+    """Returns the probability of every label for every image, float [n, c].
+
+    Args:
+      model: both of its towers.
+      images: as `model.preprocess` takes them; a single one is a list of one. A few are decoded at a time.
+      labels: as for `label_weights`.
+      templates: the same.
 
     Raises:
       UserError: what is no image, or labels that cannot be told apart.
@@ -64,7 +73,9 @@ def classify_images(
       >>> classify_images(clip_jax.load("ViT-B/32"), ["pet.jpg"], ["a photo of a cat", "a photo of a dog"])
     """
     weights = label_weights(model, labels, templates)
-    pixels = model.preprocess(images)
-    parts = [pixels[start : start + _AT_ONCE] for start in range(0, len(pixels), _AT_ONCE)]
-    features = np.concatenate([model.encode_image(part, normalize=True) for part in parts])
-    return probabilities(model, features, weights)
+    images = images if isinstance(images, list | tuple) else [images]
+    features = []
+    for first in range(0, max(len(images), 1), _AT_ONCE):  # the pixels of all need not fit in memory
+        pixels = model.preprocess(images[first : first + _AT_ONCE], first=first)
+        features.append(np.asarray(model.encode_image(pixels, normalize=True)))
+    return probabilities(model, np.concatenate(features), weights)

@@ -14,7 +14,7 @@ from search_fixtures import GOOD, picture
 
 from clip_jax import classify, cli
 from clip_jax.classify import classify_images, label_weights, probabilities
-from clip_jax.data.images import decode
+from clip_jax.data.images import Preprocess, decode
 from clip_jax.errors import UserError
 from clip_jax.interop.open_clip import write_open_clip
 from clip_jax.interop.read import read_weights
@@ -155,6 +155,8 @@ def test_another_model_is_refused(index_dir, model_dir, tmp_path):
 def test_another_dimension_is_refused(searcher):
     with pytest.raises(UserError, match="queries have 8 dimensions, and .* has 16"):
         searcher.nearest(np.zeros((1, 8), np.float32), top=1)
+    with pytest.raises(UserError, match="top is 0; it must be positive"):
+        searcher.nearest(np.zeros((1, 16), np.float32), top=0)
 
 
 def damage_shard(vectors):
@@ -318,8 +320,38 @@ def test_pictures_of_many_answers_hold_the_first(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("labels", "message"), [([], "there is no label"), (["a", " "], "a blank one"), (["a", "a"], "'a' is there twice")]
+    ("labels", "templates", "message"),
+    [
+        ([], ("{}",), "there is no label"),
+        (["a", " "], ("{}",), "a blank one"),
+        (["a", "a"], ("{}",), "'a' is there twice"),
+        ("cat", ("{}",), "the labels are one text, 'cat'"),
+        (["a"], ("a photo of {name}",), r"the template 'a photo of \{name\}' must have"),
+        (["a"], "a photo of {}", "the template 'a' must have"),
+    ],
 )
-def test_labels_that_cannot_be_used(labels, message, model):
+def test_labels_that_cannot_be_used(labels, templates, message, model):
     with pytest.raises(UserError, match=message):
-        label_weights(model, labels)
+        label_weights(model, labels, templates)
+
+
+def test_a_single_text_or_image_is_a_list_of_one(searcher, model, pictures):
+    path = pictures / "even/000.png"
+    assert searcher.by_text("cat", top=2) == searcher.by_text(["cat"], top=2)
+    assert searcher.by_image(path, top=2) == searcher.by_image([path], top=2)
+    shares = classify_images(model, path, ["a", "b"])
+    np.testing.assert_array_equal(shares, classify_images(model, [path], ["a", "b"]))
+
+
+def test_images_are_decoded_some_at_a_time_and_named_by_their_place(model, pictures, monkeypatch):
+    decoded, preprocess = [], Preprocess.__call__
+    monkeypatch.setattr(classify, "_AT_ONCE", 2)
+    monkeypatch.setattr(
+        Preprocess,
+        "__call__",
+        lambda self, images, **names: decoded.append(images) or preprocess(self, images, **names),
+    )
+    good = (pictures / "even/000.png").read_bytes()
+    with pytest.raises(UserError, match="image 3: the image is empty"):
+        classify_images(model, [good, good, good, b""], ["a", "b"])
+    assert decoded == [[good, good], [good, b""]]

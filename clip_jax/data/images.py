@@ -92,11 +92,12 @@ class Preprocess:
         """
         return convert(values, cls, "preprocess")
 
-    def __call__(self, images: Images) -> np.ndarray:
+    def __call__(self, images: Images, *, first: int = 0) -> np.ndarray:
         """Returns images as the tower reads them in evaluation: float32 [s, s, 3], for several [b, s, s, 3].
 
         Args:
           images: an image or a list of images: a path, encoded bytes, PIL's, or uint8 [h, w, 3].
+          first: place of the list's first image, for messages.
 
         Raises:
           ImageError: what is no image, by its path or its place in the list.
@@ -106,7 +107,7 @@ class Preprocess:
         if not images:
             raise ImageError("there is no image in the list")
         return np.stack(
-            [normalize(eval_image(_opened(image, f"image {i}"), self), self) for i, image in enumerate(images)]
+            [normalize(eval_image(_opened(image, f"image {i}"), self), self) for i, image in enumerate(images, first)]
         )
 
 

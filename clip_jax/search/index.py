@@ -104,8 +104,10 @@ class SearchIndex:
           top: of each query; k is at most the number of items. A number is -1 where the cells searched held fewer.
 
         Raises:
-          UserError: another dimension.
+          UserError: another dimension, or a `top` that is not positive.
         """
+        if top < 1:
+            raise UserError(f"top is {top}; it must be positive")
         if vectors.shape[1] != self._index.d:
             raise UserError(f"queries have {vectors.shape[1]} dimensions, and {self.folder} has {self._index.d}")
         return self._index.search(np.ascontiguousarray(vectors, np.float32), min(top, len(self)))

@@ -47,24 +47,25 @@ class Searcher:
             )
         self.index, self.model = index, model
 
-    def by_text(self, texts: Sequence[str], *, top: int) -> list[list[Hit]]:
-        """Returns what is nearest to each text, best first.
+    def by_text(self, texts: str | Sequence[str], *, top: int) -> list[list[Hit]]:
+        """Returns what is nearest to each text, best first; a single text is a list of one.
 
         Raises:
           UserError: a text is blank.
         """
+        texts = [texts] if isinstance(texts, str) else texts
         if not all(text.strip() for text in texts):
             raise UserError('the text to search for is blank; write what to look for, such as "red car at night"')
-        tokens = self.model.tokenize(list(texts))
+        tokens = self.model.tokenize(texts)
         return self.nearest(np.asarray(self.model.encode_text(tokens, normalize=True)), top=top)
 
     def by_image(self, images: Images, *, top: int) -> list[list[Hit]]:
-        """Returns what is nearest to each image of a list, best first.
+        """Returns what is nearest to each image, best first; a single image is a list of one.
 
         Raises:
           ImageError: what is no image.
         """
-        pixels = self.model.preprocess(images)
+        pixels = self.model.preprocess(images if isinstance(images, list | tuple) else [images])
         return self.nearest(np.asarray(self.model.encode_image(pixels, normalize=True)), top=top)
 
     def nearest(self, vectors: np.ndarray, *, top: int) -> list[list[Hit]]:
