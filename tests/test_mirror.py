@@ -20,12 +20,6 @@ from clip_jax.run.trainer import train
 STATES = {step: small_state(step) for step in (1, 2, 3)}
 
 
-@pytest.fixture
-def url(tmp_path):
-    yield f"memory://{tmp_path.name}/copies"
-    fsspec.filesystem("memory").rm(f"/{tmp_path.name}", recursive=True)
-
-
 def trained(workdir, url, steps=(1, 2, 3)):
     """Writes checkpoints of these steps, of which two are kept, and other files, with a copy."""
     with Mirror(url, workdir) as mirror:
@@ -46,15 +40,15 @@ def files(folder):
     }
 
 
-def test_an_empty_workdir_gets_what_the_copy_has(tmp_path, url):
-    workdir = trained(tmp_path / "run", url)
-    before, copy = files(workdir), f"/{tmp_path.name}/copies/run/"
+def test_an_empty_workdir_gets_what_the_copy_has(tmp_path, store):
+    workdir = trained(tmp_path / "run", store)
+    before, copy = files(workdir), f"/{tmp_path.name}/run/"
     lists = {f"checkpoints/{step}/files.json" for step in (2, 3)}
     found = {path.removeprefix(copy) for path in fsspec.filesystem("memory").find(copy)}
     assert found == before.keys() | lists | {"workdir"}
     shutil.rmtree(workdir)
-    with Mirror(url, workdir) as mirror:
-        assert mirror.fetch() == [f"brought from {url}/run: checkpoints 2, 3"]
+    with Mirror(store, workdir) as mirror:
+        assert mirror.fetch() == [f"brought from {store}/run: checkpoints 2, 3"]
         assert mirror.fetch() == []
     assert files(workdir) == before
     step, restored = Checkpoints(workdir, CheckpointConfig()).restore_latest(target_of(STATES[3]))
@@ -62,46 +56,46 @@ def test_an_empty_workdir_gets_what_the_copy_has(tmp_path, url):
     assert_same_bits(restored.state, STATES[3])
 
 
-def test_what_is_not_whole_there_is_not_brought(tmp_path, url, caplog):
+def test_what_is_not_whole_there_is_not_brought(tmp_path, store, caplog):
     """A machine that is lost while it copies leaves files without their list."""
-    workdir = trained(tmp_path / "run", url)
-    store, copy = fsspec.filesystem("memory"), f"/{tmp_path.name}/copies/run/checkpoints"
+    workdir = trained(tmp_path / "run", store)
+    memory, copy = fsspec.filesystem("memory"), f"/{tmp_path.name}/run/checkpoints"
     shutil.rmtree(workdir)
-    store.rm_file(f"{copy}/3/files.json")
-    with Mirror(url, workdir) as mirror:
-        assert mirror.fetch() == [f"brought from {url}/run: checkpoints 2"]
+    memory.rm_file(f"{copy}/3/files.json")
+    with Mirror(store, workdir) as mirror:
+        assert mirror.fetch() == [f"brought from {store}/run: checkpoints 2"]
         shutil.rmtree(workdir)
-        damaged, lost, *_ = (path for path in store.find(f"{copy}/2") if not path.endswith("files.json"))
-        store.pipe_file(damaged, b"shorter")
-        store.rm_file(lost)
+        damaged, lost, *_ = (path for path in memory.find(f"{copy}/2") if not path.endswith("files.json"))
+        memory.pipe_file(damaged, b"shorter")
+        memory.rm_file(lost)
         assert mirror.fetch() == []
     assert "/run/checkpoints/2 is not what was copied there; it is passed over" in caplog.text
     assert not list((workdir / "checkpoints").iterdir())
 
 
-def test_an_older_workdir_gets_the_newer_checkpoints(tmp_path, url):
+def test_an_older_workdir_gets_the_newer_checkpoints(tmp_path, store):
     """As where a run went on elsewhere, and comes back to the first machine."""
-    first = trained(tmp_path / "a" / "run", url, steps=(1, 2))
-    second = trained(tmp_path / "b" / "run", url, steps=(3,))
+    first = trained(tmp_path / "a" / "run", store, steps=(1, 2))
+    second = trained(tmp_path / "b" / "run", store, steps=(3,))
     assert (second / "checkpoints" / "2").is_dir()
-    with Mirror(url, first) as mirror:
-        assert mirror.fetch() == [f"brought from {url}/run: checkpoints 3"]
+    with Mirror(store, first) as mirror:
+        assert mirror.fetch() == [f"brought from {store}/run: checkpoints 3"]
     assert (first / "metrics.jsonl").read_text() == '{"step": 3}\n'
 
 
-def test_a_store_that_fails_ends_no_training(tmp_path, url, monkeypatch, caplog):
+def test_a_store_that_fails_ends_no_training(tmp_path, store, monkeypatch, caplog):
     """The end of the run says so, if it lasts; what was missed is copied the next time."""
     with monkeypatch.context() as patched:
         patched.setattr(type(fsspec.filesystem("memory")), "put", refusing)
         with pytest.raises(RestartError, match="could not be copied .* no quota; it is whole where it is"):
-            trained(tmp_path / "run", url)
+            trained(tmp_path / "run", store)
     assert "no quota; it is tried again with the next checkpoint" in caplog.text
     workdir = tmp_path / "run"
-    with Mirror(url, workdir):
+    with Mirror(store, workdir):
         pass
     expected = files(workdir)
     shutil.rmtree(workdir)
-    with Mirror(url, workdir) as mirror:
+    with Mirror(store, workdir) as mirror:
         mirror.fetch()
     assert files(workdir) == expected
 
@@ -116,24 +110,24 @@ def test_copying_is_asked_for_when_checkpoints_come_and_go(tmp_path):
     assert asked == [[1], [2, 1], [1]]
 
 
-def test_what_a_run_went_back_over_is_not_in_the_copy(tmp_path, url):
-    workdir = trained(tmp_path / "run", url, steps=(1, 2))
-    with Mirror(url, workdir) as mirror:
+def test_what_a_run_went_back_over_is_not_in_the_copy(tmp_path, store):
+    workdir = trained(tmp_path / "run", store, steps=(1, 2))
+    with Mirror(store, workdir) as mirror:
         checkpoints = Checkpoints(workdir, CheckpointConfig(), on_change=mirror.request)
         assert checkpoints.restore_before(2, target_of(STATES[1]))[0] == 1
     shutil.rmtree(workdir)
-    with Mirror(url, workdir) as mirror:
-        assert mirror.fetch() == [f"brought from {url}/run: checkpoints 1"]
+    with Mirror(store, workdir) as mirror:
+        assert mirror.fetch() == [f"brought from {store}/run: checkpoints 1"]
 
 
-def test_another_checkpoint_of_the_same_step_takes_the_place_of_the_first(tmp_path, url):
+def test_another_checkpoint_of_the_same_step_takes_the_place_of_the_first(tmp_path, store):
     """A run that went back comes to a step again, and the copy may not have been made meanwhile."""
-    workdir = trained(tmp_path / "run", url, steps=(1, 2))
+    workdir = trained(tmp_path / "run", store, steps=(1, 2))
     shutil.rmtree(workdir / "checkpoints" / "2")
-    with Mirror(url, workdir), Checkpoints(workdir, CheckpointConfig()) as checkpoints:
+    with Mirror(store, workdir), Checkpoints(workdir, CheckpointConfig()) as checkpoints:
         save(checkpoints, 2, STATES[3])
     shutil.rmtree(workdir)
-    with Mirror(url, workdir) as mirror:
+    with Mirror(store, workdir) as mirror:
         mirror.fetch()
     assert_same_bits(Checkpoints(workdir, CheckpointConfig()).restore(2, target_of(STATES[3])).state, STATES[3])
 

@@ -6,6 +6,8 @@ import http.server
 import math
 import shutil
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import fsspec
 import jax
@@ -239,7 +241,7 @@ def test_named_weights_are_downloaded_once_and_checked(server, tmp_path, monkeyp
     (tmp_path / "cache" / "tiny.pt").write_bytes(b"damaged")
     clip_jax.load("ViT-B/32")
     assert len(asked) == 2
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["tiny.pt"]
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == {"tiny.pt", ".tiny.pt.lock"}
 
 
 def test_a_download_that_is_something_else_is_not_kept(server, tmp_path, monkeypatch):
@@ -251,7 +253,10 @@ def test_a_download_that_is_something_else_is_not_kept(server, tmp_path, monkeyp
         download.download_openai("RN50", server=address, cache=tmp_path / "cache")
     with pytest.raises(UserError, match=r"RN101\.pt cannot be downloaded to .*404.*fetch it otherwise"):
         download.download_openai("RN101", server=address, cache=tmp_path / "cache")
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert all(path.suffix == ".lock" for path in (tmp_path / "cache").iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"RN50\.pt cannot be downloaded to .*Not a directory"):
+        download.download_openai("RN50", server=address, cache=tmp_path / "file" / "cache")
 
 
 def test_hub_names_are_fetched_and_read(tmp_path, monkeypatch):
@@ -283,15 +288,6 @@ def test_hub_names_are_fetched_and_read(tmp_path, monkeypatch):
         clip_jax.load("hf-hub:owner/name")
 
 
-@pytest.fixture
-def store(tmp_path, monkeypatch):
-    """The URL of a folder in a store."""
-    monkeypatch.setenv("CLIP_JAX_CACHE", str(tmp_path / "cache"))
-    yield f"memory://{tmp_path.name}"
-    if fsspec.filesystem("memory").exists(f"/{tmp_path.name}"):
-        fsspec.filesystem("memory").rm(f"/{tmp_path.name}", recursive=True)
-
-
 def upload(folder, url):
     for path in folder.rglob("*"):
         if path.is_file():
@@ -299,11 +295,9 @@ def upload(folder, url):
 
 
 def brought(tmp_path):
-    """Returns which files the cache holds, without its folders for one state of a URL each."""
-    paths = [
-        path.relative_to(tmp_path / "cache" / "urls") for path in (tmp_path / "cache").rglob("*") if path.is_file()
-    ]
-    return {"/".join(path.parts[1:]) for path in paths}
+    """Returns which files the cache holds, without its folders for one state of a URL each, and their locks."""
+    paths = [path.relative_to(tmp_path / "cache" / "urls") for path in tmp_path.glob("cache/urls/*/**/*")]
+    return {"/".join(path.parts[1:]) for path in paths if (tmp_path / "cache" / "urls" / path).is_file()}
 
 
 def test_weights_of_a_store_are_brought_once_and_again_when_they_change(store, tmp_path, capsys):
@@ -318,6 +312,30 @@ def test_weights_of_a_store_are_brought_once_and_again_when_they_change(store, t
             assert_same(read.read_weights(f"{store}/b32"), weights)
         assert capsys.readouterr().out.count("downloading") == 1
     assert brought(tmp_path) == files
+
+
+def test_of_processes_that_want_the_same_one_downloads(store, capsys, monkeypatch):
+    fsspec.filesystem("memory").pipe_file(f"{store}/run/checkpoints/1/a", b"a")
+    bring = download.bring
+    monkeypatch.setattr(download, "bring", lambda *what: time.sleep(0.1) or bring(*what))
+    with ThreadPoolExecutor(4) as several:  # a lock keeps threads apart as it does processes
+        found = list(several.map(download.download_url, [f"{store}/run"] * 4))
+    assert {path.name for path in found} == {"run"}
+    assert capsys.readouterr().out.count("downloading") == 1
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"CLIP_JAX_CACHE": "~/weights"}, "home/weights"),
+        ({"CLIP_JAX_CACHE": "", "XDG_CACHE_HOME": ""}, "home/.cache/clip_jax"),
+        ({"CLIP_JAX_CACHE": "", "XDG_CACHE_HOME": "/x"}, "/x/clip_jax"),
+    ],
+)
+def test_where_downloads_go(variables, expected, store, tmp_path, monkeypatch):
+    for name, value in {"HOME": str(tmp_path / "home"), **variables}.items():
+        monkeypatch.setenv(name, value)
+    assert download._cache() == tmp_path / expected
 
 
 def test_a_file_of_weights_by_http(server, store, tmp_path):

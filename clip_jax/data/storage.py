@@ -267,18 +267,19 @@ def steps_in(folder: Path) -> list[int]:
     return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
 
 
-def take_lock(file: IO[str], without: str) -> None:
+def take_lock(file: IO[str], without: str, *, wait: bool = False) -> None:
     """Keeps other processes out of what a file stands for, until it is closed or its last holder is gone.
 
     Args:
       file: in the folder that is kept.
       without: what to say where its file system has no locks, such as Lustre's without the option `flock`.
+      wait: for another process that has it.
 
     Raises:
-      BlockingIOError: another process has it.
+      BlockingIOError: another process has it, and it is not waited for.
     """
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         raise
     except OSError as error:

@@ -4,15 +4,16 @@ Addresses and checksums of OpenAI's files: openai/CLIP `clip/clip.py`, whose fil
 """
 
 import fnmatch
+import http.client
 import itertools
 import os
 import re
-import tempfile
+import shutil
 import urllib.request
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from clip_jax.data.storage import Storage, bring, digest, file_system, find, folder_appearing
+from clip_jax.data.storage import Storage, appearing, bring, digest, file_system, find, folder_appearing, take_lock
 from clip_jax.errors import UserError, one_line
 from clip_jax.interop.weights import file_sha256
 
@@ -59,9 +60,17 @@ def download_openai(name: str, *, server: str | None = None, cache: Path | None 
       UserError: the server cannot be reached, or sent something else.
     """
     file, sha256 = _SHA256[name]
-    target = (cache or _cache()) / file
-    if not (target.exists() and file_sha256(target) == sha256):
-        _download(f"{server or _SERVER}/{sha256}/{file}", target, sha256)
+    url, target = f"{server or _SERVER}/{sha256}/{file}", (cache or _cache()) / file
+    try:
+        _make_once(
+            target,
+            lambda: target.exists() and file_sha256(target) == sha256,
+            lambda: _download(url, target, sha256),
+        )
+    except (OSError, http.client.HTTPException) as error:
+        raise UserError(
+            f"{url} cannot be downloaded to {target}: {one_line(error)}; or fetch it otherwise and load the file"
+        ) from None
     return target
 
 
@@ -107,14 +116,13 @@ def download_url(url: str, *, cache: Path | None = None) -> Path:
         if not files:
             raise UserError(f"{url}: {'no weights are' if found else 'nothing is'} there")
         folder = (cache or _cache()) / "urls" / digest(url, *((file, *found[file]) for file in sorted(files)))
-        if not folder.exists():
+
+        def make() -> None:
             print(f"downloading {url} to {folder / name}")
-            try:
-                with folder_appearing(folder) as whole:
-                    bring(system, {f"{root}/{file}".rstrip("/"): whole / name / file for file in files})
-            except OSError:
-                if not folder.exists():  # else another process was faster
-                    raise
+            with folder_appearing(folder) as whole:
+                bring(system, {f"{root}/{file}".rstrip("/"): whole / name / file for file in files})
+
+        _make_once(folder, folder.exists, make)
     except UserError:
         raise
     except Exception as error:  # of any kind: it went through a store's package
@@ -139,30 +147,31 @@ def _of_weights(names: Iterable[str]) -> list[str]:
     return [name for name in below if name.split("/")[1] == newest and not name.endswith(f"/{LIST}")]
 
 
-def _download(url: str, target: Path, sha256: str) -> None:
-    """Writes beside the target and renames, so that the cache holds whole files only."""
+def _make_once(target: Path, is_there: Callable[[], bool], make: Callable[[], None]) -> None:
+    """Makes what is not there in one process, for which others that want it wait."""
+    if is_there():
+        return
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as file:
-        partial = Path(file.name)
+    with target.with_name(f".{target.name}.lock").open("w") as file:
+        take_lock(file, "every process downloads by itself", wait=True)
         try:
-            print(f"downloading {url} to {target}")
-            with urllib.request.urlopen(url, timeout=60) as response:
-                while chunk := response.read(_CHUNK):
-                    file.write(chunk)
-            file.flush()
-            found = file_sha256(partial)
-            if found != sha256:
-                raise UserError(f"{url} sent {partial.stat().st_size:,} bytes of another SHA-256 ({found}); try again")
-            os.replace(partial, target)
-        except OSError as error:
-            raise UserError(
-                f"{url} cannot be downloaded to {target}: {one_line(error)}; or fetch it otherwise and load the file"
-            ) from None
-        finally:
-            partial.unlink(missing_ok=True)
+            if not is_there():
+                make()
+        except OSError:  # where there are no locks, another process may have been faster
+            if not is_there():
+                raise
+
+
+def _download(url: str, target: Path, sha256: str) -> None:
+    print(f"downloading {url} to {target}")
+    with appearing(target) as partial:
+        with partial.open("wb") as file, urllib.request.urlopen(url, timeout=60) as response:
+            shutil.copyfileobj(response, file, _CHUNK)
+        found = file_sha256(partial)
+        if found != sha256:
+            raise UserError(f"{url} sent {partial.stat().st_size:,} bytes of another SHA-256 ({found}); try again")
 
 
 def _cache() -> Path:
-    if folder := os.environ.get("CLIP_JAX_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "clip_jax"
+    folder = os.environ.get("CLIP_JAX_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "clip_jax")
+    return Path(folder).expanduser()
