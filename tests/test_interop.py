@@ -356,6 +356,13 @@ def test_truncated_safetensors(keep, tmp_path):
         read_weights(tmp_path)
 
 
+def test_a_git_lfs_pointer_is_known(tmp_path):
+    write_open_clip(tmp_path, weights_of("vit"))
+    (tmp_path / SAFETENSORS).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(UserError, match=r"safetensors is a Git LFS pointer, .*; run git lfs pull$"):
+        read_weights(tmp_path)
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "\x00", '"' * 3, "[" * 100_000])
 def test_damaged_configs(text, tmp_path):
     write_open_clip(tmp_path, weights_of("vit"))

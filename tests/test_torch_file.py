@@ -128,12 +128,13 @@ def test_every_protocol_with_binary_opcodes_is_read(torch, tmp_path, protocol):
     assert_same(torch, read_torch_file(tmp_path / "model.pt"), state)
 
 
-def test_a_training_checkpoint_gives_its_model_alone_without_module_prefix(torch, tmp_path):
+@pytest.mark.parametrize("wrapped", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_a_training_checkpoint_gives_its_model_alone_without_the_wrappers_prefix(wrapped, torch, tmp_path):
     module = torch.nn.Linear(3, 4)
     optimizer = torch.optim.AdamW(module.parameters())
     module(torch.ones(1, 3)).sum().backward()
     optimizer.step()
-    state = {f"module.{name}": tensor for name, tensor in module.state_dict().items()}
+    state = {f"{wrapped}{name}": tensor for name, tensor in module.state_dict().items()}
     checkpoint = {"epoch": 3, "name": "run", "state_dict": state, "optimizer": optimizer.state_dict()}
     extras = {"device": torch.device("cpu"), "dtype": torch.float16, "size": torch.Size([2])}
     torch.save(checkpoint | extras, tmp_path / "epoch_3.pt")

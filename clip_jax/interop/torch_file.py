@@ -29,6 +29,9 @@ from clip_jax.errors import UserError
 _AGAIN = "download or copy it again"
 _RESAVE = "save its weights alone, with torch.save(model.state_dict(), path)"
 
+LFS_POINTER = b"version https://git-lfs"
+"""How the file begins that a clone without Git LFS has instead of a large one."""
+
 _MAX_PICKLE = 64 << 20  # bytes; ViT-bigG's state dict takes less than one MiB
 _MAX_OPERATIONS = 4_000_000  # each makes one object of some hundred bytes at most: below half a GB
 _MAX_NAMES = 200_000  # attributes looked at, and tensors; ViT-bigG has two thousand
@@ -81,8 +84,8 @@ class _RefusalError(Exception):
 def read_torch_file(path: Path) -> dict[str, np.ndarray]:
     """Returns the tensors of a PyTorch file by their dotted names, in the file's order.
 
-    Read are state dicts (also as `{"state_dict": ...}` of a training checkpoint; `module.` in front of all names is
-    dropped) and TorchScript archives, of which every tensor attribute of every module is returned: what
+    Read are state dicts (also as `{"state_dict": ...}` of a training checkpoint; `module.` and `_orig_mod.` in front of
+    all names are dropped) and TorchScript archives, of which every tensor attribute of every module is returned: what
     `module.state_dict()` lists, and plain tensor attributes, which the file does not tell apart. Whatever else lies in
     the file, such as an optimizer's state, is neither read nor returned.
 
@@ -187,7 +190,7 @@ def _not_a_zip(head: bytes) -> _RefusalError:
     if head[:1] == b"\x80":
         remedy = "resave it with a newer torch: torch.save(torch.load(old), new)"
         return _RefusalError("is a pickle from before PyTorch 1.6, which is not read", remedy)
-    if head.startswith(b"version https://git-lfs"):
+    if head.startswith(LFS_POINTER):
         return _RefusalError("is a Git LFS pointer, not the weights themselves", "run git lfs pull")
     if head[8:9] == b"{":
         return _RefusalError("is a safetensors file, not a PyTorch file", "give it the suffix .safetensors")
@@ -608,8 +611,9 @@ def _named_tensors(value: Any) -> dict[str, _Tensor]:
     if not tensors:
         found = ", ".join(_short(str(key)) for key in list(value)[:5]) if type(value) is dict else "no attribute"
         raise _RefusalError(f"holds no tensors by name (found: {found or 'nothing'})", _RESAVE)
-    if all(name.startswith("module.") for name in tensors):  # DistributedDataParallel's
-        tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    for wrapper in ("_orig_mod.", "module.", "_orig_mod."):  # torch.compile's and DistributedDataParallel's
+        if all(name.startswith(wrapper) for name in tensors):
+            tensors = {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}
     return tensors
 
 

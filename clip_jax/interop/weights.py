@@ -15,6 +15,7 @@ from clip_jax.config import DataConfig, LossConfig, RunConfig, from_config_dict
 from clip_jax.data.images import Preprocess
 from clip_jax.errors import ConfigError, one_line
 from clip_jax.interop.names import WeightsError
+from clip_jax.interop.torch_file import LFS_POINTER
 from clip_jax.models.clip import Variables
 from clip_jax.models.variants import ModelConfig, ResNetConfig, TextConfig, ViTConfig, model_config, variant_name
 from clip_jax.training.state import count_parameters
@@ -46,7 +47,16 @@ def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]
     try:
         with safe_open(path, framework="numpy") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
+    except SafetensorError as error:
+        with path.open("rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise WeightsError(
+                    f"{path} is a Git LFS pointer, not the weights themselves; run git lfs pull"
+                ) from None
+        raise WeightsError(
+            f"{path} cannot be read as safetensors: {one_line(error)}; download or copy it again"
+        ) from None
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise WeightsError(f"{path} cannot be read as safetensors: {one_line(error)}") from None
 
 
