@@ -705,6 +705,7 @@ def _search(arguments: argparse.Namespace) -> None:
 def _serve(arguments: argparse.Namespace) -> None:
     from clip_jax.search.serve import ServeOptions, serve
 
+    _check_positive(arguments, "max_upload")
     options = ServeOptions(
         host=arguments.host,
         port=arguments.port,

@@ -165,6 +165,29 @@ def test_a_dropped_picture_is_searched_with_and_classified(page):
     assert not page.is_visible("#picture")
 
 
+def test_a_search_by_text_has_an_address(page, address):
+    searched(page, "a b & c")
+    assert page.url == f"{address}/?text=a+b+%26+c"
+    searched(page, "second")
+    drop(page, picture(6))
+    page.wait_for_selector("#status:has-text('nearest to the picture')")
+    assert page.url == f"{address}/"
+    for query in ("second", "a b & c"):
+        page.go_back()
+        page.wait_for_selector(f"#status:has-text('nearest to “{query}”')")
+        assert page.input_value("#text") == query
+    page.goto(f"{address}/?text=linked")
+    page.wait_for_selector("#status:has-text('nearest to “linked”')")
+
+
+def test_the_same_picture_can_be_chosen_again(page):
+    for _ in range(2):
+        page.set_input_files("#file", {"name": "a.png", "mimeType": "image/png", "buffer": picture(6)})
+        page.wait_for_selector("#status:has-text('nearest to the picture')")
+        assert page.input_value("#file") == ""
+        page.click("#remove")
+
+
 def test_what_is_no_picture_is_said(page):
     drop(page, b"no picture at all")
     page.wait_for_selector("#status.error:has-text('not an image')")

@@ -87,7 +87,7 @@ def test_many_labels_are_embedded_in_batches(client):
     assert sorted(each["label"] for each in answer) == sorted(labels)
 
 
-def test_pictures_of_items(client, pictures):
+def test_pictures_of_items(client, pictures, monkeypatch):
     for number in (0, GOOD - 1):
         thumbnail = client.get(f"/api/image/{number}")
         assert thumbnail.headers["content-type"] == "image/jpeg"
@@ -96,6 +96,9 @@ def test_pictures_of_items(client, pictures):
     original = client.get(f"/api/image/{hit['number']}?original=1")
     assert original.headers["content-type"] == "image/png"
     assert original.content == (pictures / hit["key"]).read_bytes()
+    item = SearchIndex.item
+    monkeypatch.setattr(SearchIndex, "item", lambda self, number: item(self, number)._replace(thumbnail=None))
+    assert client.get(f"/api/image/{hit['number']}").content == original.content
 
 
 @pytest.mark.parametrize(
@@ -428,6 +431,7 @@ def test_mistakes_are_one_line(index_dir, texts_dir, capsys):
             ([str(texts_dir)], "needs an index of images, and after --texts one of texts"),
             ([str(index_dir), "--texts", str(index_dir)], "needs an index of images, and after --texts one of texts"),
             ([str(index_dir), "--rate=0"], "--rate must be positive"),
+            ([str(index_dir), "--max-upload=inf"], "--max-upload=inf: it must be positive"),
             ([str(index_dir), "--port=70000"], "--port is 70000; it must be from 0 to 65535"),
         ):
             with pytest.raises(SystemExit) as exit_code:

@@ -3,7 +3,7 @@
   GET  /                      the page
   POST /api/search            JSON {text, top, of}, or a form with an image
   POST /api/classify          a form with an image and labels
-  GET  /api/image/{number}    the thumbnail of an item; ?original=1 the picture itself, where it is a file
+  GET  /api/image/{number}    the thumbnail of an item; ?original=1, or without one, the picture itself if it is a file
   GET  /api/info              what is served
 
 Everything that can be read lies in the index, but for originals: these must be regular files below the folder that was
@@ -299,7 +299,7 @@ class _Api:
             item = index.item(int(number) if number.isascii() and number.isdecimal() and len(number) < 20 else -1)
         except IndexError:
             raise HTTPException(404, f"there is no such item; they are 0 to {len(index) - 1}") from None
-        if request.query_params.get("original") == "1" and index.root is not None:
+        if (request.query_params.get("original") == "1" or item.thumbnail is None) and index.root is not None:
             content = _read_below(index.root, item.key)
             media_type = None if content is None else _media_type(content)
             if media_type is not None:

@@ -65,6 +65,18 @@ async function search(query) {
   }
 }
 
+function searchAt(query) { // a text has an address, to which the back button and links lead
+  const address = new URLSearchParams({ text: query }).toString();
+  if (location.search !== `?${address}`) history.pushState(null, "", `?${address}`);
+  return search(query);
+}
+
+function searchWhatTheAddressSays() {
+  const query = new URLSearchParams(location.search).get("text");
+  text.value = query ?? "";
+  if (query) search(query);
+}
+
 function showResults(hits) {
   results.replaceChildren(...hits.map((hit, place) => {
     const name = hit.caption || hit.key;
@@ -112,6 +124,7 @@ function use(blob, name) {
   picture.hidden = false;
   byId("shares").replaceChildren();
   text.value = "";
+  if (location.search) history.pushState(null, "", location.pathname);
   return search(blob);
 }
 
@@ -156,7 +169,7 @@ function move(key) {
 byId("search").addEventListener("submit", (event) => {
   event.preventDefault();
   const query = text.value.trim();
-  if (query) search(query);
+  if (query) searchAt(query);
   else if (image) search(image);
 });
 byId("classify").addEventListener("submit", (event) => { event.preventDefault(); classify(); });
@@ -168,7 +181,10 @@ byId("similar").addEventListener("click", async () => {
   viewer.close();
   use(await (await fetch(`/api/image/${hit.number}`)).blob(), hit.key);
 });
-file.addEventListener("change", () => { if (file.files.length) use(file.files[0], file.files[0].name); });
+file.addEventListener("change", () => {
+  if (file.files.length) use(file.files[0], file.files[0].name);
+  file.value = ""; // or the same picture could not be chosen again
+});
 
 document.addEventListener("keydown", (event) => {
   const inField = event.target.matches("input, textarea, select");
@@ -194,3 +210,6 @@ document.addEventListener("drop", (event) => {
   if (dropped) use(dropped, dropped.name);
   else say("That is not a file; drop a picture from your disk.", true);
 });
+
+window.addEventListener("popstate", searchWhatTheAddressSays);
+searchWhatTheAddressSays();
