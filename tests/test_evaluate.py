@@ -25,7 +25,7 @@ from clip_jax.errors import UserError
 from clip_jax.evals import prompts
 from clip_jax.evals.command import run_jobs
 from clip_jax.evals.evaluation import Evaluation, scalars
-from clip_jax.evals.evaluator import Evaluator
+from clip_jax.evals.evaluator import Evaluator, model_names
 from clip_jax.evals.job import EvalJob, read_suite
 from clip_jax.evals.prompts import class_names, templates
 from clip_jax.evals.published import PUBLISHED, published
@@ -33,6 +33,7 @@ from clip_jax.evals.results import check, parse_target, write_table
 from clip_jax.evals.tasks import evaluate
 from clip_jax.evals.zero_shot import class_weights
 from clip_jax.interop.weights import Weights
+from clip_jax.models.variants import model_config
 from clip_jax.partition import make_mesh, replicated
 from clip_jax.pretrained import Pretrained
 
@@ -217,6 +218,20 @@ def test_json_is_clip_benchmarks(result, tmp_path, model_dir):
     for name, (low, high) in found["details"]["intervals"].items():
         assert low <= found["metrics"][name] <= high
     assert found["details"]["data"]["records"] == SCANS
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("ViT-B/32", ("ViT-B-32", "openai")),
+        ("vit-b-32", ("ViT-B-32", "openai")),
+        ("hf-hub:owner/ViT-B-32", ("ViT-B-32-quickgelu", "hf-hub:owner/ViT-B-32")),
+        ("gs://bucket/run/", ("ViT-B-32-quickgelu", "gs://bucket/run")),
+        ("gone.pt", ("ViT-B-32-quickgelu", "gone.pt")),
+    ],
+)
+def test_a_model_is_called_as_clip_benchmark_calls_it(source, name):
+    assert model_names(model_config("ViT-B/32"), source) == name
 
 
 def test_no_evaluation_replaces_another(result, tmp_path):

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Literal
 
 import jax
@@ -12,12 +11,11 @@ from clip_jax.config import MeshConfig
 from clip_jax.console import WorkProgress
 from clip_jax.data.labelled import LabelledSource
 from clip_jax.data.records import Records
-from clip_jax.data.storage import is_remote
 from clip_jax.data.tokenizer import tokenize
 from clip_jax.errors import UserError
 from clip_jax.evals.embedding import Embedder, ImageFeatures
 from clip_jax.evals.feature_cache import FeatureCache
-from clip_jax.interop.download import HUB_PREFIX
+from clip_jax.interop.read import released_name
 from clip_jax.models.variants import ModelConfig, variant_name
 from clip_jax.partition import make_mesh, place_whole, replicated
 from clip_jax.pretrained import Pretrained
@@ -138,8 +136,7 @@ def model_names(config: ModelConfig, source: str) -> tuple[str, str]:
       source: as for `clip_jax.load`; one of the paper's names means OpenAI's weights.
     """
     name = variant_name(config).replace("/", "-").replace("@", "-")
-    elsewhere = source.startswith(HUB_PREFIX) or is_remote(source)
-    if not elsewhere and not Path(source).expanduser().exists():
+    if released_name(source) is not None:
         return name, "openai"
     quick = name != "custom" and config.activation == "quick_gelu"
     return name + "-quickgelu" * quick, source.rstrip("/")

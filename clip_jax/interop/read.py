@@ -58,7 +58,7 @@ def _read(source: str | Path, activation: Activation | None) -> Weights:
         return _read_folder(path)
     if str(source).startswith(HUB_PREFIX):
         return _read_folder(download_hub(str(source).removeprefix(HUB_PREFIX)))
-    if (name := _known_name(str(source))) is not None:
+    if (name := released_name(source)) is not None:
         return read_openai(download_openai(name))
     raise UserError(
         f"{str(source)!r} is neither a file or folder nor a model's name{did_you_mean(str(source), VARIANTS)} "
@@ -106,9 +106,12 @@ def resized(weights: Weights, image_size: int) -> Weights:
     return Weights(config, jax.device_get(variables), dataclasses.replace(weights.preprocess, size=image_size))
 
 
-def _known_name(source: str) -> str | None:
+def released_name(source: str | Path) -> str | None:
+    """Returns the paper's name of the model whose weights by OpenAI a source means; None where it is something else."""
+    if Path(source).expanduser().exists():
+        return None
     try:
-        return variant_name(model_config(source))
+        return variant_name(model_config(str(source)))
     except UserError:
         return None
 
