@@ -345,6 +345,9 @@ def test_a_file_of_weights_by_http(server, store, tmp_path):
     for _ in range(2):
         assert_same(read.read_weights(f"{address}/tiny.pt"), weights_of("vit"))
     assert brought(tmp_path) == {"tiny.pt"}
+    (tmp_path / "served" / "tiny.pt").rename(tmp_path / "served" / "open_clip_pytorch_model.bin")
+    with pytest.raises(UserError, match=r"model\.bin alone does not say which model it is"):  # not taken for OpenAI's
+        read.read_weights(f"{address}/open_clip_pytorch_model.bin?download=true")
     with pytest.raises(UserError, match=r"/none\.pt cannot be downloaded: .*404"):
         read.read_weights(f"{address}/none.pt")
 

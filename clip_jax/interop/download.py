@@ -109,7 +109,7 @@ def download_url(url: str, *, cache: Path | None = None) -> Path:
       UserError: an unknown protocol, nothing there, or a store that cannot be read.
     """
     system, root = file_system(url)
-    name = Path(root).name
+    name = Path(root.partition("?")[0]).name  # the Hub's links end in ?download=true, and names tell layouts apart
     try:
         found = {"": Storage(_RETRY_S).stat(url)} if url.startswith("http") else find(system, root)
         files = [""] if "" in found else _of_weights(found)
