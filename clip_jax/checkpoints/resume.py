@@ -14,7 +14,7 @@ import numpy as np
 from clip_jax.checkpoints.checkpoint import Contents
 from clip_jax.config import RunConfig, as_json, describe_diff, diff, from_saved, model_diff
 from clip_jax.errors import ConfigError, UserError
-from clip_jax.optim import learning_rate
+from clip_jax.training.optim import learning_rate
 
 _ORDER = ("seed", "data.order", "data.streams", "data.block", "data.window", "data.mixture", "data.weight")
 """Keys that decide which pair is at a position, beside the data themselves."""
