@@ -1,5 +1,6 @@
 """Datasets prepared as TFRecord, converted to ArrayRecord: the same records, and nothing lost on the way."""
 
+import fcntl
 import json
 import os
 import re
@@ -85,6 +86,16 @@ def test_what_is_damaged_or_lost_is_named_and_announces_nothing(tfrecords):
     assert file_formats(folder) == ["tfrecord"]
     assert [path.name for path in folder.glob("*array_record*")] == ["digits-train.array_record-00000-of-00001"]
     assert not list(folder.glob(".*"))
+
+
+def test_two_processes_do_not_convert_the_same_dataset(tfrecords):
+    folder = tfrecords / "digits" / "1.0.0"
+    (begun := folder / ".x.tmp").touch()
+    with (folder / "dataset_info.json").open() as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match=f"^another process is converting {folder}; wait for it, or end it$"):
+            convert("digits", str(tfrecords), workers=1)
+    assert begun.exists()
 
 
 def test_what_cannot_be_converted_is_refused(tmp_path):

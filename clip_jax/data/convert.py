@@ -11,19 +11,20 @@ import contextlib
 import dataclasses
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from clip_jax.console import WorkProgress
 from clip_jax.data.build import load_tensorflow_quietly
-from clip_jax.data.storage import appearing, sweep
+from clip_jax.data.storage import appearing, sweep, take_lock
 from clip_jax.data.tfds_files import FILE_FORMAT, RecordWriter, record_count
 from clip_jax.data.tfds_source import datasets_root, file_formats, find_dataset
 from clip_jax.data.workers import run
 from clip_jax.errors import UserError, one_line
 
-_FROM = "tfrecord"
+_FROM, _INFO = "tfrecord", "dataset_info.json"
 _NODE = re.compile(r"\{\{.*?\}\} *| \[.*")  # where in its graph TensorFlow was
 
 
@@ -51,8 +52,8 @@ def convert(dataset: str, data_dir: str = "", *, workers: int = 0) -> Path:
       workers: processes; 0 means one for each core.
 
     Raises:
-      UserError: no such dataset, not in TFRecord; a file is missing, damaged or has another number of records; or the
-        folder cannot be written.
+      UserError: no such dataset, not in TFRecord; a file is missing, damaged or has another number of records; the
+        folder cannot be written; or another process is converting it.
     """
     folder = find_dataset(dataset, data_dir)
     found = file_formats(folder)
@@ -62,13 +63,30 @@ def convert(dataset: str, data_dir: str = "", *, workers: int = 0) -> Path:
         raise UserError(f"{folder} is prepared as {', '.join(found)}; only {_FROM} can be converted")
     tasks = _tasks(folder)
     again = f"clip-jax data convert {dataset} --data-dir={datasets_root(data_dir)}"
-    sweep(folder)
-    try:
-        _convert_files(tasks, workers, again)
-    finally:
+    with _alone(folder):
         sweep(folder)
-    _announce(folder)
+        try:
+            _convert_files(tasks, workers, again)
+        finally:
+            sweep(folder)
+        _announce(folder)
     return folder
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keeps other processes from converting the same dataset, and so from sweeping what this one has begun."""
+    file = folder / _INFO
+    try:
+        held = file.open("r+")
+    except OSError as error:
+        raise UserError(f"cannot write {file}: {error.strerror}") from None
+    with held:
+        try:
+            take_lock(held, "do not convert it twice at once")
+        except BlockingIOError:
+            raise UserError(f"another process is converting {folder}; wait for it, or end it") from None
+        yield
 
 
 def _convert_files(tasks: list[FileTask], workers: int, again: str) -> None:
@@ -128,7 +146,7 @@ def _tasks(folder: Path) -> list[FileTask]:
 
 def _announce(folder: Path) -> None:
     """Says in the dataset's own description that it has ArrayRecord files too."""
-    file = folder / "dataset_info.json"
+    file = folder / _INFO
     info = json.loads(file.read_text(encoding="utf-8"))
     info["alternativeFileFormats"] = [*info.get("alternativeFileFormats", []), FILE_FORMAT]
     try:
