@@ -196,9 +196,10 @@ def test_multipliers_scale_the_update_and_the_first_regex_wins():
             {"lr_multipliers": ("imag=1", "text/pro/=2")},
             r"'text/pro/' is found .*; did you mean 'text/proj/kernel'",
         ),
+        ({"freeze": ("image", "e")}, r"freeze is \('image', 'e'\), which leaves nothing that is trained"),
     ],
 )
-def test_regexes_that_match_nothing_are_refused(changes, message):
+def test_regexes_that_match_nothing_or_freeze_all_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         make_optimizer(base(**changes), steps=9).init(SMALL)
 

@@ -54,7 +54,7 @@ def is_schedule(node: Any) -> bool:
 def make_optimizer(config: OptimConfig, *, steps: int) -> optax.GradientTransformation:
     """Returns AdamW over float32 parameters, with the config's clipping, freezing and multipliers.
 
-    Its `init` raises a ConfigError where a regex of the config is found in no parameter's path.
+    Its `init` raises a ConfigError where a regex of the config is found in no parameter's path, or all are frozen.
 
     Args:
       config: the recipe.
@@ -152,6 +152,8 @@ def _checked(config: OptimConfig, optimizer: optax.GradientTransformation) -> op
                     f"config.optim.{key}: {regex!r} is found in no parameter's path{did_you_mean(regex, paths)} "
                     f"(paths are such as {paths[0]} and {paths[-1]})"
                 )
+        if all(jax.tree.leaves(frozen(config, params))):
+            raise ConfigError(f"config.optim.freeze is {config.freeze}, which leaves nothing that is trained")
         return optimizer.init(params)
 
     return optax.GradientTransformation(init, optimizer.update)
