@@ -72,7 +72,7 @@ def test_learning_rate_and_schedule_may_change():
     optim = dataclasses.replace(TINY.optim, lr=1e-4, warmup_steps=3)
     assert lines(optim=optim, samples=32 * 40) == [
         "resuming at step 10; changed since: optim.lr 0.001 -> 0.0001, optim.warmup_steps 5 -> 3, samples 640 -> 1280",
-        "the learning rate goes on at 9.14e-05, and would have at 0.00075 without these changes",
+        "the learning rate goes on at 9.14e-05; without these changes it would at 0.00075",
     ]
     constant = dataclasses.replace(TINY, optim=dataclasses.replace(TINY.optim, schedule="constant"))
     longer = dataclasses.replace(constant, samples=32 * 40)
@@ -96,7 +96,7 @@ def test_another_batch_is_explained():
     assert "goes on at step 10 of 40" in second
     assert "will have seen 800 pairs" in second
     assert second.endswith("config.samples=480 would make it 640, as planned")
-    assert third.startswith("the learning rate goes on at 0.00095, and would have at 0.00075")
+    assert third.startswith("the learning rate goes on at 0.00095; without these changes it would at 0.00075")
     planned = dataclasses.replace(TINY, batch=16, samples=480)
     assert 320 + (planned.steps - 10) * planned.batch == 640
 

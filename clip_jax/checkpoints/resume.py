@@ -67,9 +67,10 @@ def describe_resume(saved: Contents, config: RunConfig, *, step: int, data: dict
     lines = [f"resuming at step {step}" + (f"; changed since: {describe_diff(changes)}" if changes else "")]
     if "batch" in changes:
         lines.append(_describe_batch(saved, config, step))
-    was, is_now = (float(np.asarray(learning_rate(each.optim, steps=each.steps)(step))) for each in (before, config))
-    if not math.isclose(was, is_now, rel_tol=1e-3):
-        lines.append(f"the learning rate goes on at {is_now:.3g}, and would have at {was:.3g} without these changes")
+    if before.optim != config.optim or before.steps != config.steps:  # an unchanged run compiles nothing for this
+        was, is_now = _rate(before, step), _rate(config, step)
+        if not math.isclose(was, is_now, rel_tol=1e-3):
+            lines.append(f"the learning rate goes on at {is_now:.3g}; without these changes it would at {was:.3g}")
     other_data = saved.metadata["data"] != json.loads(json.dumps(data))
     if other_data or any(key in changes for key in _ORDER):
         what = "data" if other_data else "order of the data"
@@ -86,6 +87,10 @@ def _saved_config(saved: Contents) -> RunConfig:
         return from_saved(saved.config)
     except ConfigError as error:
         raise UserError(f"the config of the newest checkpoint is not understood by this version: {error}") from None
+
+
+def _rate(config: RunConfig, step: int) -> float:
+    return float(np.asarray(learning_rate(config.optim, steps=config.steps)(step)))
 
 
 def _describe_batch(saved: Contents, config: RunConfig, step: int) -> str:
