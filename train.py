@@ -4,6 +4,7 @@ Any value of the config can be set: --config=configs/vit_b32.py:batch=4096,fsdp=
 A workdir that holds checkpoints is resumed.
 """
 
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -19,6 +20,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics
 
 
 def main(argv: Sequence[str], *, overrides: Overrides) -> None:
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # asks for a profile; before the first step it would end the process
     if argv[1:]:
         raise UserError(f"unexpected argument {argv[1]!r}; flags begin with --")
     file = config_flags.get_config_filename(flags.FLAGS["config"]) if flags.FLAGS["config"].present else None

@@ -16,6 +16,8 @@ from clip_jax.config import LogConfig
 from clip_jax.run.profiling import Profiler
 from clip_jax.run.trainer import train
 
+ROOT = Path(__file__).parent.parent
+
 # Python's from 3.12 on, about a type of jaxlib's; as an error it ends the process.
 pytestmark = pytest.mark.filterwarnings("ignore:builtin type .* has no __module__ attribute")
 
@@ -81,8 +83,18 @@ _start_worker(0, 1)
 os.kill(os.getpid(), signal.SIGUSR1)
 print("goes on")
 """
+STARTING = """
+import os, signal
+import train
+try:
+    train.main(["train.py", "an argument that ends it"], overrides=[])
+except train.UserError:
+    os.kill(os.getpid(), signal.SIGUSR1)
+    print("goes on")
+"""
 
 
-def test_a_data_worker_goes_on_where_a_whole_job_gets_the_signal():
-    done = subprocess.run([sys.executable, "-c", WORKER], capture_output=True, text=True)
+@pytest.mark.parametrize("code", [WORKER, STARTING], ids=["a data worker", "a run without a step"])
+def test_who_cannot_trace_goes_on_where_a_whole_job_gets_the_signal(code):
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "goes on\n", done.stderr
