@@ -20,7 +20,7 @@ from clip_jax.interop.read import read_weights
 from clip_jax.interop.weights import Weights
 from clip_jax.models.clip import CLIP, unit
 from clip_jax.models.norm import LayerNorm
-from clip_jax.models.variants import Activation, ModelConfig, ResNetConfig, model_config
+from clip_jax.models.variants import VOCABULARY, Activation, ModelConfig, ResNetConfig, model_config
 from clip_jax.rules import leaf_paths
 
 
@@ -134,8 +134,18 @@ class Pretrained:
         return _states(self.model, self.variables, self._checked_images(images), tower="image", block=number)
 
     def tokenize(self, texts: Captions) -> np.ndarray:
-        """Returns int32 [b, context]; a single text is a batch of one, and what is too long is cut."""
-        return tokenize(texts, context=self.config.text.context)
+        """Returns int32 [b, context]; a single text is a batch of one, and what is too long is cut.
+
+        Raises:
+          UserError: a model with fewer tokens than CLIP's tokenizer, whose features would be no numbers.
+        """
+        text = self.config.text
+        if text.vocab_size < VOCABULARY:
+            raise UserError(
+                f"the model knows {text.vocab_size:,} tokens, and CLIP's tokenizer has {VOCABULARY:,}; its texts need "
+                "a tokenizer of their own"
+            )
+        return tokenize(texts, context=text.context)
 
     def _checked_images(self, images: ArrayLike) -> jax.Array:
         images, side = jnp.asarray(images), self.config.vision.image_size

@@ -18,7 +18,7 @@ from clip_jax.data.images import Preprocess
 from clip_jax.data.tokenizer import tokenize
 from clip_jax.errors import UserError
 from clip_jax.interop import export as export_module
-from clip_jax.interop.export import LAYOUTS, classes_of, export, features_of
+from clip_jax.interop.export import LAYOUTS, Classes, export, features_of
 from clip_jax.interop.hugging_face import (
     config_to_hugging_face,
     preprocess_to_hugging_face,
@@ -503,7 +503,7 @@ def test_exports_refuse_what_they_cannot_hold(tmp_path):
         export(weights, tmp_path / "new", "openclip", source="here")
     with pytest.raises(UserError, match="exists; an export never overwrites"):
         export(weights, tmp_path, "open_clip", source="here")
-    classes = classes_of(weights, ["a"], ["{}"])
+    classes = Classes(("a",), np.eye(1, 24))
     with pytest.raises(UserError, match="open_clip has no place for classes"):
         export(weights, tmp_path / "new", "open_clip", source="here", classes=classes)
     assert list(tmp_path.iterdir()) == []

@@ -131,7 +131,7 @@ def test_sigterm_during_an_evaluation_saves_the_step_before_it(at, step, tmp_pat
 
 def test_a_batch_of_prompts_is_left_as_one_of_images_is():
     """ImageNet's 80,000 prompts may take longer than a scheduler waits."""
-    embedder = Embedder(CLIP(RUN.model), lambda texts, context: np.zeros(len(texts)), mesh=make_mesh(RUN.mesh), batch=8)
+    embedder = Embedder(CLIP(RUN.model), lambda texts: np.zeros(len(texts)), mesh=make_mesh(RUN.mesh), batch=8)
     vars(embedder).update(_encode_texts=lambda variables, batch: np.zeros((8, 2)), source=lambda *_, progress: None)
     evaluation = Evaluation.__new__(Evaluation)
     vars(evaluation).update(templates={"two": ("{}", "of {}")}, _embedder=embedder, _source=None, _classes=["a"] * 10)

@@ -66,7 +66,11 @@ def test_preprocess_and_tokenize_fit_the_model(loaded):
     pixels = np.random.default_rng(0).integers(0, 256, (50, 40, 3), np.uint8)
     images = model.preprocess([pixels, pixels])
     assert images.shape == (2, 32, 32, 3)
-    assert model.tokenize("a dog").shape == (1, TEXT.context)
+    text = dataclasses.replace(model.config.text, vocab_size=49_408)
+    whole = Pretrained(dataclasses.replace(weights_of("vit"), config=dataclasses.replace(model.config, text=text)))
+    assert whole.tokenize("a dog").shape == (1, TEXT.context)
+    with pytest.raises(UserError, match="the model knows 80 tokens, and CLIP's tokenizer has 49,408"):  # NaN otherwise
+        model.tokenize("a dog")
     assert model.encode_image(images).shape == (2, 24)
 
 

@@ -16,7 +16,7 @@ from clip_jax.models.clip import CLIP, Variables, image_features, probe_features
 from clip_jax.partition import place_rows, replicated
 from clip_jax.run.distributed import any_process
 
-Tokenize = Callable[..., np.ndarray]
+Tokenize = Callable[[Sequence[str]], np.ndarray]
 
 
 class ImageFeatures(NamedTuple):
@@ -38,7 +38,7 @@ class Embedder:
 
     Args:
       model: the towers.
-      tokenize: (texts, context=…) to int32 [n, context].
+      tokenize: texts to int32 [n, context].
       mesh: the devices.
       batch: rows a step, over all devices; the mesh's size divides it.
       preprocess: how images are cut, and whose mean and deviation pixels are normalised with; CLIP's if None.
@@ -114,7 +114,7 @@ class Embedder:
 
     def tokenize(self, texts: Sequence[str]) -> np.ndarray:
         """Returns texts as the text tower reads them: int32 [n, context]."""
-        return self._tokenize(list(texts), context=self._model.config.text.context)
+        return self._tokenize(texts)
 
     def tokens(self, variables: Variables, tokens: np.ndarray) -> np.ndarray:
         """Embeds rows of token ids, int32 [n, context]: float [n, e], unit length.

@@ -74,7 +74,8 @@ class Evaluation:
         preprocess = preprocess_of(config.model, config.data)
         self._transform = EvalTransform(preprocess)
         self._source, self._classes = open_classes(job)
-        self._embedder = Embedder(model, Tokenizer(), mesh=mesh, batch=evaluation.batch, preprocess=preprocess)
+        tokenize = functools.partial(Tokenizer(), context=config.model.text.context)
+        self._embedder = Embedder(model, tokenize, mesh=mesh, batch=evaluation.batch, preprocess=preprocess)
 
     @classmethod
     def open(cls, config: RunConfig, model: CLIP, *, mesh: Mesh) -> "Evaluation | None":

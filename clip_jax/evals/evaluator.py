@@ -11,7 +11,6 @@ from clip_jax.config import MeshConfig
 from clip_jax.console import WorkProgress
 from clip_jax.data.labelled import LabelledSource
 from clip_jax.data.records import Records
-from clip_jax.data.tokenizer import tokenize
 from clip_jax.errors import UserError
 from clip_jax.evals.embedding import Embedder, ImageFeatures
 from clip_jax.evals.feature_cache import FeatureCache
@@ -109,7 +108,7 @@ class Evaluator:
         if kind not in self._embedders:
             self._embedders[kind] = Embedder(
                 self._model.model,
-                tokenize,
+                self._model.tokenize,
                 mesh=self.mesh,
                 batch=self._batch,
                 preprocess=self.preprocess,

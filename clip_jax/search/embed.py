@@ -29,7 +29,6 @@ from clip_jax.data.loader import open_named
 from clip_jax.data.reading import name_record
 from clip_jax.data.records import UNREACHABLE, Record, RecordError, Source
 from clip_jax.data.tar_source import TarSource
-from clip_jax.data.tokenizer import tokenize
 from clip_jax.errors import UserError
 from clip_jax.evals.embedding import Embedder
 from clip_jax.partition import make_mesh, replicated
@@ -159,7 +158,7 @@ class _Encoder:
     def __init__(self, model: Pretrained, options: EmbedOptions) -> None:
         mesh = make_mesh(MeshConfig(), devices=jax.local_devices())
         self.batch = -(-options.batch // mesh.size) * mesh.size
-        self._embedder = Embedder(model.model, tokenize, mesh=mesh, batch=self.batch, preprocess=model.preprocess)
+        self._embedder = Embedder(model.model, model.tokenize, mesh=mesh, batch=self.batch, preprocess=model.preprocess)
         self._variables = jax.device_put(model.variables, replicated(mesh))
         self._dtype, self._width = np.dtype(options.dtype), model.config.embed_dim
 
