@@ -202,6 +202,16 @@ def test_older_folders_hold_a_bin(layout, name, tmp_path):
     assert_same(read_weights(tmp_path), weights)
 
 
+def test_of_two_layouts_in_a_folder_the_one_with_weights_is_read(tmp_path):
+    """As in a copy of a Hub repository that was made without open_clip's file."""
+    weights = weights_of("vit")
+    write_open_clip(tmp_path, weights)
+    write_hugging_face(tmp_path, weights)
+    assert_same(read_weights(tmp_path), weights)
+    (tmp_path / SAFETENSORS).unlink()
+    assert_same(read_weights(tmp_path), weights)
+
+
 def test_reading_needs_neither_torch_nor_its_friends(tmp_path):
     for layout in READERS:
         (tmp_path / layout).mkdir()

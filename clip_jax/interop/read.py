@@ -73,11 +73,13 @@ def _read_file(path: Path, activation: Activation | None) -> Weights:
 
 
 def _read_folder(folder: Path) -> Weights:
-    if (folder / open_clip.CONFIG).exists():
+    # A repository of the Hub's may have both layouts' configs, and a copy of it the weights of one.
+    has_weights = any((folder / name).exists() for name in (open_clip.SAFETENSORS, open_clip.TORCH))
+    if (folder / open_clip.CONFIG).exists() and (has_weights or not _is_hugging_face(folder)):
         return read_open_clip(folder)
     if (folder / "checkpoints").is_dir():
         return _read_run(folder)
-    if (folder / hugging_face.CONFIG).exists() and "model_type" in read_json(folder / hugging_face.CONFIG):
+    if _is_hugging_face(folder):
         return read_hugging_face(folder)
     if (folder / "stablehlo.json").exists():
         raise WeightsError(f"{folder} is a StableHLO export: its run.py loads it, not this")
@@ -85,6 +87,11 @@ def _read_folder(folder: Path) -> Weights:
         f"{folder} holds no weights: neither {open_clip.CONFIG} (open_clip), nor a {hugging_face.CONFIG} with a "
         "model_type (Hugging Face), nor checkpoints (a run's workdir)"
     )
+
+
+def _is_hugging_face(folder: Path) -> bool:
+    config = folder / hugging_face.CONFIG
+    return config.exists() and "model_type" in read_json(config)
 
 
 def _read_run(workdir: Path) -> Weights:
