@@ -340,6 +340,9 @@ def test_one_evaluation_that_fails_keeps_no_other_from_being_done(evaluator, fol
     assert [row.split(",")[3] for row in rows] == ["by_class", "test"]
     with pytest.raises(UserError, match="^2 of 2 evaluations failed: nowhere, nowhere$"):
         run_jobs(evaluator, [missing, missing], out=tmp_path / "new")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="/file/out cannot be written: Not a directory$"):  # before anything is computed
+        run_jobs(evaluator, [missing, missing], out=tmp_path / "file" / "out")
 
 
 def test_what_is_said_for_a_whole_suite_holds_where_it_has_a_meaning(folders, tmp_path):

@@ -31,6 +31,8 @@ def run_jobs(evaluator: Evaluator, jobs: Sequence[EvalJob], *, out: Path | None 
       UserError: as `evaluate`, `check` and `Result.write`; of several, it names those that could not be done.
     """
     first = jax.process_index() == 0
+    if first and out is not None:
+        _make(out)  # now, so that it cannot fail after the work
     checks: list[Check] = []
     failed: list[str] = []
     for job in jobs:
@@ -45,13 +47,20 @@ def run_jobs(evaluator: Evaluator, jobs: Sequence[EvalJob], *, out: Path | None 
                 raise
             print(f"error: {job.called}: {one_line(error)}", file=sys.stderr)
             failed.append(job.called)
-    if first and out is not None and out.is_dir():
+    if first and out is not None:
         write_table(out)
     if first and checks:
         print_table("Targets", CHECK_COLUMNS, [each.row() for each in checks])
     if failed:
         raise UserError(f"{len(failed)} of {len(jobs)} evaluations failed: {', '.join(failed)}")
     return all(each.passed for each in checks)
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror}") from None
 
 
 def _show(result: Result, out: Path | None) -> None:
