@@ -279,6 +279,7 @@ def test_hub_names_are_fetched_and_read(tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     assert clip_jax.load("hf-hub:owner/name").config == CONFIGS["vit"]
+    assert clip_jax.load("https://huggingface.co/owner/name/").config == CONFIGS["vit"]
     shutil.rmtree(fetched)
     write_open_clip(repository, weights_of("vit"))  # beside the other, as in most of open_clip's: the weights twice
     assert clip_jax.load("hf-hub:owner/name").config == CONFIGS["vit"]

@@ -1,6 +1,7 @@
 """Weights from wherever they lie: a file, a folder, a run of ours, a name."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import jax
@@ -18,6 +19,8 @@ from clip_jax.interop.weights import Weights, checked_model, describe, read_json
 from clip_jax.models.resolution import change_resolution
 from clip_jax.models.variants import VARIANTS, Activation, ModelConfig, model_config, variant_name
 
+_HUB_PAGE = re.compile(r"^https://huggingface\.co/([^/]+/[^/]+)/?$")
+
 
 def read_weights(
     source: str | Path,
@@ -32,7 +35,7 @@ def read_weights(
       source: OpenAI's or another `.pt` file in its layout; a folder in open_clip's or Hugging Face's layout; the
         workdir of a run of ours, of which the newest whole checkpoint is read; a URL of one of these, such as
         `gs://bucket/runs/b32`; the name of one of the paper's models, whose weights by OpenAI are downloaded;
-        `hf-hub:owner/name`.
+        `hf-hub:owner/name`, or that page's address.
       expect: refuse another architecture or activation than this.
       image_size: side of the images in pixels, where it is to differ; image positions are then resized.
       activation: the model's, where the source is a file, which does not say it; see `read_openai`.
@@ -50,18 +53,19 @@ def read_weights(
     return weights
 
 
-def _read(source: str | Path, activation: Activation | None) -> Weights:
-    path = download_url(str(source)) if is_remote(str(source)) else Path(source).expanduser()
+def _read(given: str | Path, activation: Activation | None) -> Weights:
+    source = _HUB_PAGE.sub(rf"{HUB_PREFIX}\1", str(given))
+    path = download_url(source) if is_remote(source) else Path(source).expanduser()
     if path.is_file():
         return _read_file(path, activation)
     if path.is_dir():
         return _read_folder(path)
-    if str(source).startswith(HUB_PREFIX):
-        return _read_folder(download_hub(str(source).removeprefix(HUB_PREFIX)))
+    if source.startswith(HUB_PREFIX):
+        return _read_folder(download_hub(source.removeprefix(HUB_PREFIX)))
     if (name := released_name(source)) is not None:
         return read_openai(download_openai(name))
     raise UserError(
-        f"{str(source)!r} is neither a file or folder nor a model's name{did_you_mean(str(source), VARIANTS)} "
+        f"{source!r} is neither a file or folder nor a model's name{did_you_mean(source, VARIANTS)} "
         f"(models: {', '.join(VARIANTS)})"
     )
 
