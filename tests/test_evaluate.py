@@ -487,6 +487,18 @@ def test_an_image_that_cannot_be_read_is_named(evaluator, folders, tmp_path):
         evaluate(evaluator, EvalJob(str(tmp_path / "damaged")))
 
 
+def test_folders_called_by_numbers_are_in_their_order(folders, tmp_path):
+    """As ImageNet-V2's, 0 to 999; by their names 10 would come before 2, and be called as the third class."""
+    for before, after in (("0", "2"), ("1", "10"), ("2", "9")):
+        shutil.copytree(folders / before, tmp_path / after)
+    source = ClassFolders(tmp_path)
+    assert source.classes == ("2", "9", "10")
+    assert all(source.classes[source[i].label] == source.key(i).split("/")[0] for i in range(len(source)))
+    (tmp_path / "2").rename(tmp_path / "two")
+    assert ClassFolders(tmp_path).classes == ("10", "9", "two")
+    assert source.fingerprint["order"] == "by number"
+
+
 def test_labels_are_those_of_the_folders(folders):
     source = open_labelled(str(folders))
     assert isinstance(source, ClassFolders)

@@ -74,6 +74,8 @@ def open_labelled(
 class ClassFolders:
     """A folder with a folder of images for every class, in the order of their names, as torchvision's `ImageFolder`.
 
+    Where all names are numbers, as ImageNet-V2's 0 to 999, they are in the order of these, as lists of class names are.
+
     Attributes:
       classes: the folders' names.
       fingerprint: folder, number of images and a digest of their paths, as JSON holds them.
@@ -87,7 +89,8 @@ class ClassFolders:
         """
         self._images = FolderSource(folder)
         root = self._images.root
-        self.classes = tuple(sorted(path.name for path in root.iterdir() if path.is_dir() and path.name[0] != "."))
+        names = sorted(path.name for path in root.iterdir() if path.is_dir() and path.name[0] != ".")
+        self.classes = tuple(sorted(names, key=int) if all(map(str.isdecimal, names)) else names)
         number = {name: label for label, name in enumerate(self.classes)}
         self._labels = [number.get(self.key(i).partition(os.sep)[0], -1) for i in range(len(self._images))]
         if -1 in self._labels:
@@ -96,6 +99,8 @@ class ClassFolders:
                 "images for every class, and nothing beside them"
             )
         self.fingerprint: dict[str, Any] = self._images.fingerprint | {"name": root.name}
+        if self.classes != tuple(names):
+            self.fingerprint["order"] = "by number"  # kept features hold labels
 
     @property
     def state(self) -> str:
