@@ -12,7 +12,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -23,7 +23,7 @@ from clip_jax.ablations.runs import is_finished, read_config
 from clip_jax.ablations.sweep import Job, Sweep
 from clip_jax.config import as_json, describe_diff, diff
 from clip_jax.console import clock
-from clip_jax.data.storage import take_lock
+from clip_jax.data.storage import alone
 from clip_jax.errors import UserError
 
 LOG, LOCK = "train.log", "sweep.lock"
@@ -216,17 +216,14 @@ def _check_unchanged(jobs: Sequence[Job], folder: Path) -> None:
 @contextmanager
 def _locked(folder: Path) -> Iterator[int]:
     """Yields the file descriptor of a lock that this process and its children hold."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK).open("w")
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror}; name a folder that can") from None
-    with file:
+    busy = f"{folder} is in use: another process runs this sweep, or one of its runs"
+    with ExitStack() as held:
         try:
-            take_lock(file, "do not run it twice at once")
-        except BlockingIOError:
-            raise UserError(f"{folder} is in use: another process runs this sweep, or one of its runs") from None
-        yield file.fileno()
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = held.enter_context(alone(folder / LOCK, busy=busy, without="do not run it twice at once"))
+        except OSError as error:
+            raise UserError(f"{folder} cannot be written: {error.strerror}; name a folder that can") from None
+        yield lock
 
 
 def _train_script() -> Path:

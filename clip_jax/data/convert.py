@@ -11,14 +11,13 @@ import contextlib
 import dataclasses
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from clip_jax.console import WorkProgress
 from clip_jax.data.build import load_tensorflow_quietly
-from clip_jax.data.storage import appearing, sweep, take_lock
+from clip_jax.data.storage import alone, appearing, sweep
 from clip_jax.data.tfds_files import FILE_FORMAT, RecordWriter, record_count
 from clip_jax.data.tfds_source import datasets_root, file_formats, find_dataset
 from clip_jax.data.workers import run
@@ -63,7 +62,12 @@ def convert(dataset: str, data_dir: str = "", *, workers: int = 0) -> Path:
         raise UserError(f"{folder} is prepared as {', '.join(found)}; only {_FROM} can be converted")
     tasks = _tasks(folder)
     again = f"clip-jax data convert {dataset} --data-dir={datasets_root(data_dir)}"
-    with _alone(folder):
+    busy, without = f"another process is converting {folder}; wait for it, or end it", "do not convert it twice at once"
+    with contextlib.ExitStack() as held:  # or each would sweep away what the other has begun
+        try:
+            held.enter_context(alone(folder / _INFO, busy=busy, without=without, mode="r+"))
+        except OSError as error:
+            raise UserError(f"cannot write {folder / _INFO}: {error.strerror}") from None
         sweep(folder)
         try:
             _convert_files(tasks, workers, again)
@@ -71,22 +75,6 @@ def convert(dataset: str, data_dir: str = "", *, workers: int = 0) -> Path:
             sweep(folder)
         _announce(folder)
     return folder
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Keeps other processes from converting the same dataset, and so from sweeping what this one has begun."""
-    file = folder / _INFO
-    try:
-        held = file.open("r+")
-    except OSError as error:
-        raise UserError(f"cannot write {file}: {error.strerror}") from None
-    with held:
-        try:
-            take_lock(held, "do not convert it twice at once")
-        except BlockingIOError:
-            raise UserError(f"another process is converting {folder}; wait for it, or end it") from None
-        yield
 
 
 def _convert_files(tasks: list[FileTask], workers: int, again: str) -> None:

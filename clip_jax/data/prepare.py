@@ -28,7 +28,7 @@ from clip_jax.data.captions import CaptionFields
 from clip_jax.data.filters import Filter
 from clip_jax.data.prepare_inputs import Part
 from clip_jax.data.prepare_shard import OutputError, ShardReport, ShardSettings, ShardTask, find_report, process_shard
-from clip_jax.data.storage import appearing, local_path, sweep, sync, take_lock
+from clip_jax.data.storage import alone, appearing, local_path, sweep, sync
 from clip_jax.data.tfds_files import FEATURES, dataset_info, shard_name
 from clip_jax.data.tfds_source import datasets_root
 from clip_jax.data.workers import cores, run
@@ -210,11 +210,10 @@ def _begun(job: Job, plan: _Plan) -> Iterator[None]:
     with contextlib.ExitStack() as held:
         try:
             notes.mkdir(parents=True, exist_ok=True)
-            take_lock(held.enter_context((notes / "lock").open("w")), "do not prepare it twice at once")
+            busy = f"another process is preparing {job.target}; wait for it, or end it"
+            held.enter_context(alone(notes / "lock", busy=busy, without="do not prepare it twice at once"))
             if not begun.exists():
                 _write(begun, json.dumps(plan.same()))
-        except BlockingIOError:
-            raise UserError(f"another process is preparing {job.target}; wait for it, or end it") from None
         except OSError as error:
             raise UserError(f"--data-dir: cannot write {job.unfinished}: {error.strerror}") from None
         _check_same(json.loads(_read(begun)), plan, job.unfinished)

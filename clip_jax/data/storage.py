@@ -286,6 +286,28 @@ def take_lock(file: IO[str], without: str, *, wait: bool = False) -> None:
         _LOG.warning("%s has no locks (%s): %s", Path(file.name).parent, error.strerror, without)
 
 
+@contextlib.contextmanager
+def alone(path: Path, *, busy: str, without: str, mode: str = "w") -> Iterator[int]:
+    """Keeps other processes out of what a file stands for, while the `with` lasts; yields the file's descriptor.
+
+    Args:
+      path: of the file, which is made unless `mode` is another.
+      busy: what to say where another process has it.
+      without: as for `take_lock`.
+      mode: in which it is opened, for writing.
+
+    Raises:
+      UserError: another process has it.
+      OSError: it cannot be opened.
+    """
+    with path.open(mode) as file:
+        try:
+            take_lock(file, without)
+        except BlockingIOError:
+            raise UserError(busy) from None
+        yield file.fileno()
+
+
 def sweep(folder: Path) -> None:
     """Removes what processes that are gone had begun to write by `appearing`."""
     for left_over in folder.glob(".*.tmp"):
