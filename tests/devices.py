@@ -3,9 +3,12 @@
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 
 def xla_flags(*, devices: int) -> str:
@@ -47,3 +50,20 @@ def start_script(code: str, *arguments: object, devices: int) -> subprocess.Pope
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def outputs(processes: Sequence[subprocess.Popen], *, timeout: float = 60) -> list[tuple[Any, Any]]:
+    """Returns what processes print, when all have ended: (stdout, stderr) of each.
+
+    All are read at once: a process whose pipe is full waits, and its peers wait for it.
+
+    Raises:
+      TimeoutExpired: one has not ended; all are killed.
+    """
+    with ThreadPoolExecutor(len(processes)) as pool:
+        reading = [pool.submit(process.communicate, timeout=timeout) for process in processes]
+        try:
+            return [each.result() for each in reading]
+        finally:
+            for process in processes:
+                process.kill()  # nothing where it has ended

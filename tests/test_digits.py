@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from devices import outputs
 
 from clip_jax.data import build
 from clip_jax.data.build import build_dataset, ensure_dataset
@@ -166,9 +167,9 @@ def test_a_failed_build_says_why_and_leaves_nothing(tmp_path):
 def test_builds_at_the_same_time_both_succeed_and_are_equal(tmp_path, digits_dir):
     command = [sys.executable, "-m", "clip_jax.data.build", "digits", "--data-dir", str(tmp_path)]
     children = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(2)]
-    outputs = [child.communicate(timeout=120) for child in children]
+    printed = outputs(children, timeout=120)
     assert [child.returncode for child in children] == [0, 0]
-    for out, err in outputs:
+    for out, err in printed:
         assert len(out.splitlines()) == 1
         assert err == b""
     assert [path.name for path in (tmp_path / "digits").iterdir()] == ["1.0.0"]

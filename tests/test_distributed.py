@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from devices import simulating, start_script
+from devices import outputs, simulating, start_script
 from jax._src.clusters import cloud_tpu_cluster
 
 from clip_jax.config import DistributedConfig
@@ -87,7 +87,7 @@ def test_two_processes_are_one_run(digits_dir, tmp_path):
     assert alone.returncode == 0, errors
     copied = f"--config.checkpoint.mirror={tmp_path / 'copies'}"
     both = peers(*data, copied, f"--workdir={tmp_path / 'two'}")
-    out = [process.communicate(timeout=400) for process in both]
+    out = outputs(both, timeout=400)
     assert [process.returncode for process in both] == [0, 0], out
     said = re.sub("Gloo|Rank|is connected to|peer ranks|Expected number of connected|is :", "", out[1][0])
     assert not re.search("[A-Za-z]", said), out[1][0]  # nothing but Gloo's lines, which its threads mix
@@ -171,7 +171,7 @@ def test_captions_that_do_not_fit_in_one_process_hold_up_no_other(tmp_path):
 
     address = f"127.0.0.1:{free_port()}"
     both = [script("two", address, index, 2) for index in range(2)]
-    out = [process.communicate(timeout=400) for process in both]
+    out = outputs(both, timeout=400)
     assert [process.returncode for process in both] == [0, 0], out
     alone = script("one", "", 0, 1)
     _, errors = alone.communicate(timeout=400)

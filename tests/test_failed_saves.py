@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from devices import outputs
 from full_disk import small_files
 from states import assert_same_bits, small_state, target_of
 from test_distributed import lines, peers
@@ -144,7 +145,7 @@ def test_a_write_that_fails_in_one_process_is_heard_of_by_all(tmp_path):
     waits = "--config.checkpoint.timeout_s=20"
     keys = (*LONG, "--config.checkpoint.every=4", "--config.mesh.fsdp=2", waits, f"--workdir={tmp_path}")
     both = peers(*keys, devices=1, prepare={1: only_small_files})
-    out = [process.communicate(timeout=400) for process in both]
+    out = outputs(both, timeout=400)
     assert [process.returncode for process in both] == [2, 2], out
     for (_, errors), reason in zip(
         out, ("another process did not write its part within", "File too large"), strict=True
@@ -154,7 +155,7 @@ def test_a_write_that_fails_in_one_process_is_heard_of_by_all(tmp_path):
     assert [line["step"] for line in lines(tmp_path) if "loss" in line] == list(range(1, 7))
     assert [name for name in names(tmp_path) if name.isdecimal()] == []
     both = peers(*keys, devices=1)
-    out = [process.communicate(timeout=400) for process in both]
+    out = outputs(both, timeout=400)
     assert [process.returncode for process in both] == [0, 0], out
     assert "6" in names(tmp_path)
 

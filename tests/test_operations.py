@@ -16,6 +16,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from devices import outputs
 from test_distributed import lines, peers, start
 from test_health import RUN, bits, rows_of
 
@@ -396,7 +397,7 @@ def test_sigterm_to_one_process_saves_both_at_the_same_step(tmp_path):
         wait_for_step(tmp_path / "a", max(at, saved + 4), *both)
         reached = max(steps_of(tmp_path / "a"))
         both[victim].send_signal(signal.SIGTERM)
-        out = [process.communicate(timeout=120) for process in both]
+        out = outputs(both, timeout=120)
         assert [process.returncode for process in both] == [RESTART, RESTART], out
         saved = max(int(path.name) for path in (tmp_path / "a" / "checkpoints").iterdir() if path.name.isdecimal())
         assert reached <= saved < reached + 100  # a few steps later, whatever the number of the step
@@ -404,7 +405,7 @@ def test_sigterm_to_one_process_saves_both_at_the_same_step(tmp_path):
         assert steps_of(tmp_path / "a") == list(range(1, saved + 1))
     for name in ("a", "straight"):
         both = run(name)
-        out = [process.communicate(timeout=400) for process in both]
+        out = outputs(both, timeout=400)
         assert [process.returncode for process in both] == [0, 0], out
         assert (f"resuming at step {saved}" in out[0][0]) == (name == "a")
     assert list(rows_of(tmp_path / "a", "loss")) == list(range(1, 401))
@@ -418,7 +419,7 @@ def test_two_processes_leave_an_evaluation_at_the_same_batch(tmp_path):
     both = peers(*keys, devices=1)
     wait_for_step(tmp_path, 5, *both)  # its row is written when the evaluation begins
     both[1].send_signal(signal.SIGTERM)
-    out = [process.communicate(timeout=120) for process in both]
+    out = outputs(both, timeout=120)
     assert [process.returncode for process in both] == [RESTART, RESTART], out
     assert all("stopped by SIGTERM after step 5, which is saved" in errors for _, errors in out)
     assert (tmp_path / "checkpoints" / "5").is_dir()
@@ -435,7 +436,7 @@ def test_a_process_that_is_killed_ends_the_other_within_a_second(tmp_path, victi
     other = both[1 - victim]
     code = other.wait(timeout=60)
     took = time.monotonic() - began
-    errors = [process.communicate()[1] for process in both][1 - victim]
+    errors = outputs(both)[1 - victim][1]
     print(f"process {victim} killed: the other exits with {code} after {took:.2f} s: {errors.splitlines()[-1]}")
     assert code == RESTART, errors
     assert f"process {victim} of the run is gone; started again, the run goes on from its newest checkpoint" in errors
@@ -460,7 +461,7 @@ def test_a_process_that_stands_still_ends_the_other(tmp_path, victim):
     took = time.monotonic() - began
     both[victim].send_signal(signal.SIGCONT)
     both[victim].wait(timeout=60)
-    errors = [process.communicate()[1] for process in both][1 - victim]
+    errors = outputs(both)[1 - victim][1]
     print(f"process {victim} stopped: the other exits with {code} after {took:.1f} s")
     assert code == RESTART, errors
     assert took < 10 + 15

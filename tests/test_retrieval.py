@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from devices import start_script
+from devices import outputs, start_script
 from search_fixtures import picture, write_pictures
 from tars import add
 
@@ -174,7 +174,7 @@ def test_two_processes_find_what_one_finds(model_dir, captioned, digits_dir, tmp
 
     address = f"127.0.0.1:{free_port()}"
     both = [start("two", address, index, 2) for index in range(2)]
-    out = [process.communicate(timeout=400) for process in both]
+    out = outputs(both, timeout=400)
     assert [process.returncode for process in both] == [0, 0], out
     assert not [line for line in out[1][0].splitlines() if not line.startswith("[Gloo]")]  # the first one speaks
     alone = start("one", "", 0, 1)

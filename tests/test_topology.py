@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from devices import simulating
+from devices import outputs, simulating
 from states import assert_same_bits
 from topology_leg import leg
 
@@ -78,6 +78,6 @@ def in_processes(count: int, workdir, model: str, mesh: str, until: int) -> dict
         )
         for i in range(count)
     ]
-    out = [process.communicate(timeout=550) for process in started]
+    out = outputs(started, timeout=550)
     assert [process.returncode for process in started] == [0] * count, out
     return {int(step): loss for step, loss in json.loads(out[0][0].splitlines()[-1]).items()}
