@@ -52,7 +52,7 @@ class Terminal(io.StringIO):
 
 def test_imports_neither_jax_nor_tensorflow():
     code = (
-        "import sys, tempfile, pathlib; from clip_jax import console, metrics\n"
+        "import sys, tempfile, pathlib; from clip_jax import console; from clip_jax.run import metrics\n"
         "with metrics.MetricWriter(pathlib.Path(tempfile.mkdtemp())) as writer: writer.write(1, {'loss': 1.0})\n"
         "print(sorted({'jax', 'tensorflow', 'torch'} & set(sys.modules)))"
     )
