@@ -1,4 +1,4 @@
-"""Simulated devices, for this process and for those that tests start."""
+"""Simulated devices, for this process and for those that tests start, and what these print."""
 
 import os
 import subprocess
