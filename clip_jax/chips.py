@@ -110,6 +110,11 @@ class Topology:
         return self.chips * self.chip.per_chip
 
     @property
+    def peak(self) -> float:
+        """Bfloat16 operations a second of all of them; 0 means unknown."""
+        return self.chip.peak * self.devices
+
+    @property
     def each(self) -> str:
         """What a device is called."""
         return "chip" if self.chip.per_chip == 1 else "device"

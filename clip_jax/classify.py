@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from clip_jax.data.images import Images
+from clip_jax.data.images import Images, as_list
 from clip_jax.errors import UserError
 from clip_jax.evals.prompts import checked
 from clip_jax.evals.zero_shot import class_weights
@@ -73,8 +73,7 @@ def classify_images(
       >>> classify_images(clip_jax.load("ViT-B/32"), ["pet.jpg"], ["a photo of a cat", "a photo of a dog"])
     """
     weights = label_weights(model, labels, templates)
-    images = images if isinstance(images, list | tuple) else [images]
-    features = []
+    images, features = as_list(images), []
     for first in range(0, max(len(images), 1), _AT_ONCE):  # the pixels of all need not fit in memory
         pixels = model.preprocess(images[first : first + _AT_ONCE], first=first)
         features.append(np.asarray(model.encode_image(pixels, normalize=True)))

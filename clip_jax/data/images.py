@@ -111,6 +111,11 @@ class Preprocess:
         )
 
 
+def as_list(images: Images) -> list | tuple:
+    """Returns a list of images as it is, and a single image as a list of one."""
+    return images if isinstance(images, list | tuple) else [images]
+
+
 def preprocess_of(model: ModelConfig, data: DataConfig | None = None) -> Preprocess:
     """Returns the preprocessing at a model's size: CLIP's, or that of the data it is trained on."""
     data = data or DataConfig()

@@ -60,7 +60,7 @@ class Plan:
 
     def step_seconds(self, mfu: float) -> float:
         """Time of a step at that share of the chips' peak; 0 where the peak is not known."""
-        peak = self.topology.chip.peak * self.topology.devices
+        peak = self.topology.peak
         return self.step_flops / (peak * mfu) if peak else 0.0
 
     def exchange_seconds(self, *, hidden: bool = True) -> float:

@@ -187,7 +187,7 @@ class Search:
 
     def _seconds(self, work: float, plan: Plan) -> float:
         """Returns the time of the operations, and then of the exchange that nothing hides."""
-        peak = self._topology.chip.peak * self._topology.devices
+        peak = self._topology.peak
         return work / (peak * self._mfu) + plan.exchange_seconds(hidden=False) if peak else 0.0
 
     def _is_hopeless(self, config: RunConfig) -> bool:

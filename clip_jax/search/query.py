@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from clip_jax.data.images import Images
+from clip_jax.data.images import Images, as_list
 from clip_jax.errors import UserError
 from clip_jax.pretrained import Pretrained, load
 from clip_jax.search.index import Item, SearchIndex
@@ -65,7 +65,7 @@ class Searcher:
         Raises:
           ImageError: what is no image.
         """
-        pixels = self.model.preprocess(images if isinstance(images, list | tuple) else [images])
+        pixels = self.model.preprocess(as_list(images))
         return self.nearest(np.asarray(self.model.encode_image(pixels, normalize=True)), top=top)
 
     def nearest(self, vectors: np.ndarray, *, top: int) -> list[list[Hit]]:
