@@ -30,7 +30,7 @@ def main(argv: Sequence[str], *, overrides: Overrides) -> None:
     workdir = local_path("--workdir", _WORKDIR.value)
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax speaks at every save
-    from clip_jax.run.distributed import processes  # after all that can be refused without waiting for JAX
+    from clip_jax.processes.distributed import processes  # after all that can be refused without waiting for JAX
 
     with processes(config.distributed):
         from clip_jax.run.startup import Startup, keep_programs, process_age

@@ -22,8 +22,8 @@ import numpy as np
 import pyarrow
 
 from clip_jax.console import print_table
+from clip_jax.evals.store import FORMAT, VectorStore, embedding_column, vectors_of
 from clip_jax.search.index import SearchIndex, build_index, exact_neighbours, perturbed
-from clip_jax.search.store import FORMAT, VectorStore, embedding_column, vectors_of
 
 SHARD = 50_000
 CENTRES = 10_000

@@ -366,14 +366,17 @@ def _inspect(arguments: argparse.Namespace) -> None:
 def _export(arguments: argparse.Namespace) -> None:
     if arguments.prompts is not None and arguments.classes is None:
         raise UserError("--prompts has no meaning without --classes")
+    from clip_jax.classify import label_weights
     from clip_jax.evals.prompts import templates
-    from clip_jax.interop.export import classes_of, export
+    from clip_jax.interop.export import Classes, export
     from clip_jax.interop.read import read_weights
+    from clip_jax.pretrained import Pretrained
 
     weights = read_weights(arguments.source, image_size=arguments.image_size, activation=arguments.activation)
     classes = None
     if arguments.classes is not None:
-        classes = classes_of(weights, _read_lines(arguments.classes), templates(arguments.prompts or "photo"))
+        names, chosen = _read_lines(arguments.classes), templates(arguments.prompts or "photo")
+        classes = Classes(tuple(names), label_weights(Pretrained(weights), names, chosen))
     compared = export(weights, arguments.folder, arguments.layout, source=arguments.source, classes=classes)
     for reader, difference in compared:
         print(f"read by {reader}: unit features differ by {difference:.1e}")
@@ -465,7 +468,7 @@ def _propose(config: Any, topology: Any, budget: float, arguments: argparse.Name
 
 def _overfit(arguments: argparse.Namespace) -> None:
     from clip_jax.command_line import load_config
-    from clip_jax.run.distributed import processes
+    from clip_jax.processes.distributed import processes
 
     _check_positive(arguments, "steps")
     config = load_config(arguments.config, arguments.overrides)
@@ -544,7 +547,7 @@ def _eval(arguments: argparse.Namespace) -> None:
 
     from clip_jax.config import DistributedConfig
     from clip_jax.evals.job import EvalJob, make_job, read_suite
-    from clip_jax.run.distributed import processes
+    from clip_jax.processes.distributed import processes
 
     if arguments.dataset and arguments.suite:
         raise UserError("--dataset names one dataset, and --suite many; give one of them")
@@ -610,7 +613,7 @@ def _extra(name: str, *modules: str) -> Iterator[None]:
 
 def _embed(arguments: argparse.Namespace) -> None:
     from clip_jax.config import DistributedConfig
-    from clip_jax.run.distributed import processes
+    from clip_jax.processes.distributed import processes
 
     slices = None if arguments.slice is None else _parse_slice(arguments.slice)
     kinds = tuple(arguments.kinds.split(","))

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 from clip_jax.config import DistributedConfig, RunConfig
 from clip_jax.errors import UserError, one_line
-from clip_jax.run.distributed import SLURM, detect, free_port, half_set
+from clip_jax.processes.distributed import SLURM, detect, free_port, half_set
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow", "libtpu", "jax-cuda12-plugin")
 

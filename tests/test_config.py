@@ -20,9 +20,8 @@ from clip_jax.config import (
     to_config_dict,
 )
 from clip_jax.errors import ConfigError
-from clip_jax.models.clip import CLIP, init_variables
+from clip_jax.models.clip import CLIP, count_parameters, init_variables
 from clip_jax.models.variants import PARAMETERS, VARIANTS, ModelConfig, model_config, variant_name
-from clip_jax.training.state import count_parameters
 
 VIT = dataclasses.asdict(model_config("ViT-B/32"))
 CONFIGS = Path(__file__).parent.parent / "configs"

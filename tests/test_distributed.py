@@ -18,8 +18,8 @@ from jax._src.clusters import cloud_tpu_cluster
 
 from clip_jax.config import DistributedConfig
 from clip_jax.errors import UserError
-from clip_jax.run import distributed
-from clip_jax.run.distributed import SLURM, detect, free_port, half_set
+from clip_jax.processes import distributed
+from clip_jax.processes.distributed import SLURM, detect, free_port, half_set
 
 ROOT = Path(__file__).parent.parent
 SMALL = (
@@ -124,7 +124,7 @@ from clip_jax.config import DistributedConfig, MeshConfig
 from clip_jax.data.loader import TrainingData
 from clip_jax.data.order import rows_of_process
 from clip_jax.data.synthetic import synthetic_batches
-from clip_jax.run.distributed import processes
+from clip_jax.processes.distributed import processes
 
 workdir, address, index, count = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 explicit = DistributedConfig("explicit", address, count, index, address, 120)

@@ -24,9 +24,9 @@ import clip_jax
 from clip_jax import cli
 from clip_jax.data.folder_source import FolderSource
 from clip_jax.errors import UserError
+from clip_jax.evals.store import VectorStore, vectors_of
 from clip_jax.search.embed import EmbedOptions, embed, open_images
 from clip_jax.search.index import build_index
-from clip_jax.search.store import VectorStore, vectors_of
 
 ROOT = Path(__file__).parent.parent
 

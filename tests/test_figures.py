@@ -10,10 +10,10 @@ from tiny import TINY
 
 from clip_jax.config import LossConfig
 from clip_jax.errors import OutageError, UserError
-from clip_jax.evals import report
 from clip_jax.evals.evaluation import Evaluated, RetrievalSheet
 from clip_jax.evals.figures import BLUE, GREEN, RED, plot_confusion, plot_retrieval, plot_training
 from clip_jax.evals.zero_shot import ZeroShotResult
+from clip_jax.run import report
 
 
 def pixels(path) -> np.ndarray:

@@ -12,6 +12,7 @@ from tiny import TINY
 from clip_jax.config import MeshConfig, OptimConfig, from_config_dict, to_config_dict
 from clip_jax.data.images import Preprocess
 from clip_jax.errors import ConfigError, UserError
+from clip_jax.interop.initial import read_initial
 from clip_jax.interop.names import leaves_by_path
 from clip_jax.interop.open_clip import write_open_clip
 from clip_jax.interop.weights import Weights
@@ -19,7 +20,6 @@ from clip_jax.models.clip import CLIP, init_variables
 from clip_jax.models.resolution import resize_positions
 from clip_jax.models.variants import ModelConfig, ResNetConfig
 from clip_jax.partition import make_mesh
-from clip_jax.training.initial import read_initial
 from clip_jax.training.optim import make_optimizer
 from clip_jax.training.state import create_state, start_from
 

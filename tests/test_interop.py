@@ -568,12 +568,15 @@ def test_a_stablehlo_export_with_classes(tmp_path, capsys):
     [
         (["--layout=open_clip", "--prompts=photo"], "--prompts has no meaning without --classes"),
         (["--layout=stablehlo", "--classes={empty}"], "empty.txt holds nothing; there must be a text on each line"),
+        (["--layout=stablehlo", "--classes={twice}"], "the label 'cat' is there twice"),
     ],
 )
 def test_mistakes_of_an_export_are_one_line(arguments, message, tmp_path, capsys):
     write_open_clip(tmp_path, weights_of("vit"))
     (tmp_path / "empty.txt").write_text("\n \n")
-    given = [argument.format(empty=tmp_path / "empty.txt") for argument in arguments]
+    (tmp_path / "twice.txt").write_text("cat\ndog\ncat\n")
+    files = {name: tmp_path / f"{name}.txt" for name in ("empty", "twice")}
+    given = [argument.format(**files) for argument in arguments]
     with pytest.raises(SystemExit) as ended:
         cli.main(["export", str(tmp_path), str(tmp_path / "out"), *given])
     assert ended.value.code == 2

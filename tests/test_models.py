@@ -10,7 +10,7 @@ import pytest
 
 import clip_jax
 from clip_jax.errors import UserError
-from clip_jax.models.clip import CLIP, forward, forward_train, init_variables, unit
+from clip_jax.models.clip import CLIP, count_parameters, forward, forward_train, init_variables, unit
 from clip_jax.models.layers import Block, BlockInit
 from clip_jax.models.variants import (
     PARAMETERS,
@@ -24,7 +24,6 @@ from clip_jax.models.variants import (
 )
 from clip_jax.models.vit import drop_patches, patchify
 from clip_jax.rules import leaf_paths
-from clip_jax.training.state import count_parameters
 
 SMALL = ModelConfig(
     embed_dim=24,

@@ -26,8 +26,8 @@ from clip_jax.evals.embedding import Embedder
 from clip_jax.evals.evaluation import Evaluated, Evaluation
 from clip_jax.models.clip import CLIP
 from clip_jax.partition import make_mesh
+from clip_jax.processes.preemption import PreemptedError
 from clip_jax.run import watchdog
-from clip_jax.run.preemption import PreemptedError
 from clip_jax.run.trainer import train
 from clip_jax.run.watchdog import Watchdog
 
@@ -150,7 +150,7 @@ def test_a_batch_of_prompts_is_left_as_one_of_images_is():
 
 STUCK = """
 import os, signal, sys, time
-from clip_jax.run.preemption import Preemption
+from clip_jax.processes.preemption import Preemption
 with Preemption({grace}):
     os.kill(os.getpid(), signal.SIGTERM)
     {then}

@@ -16,7 +16,7 @@ from clip_jax.config import LossConfig, OptimConfig, from_config_dict, to_config
 from clip_jax.data.loader import open_training_data
 from clip_jax.data.records import REASONS
 from clip_jax.errors import UserError
-from clip_jax.run.distributed import free_port
+from clip_jax.processes.distributed import free_port
 from clip_jax.run.overfit import NEAR, Overfit, advice, check_config, overfit_one_batch
 from clip_jax.training.losses import chance_loss, least_loss, sigmoid_loss, softmax_loss
 from clip_jax.training.optim import learning_rate
@@ -214,7 +214,7 @@ sys.path.insert(0, "tests")
 from test_overfit import RUN
 
 from clip_jax.config import DistributedConfig
-from clip_jax.run.distributed import processes
+from clip_jax.processes.distributed import processes
 
 address, index, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 explicit = DistributedConfig("explicit", address, count, index, address, 120)

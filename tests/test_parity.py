@@ -30,14 +30,14 @@ from clip_jax.interop.hugging_face import config_to_hugging_face
 from clip_jax.interop.names import from_torch, to_torch
 from clip_jax.interop.open_clip import config_from_open_clip
 from clip_jax.interop.weights import Weights
-from clip_jax.models.clip import CLIP, forward, forward_train, init_variables
+from clip_jax.models.clip import CLIP, count_parameters, forward, forward_train, init_variables
 from clip_jax.models.flops import image_flops, text_flops
 from clip_jax.models.variants import VARIANTS, ViTConfig, model_config
 from clip_jax.partition import make_mesh, place_rows
 from clip_jax.pretrained import Pretrained
 from clip_jax.training.losses import softmax_loss
 from clip_jax.training.optim import learning_rate, make_optimizer
-from clip_jax.training.state import TrainState, count_parameters
+from clip_jax.training.state import TrainState
 from clip_jax.training.step import make_train_step
 
 SMALL = {"ViT": SMALL_VIT, "RN": SMALL_RESNET}

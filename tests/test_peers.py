@@ -8,7 +8,7 @@ import time
 import pytest
 
 from clip_jax.errors import RESTART
-from clip_jax.run.peers import Addresses, Peers, join_peers
+from clip_jax.processes.peers import Addresses, Peers, join_peers
 
 
 class Exits(list):
@@ -76,7 +76,7 @@ def test_messages_keep_processes_from_counting_as_lost(star):
 
 
 def test_a_process_that_failed_gives_its_exit_code_to_all(star, monkeypatch, capsys):
-    monkeypatch.setattr("clip_jax.run.peers._LEAVE_S", 0.3)
+    monkeypatch.setattr("clip_jax.processes.peers._LEAVE_S", 0.3)
     peers, sockets, exits = star(3)
     peers[1].fail(2)
     sockets[0].shutdown(socket.SHUT_RDWR)
@@ -129,7 +129,7 @@ def test_a_process_that_cannot_connect_goes_on_without(capsys):
 
 @pytest.mark.parametrize("codes", [(RESTART, 2), (2, RESTART)])
 def test_the_first_failure_names_the_code(star, monkeypatch, codes):
-    monkeypatch.setattr("clip_jax.run.peers._LEAVE_S", 0.3)
+    monkeypatch.setattr("clip_jax.processes.peers._LEAVE_S", 0.3)
     peers, sockets, exits = star(3)
     peers[1].fail(codes[0])
     assert exits[0].within(2) == [codes[0]]

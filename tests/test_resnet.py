@@ -12,11 +12,11 @@ from jax.sharding import NamedSharding
 from random_weights import random_like
 
 from clip_jax.config import MeshConfig
+from clip_jax.models.clip import count_parameters
 from clip_jax.models.resnet import ModifiedResNet, average_pool
 from clip_jax.models.variants import VARIANTS, ModelConfig, ResNetConfig, TextConfig
 from clip_jax.partition import ROWS, make_mesh
 from clip_jax.rules import leaf_paths
-from clip_jax.training.state import count_parameters
 
 SMALL = ResNetConfig(image_size=64, width=16, heads=8, layers=(1, 2, 1, 1))
 TINY = ResNetConfig(image_size=32, width=8, heads=4, layers=(1, 1, 1, 1))  # where several programs are compiled

@@ -19,7 +19,7 @@ from clip_jax.evals.job import EvalJob
 from clip_jax.evals.retrieval import nearest, nearest_rows, recalls
 from clip_jax.evals.tasks import evaluate
 from clip_jax.partition import make_mesh, place_whole, replicated, row_sharding
-from clip_jax.run.distributed import free_port
+from clip_jax.processes.distributed import free_port
 
 ROOT = Path(__file__).parent.parent
 
@@ -146,7 +146,7 @@ def test_an_image_without_a_caption_is_named(model, model_dir, tmp_path):
 TWO_PROCESSES = """
 import json, sys
 from clip_jax.config import DistributedConfig
-from clip_jax.run.distributed import processes
+from clip_jax.processes.distributed import processes
 
 model, jobs, out, cache, address, index, count = sys.argv[1:]
 explicit = DistributedConfig("explicit", address, int(count), int(index), address, 120)

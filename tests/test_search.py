@@ -16,6 +16,7 @@ from clip_jax import classify, cli
 from clip_jax.classify import classify_images, label_weights, probabilities
 from clip_jax.data.images import Preprocess, decode
 from clip_jax.errors import UserError
+from clip_jax.evals.store import FORMAT, VectorStore, embedding_column, vectors_of
 from clip_jax.interop.open_clip import write_open_clip
 from clip_jax.interop.read import read_weights
 from clip_jax.interop.weights import Weights
@@ -23,7 +24,6 @@ from clip_jax.pretrained import Pretrained
 from clip_jax.search import sheet
 from clip_jax.search.index import Item, SearchIndex, build_index, exact_neighbours, perturbed
 from clip_jax.search.query import Hit, open_searcher
-from clip_jax.search.store import FORMAT, VectorStore, embedding_column, vectors_of
 
 
 def write_vectors(folder, vectors, *, shard=5_000):

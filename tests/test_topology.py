@@ -16,7 +16,7 @@ from states import assert_same_bits
 from topology_leg import leg
 
 from clip_jax.config import MeshConfig
-from clip_jax.run.distributed import free_port
+from clip_jax.processes.distributed import free_port
 
 ROOT = Path(__file__).parent.parent
 

@@ -21,7 +21,7 @@ from clip_jax.data.loader import open_training_data
 from clip_jax.models.clip import CLIP
 from clip_jax.models.variants import ResNetConfig, TextConfig
 from clip_jax.partition import make_mesh
-from clip_jax.run.distributed import processes
+from clip_jax.processes.distributed import processes
 from clip_jax.training.optim import make_optimizer
 from clip_jax.training.state import TrainState, abstract_state, create_state
 from clip_jax.training.step import make_train_step, place_batch

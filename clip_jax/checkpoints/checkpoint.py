@@ -41,7 +41,7 @@ from clip_jax.data.storage import steps_in
 from clip_jax.errors import UserError, one_line
 from clip_jax.models.clip import CLIP, Variables, init_variables
 from clip_jax.models.variants import ModelConfig
-from clip_jax.run.distributed import any_process, from_first
+from clip_jax.processes.distributed import any_process, from_first
 from clip_jax.training.state import TrainState, from_average, to_average
 
 _JSON_ITEMS = ("data", "config", "metadata")

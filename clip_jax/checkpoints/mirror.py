@@ -19,8 +19,8 @@ import jax
 from clip_jax.checkpoints import lock
 from clip_jax.data.storage import bring, file_system, find, steps_in
 from clip_jax.errors import RestartError, UserError, one_line
-from clip_jax.run.distributed import any_process
-from clip_jax.run.preemption import PreemptedError
+from clip_jax.processes.distributed import any_process
+from clip_jax.processes.preemption import PreemptedError
 
 LIST = "files.json"
 """Says in a copied checkpoint's folder that it is whole, and of what."""

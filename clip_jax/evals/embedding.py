@@ -14,7 +14,7 @@ from clip_jax.data.records import Records
 from clip_jax.errors import OutageError
 from clip_jax.models.clip import CLIP, Variables, image_features, probe_features, text_features
 from clip_jax.partition import place_rows, replicated
-from clip_jax.run.distributed import any_process
+from clip_jax.processes.distributed import any_process
 
 Tokenize = Callable[[Sequence[str]], np.ndarray]
 

@@ -1,6 +1,6 @@
 """Features of a dataset's images on disk: embedded once, and gone on with where a run was stopped.
 
-The folder is one of `clip_jax.search.store`: shards of consecutive records, each whole or not there, and what was
+The folder is one of `clip_jax.evals.store`: shards of consecutive records, each whole or not there, and what was
 embedded with what, so that another model's features are never taken for this one's. Only the first process reads and
 writes it.
 """
@@ -19,8 +19,8 @@ from clip_jax.data.labelled import LabelledSource
 from clip_jax.data.reading import Subset
 from clip_jax.data.records import Records
 from clip_jax.evals.embedding import ImageFeatures
-from clip_jax.run.distributed import from_first
-from clip_jax.search.store import FORMAT, VectorStore, embedding_column, vectors_of
+from clip_jax.evals.store import FORMAT, VectorStore, embedding_column, vectors_of
+from clip_jax.processes.distributed import from_first
 
 SHARD = 8_192
 

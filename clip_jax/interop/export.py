@@ -4,7 +4,7 @@ The comparison runs both sides on one fixed input: ours as read back and, where 
 layout is for. The folder appears whole, with its model card, or not at all.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +16,6 @@ import numpy as np
 from clip_jax.data.images import normalize
 from clip_jax.data.storage import folder_appearing
 from clip_jax.errors import UserError, did_you_mean, one_line
-from clip_jax.evals.zero_shot import class_weights
 from clip_jax.interop import judges
 from clip_jax.interop.hugging_face import read_hugging_face, write_hugging_face
 from clip_jax.interop.model_card import write_model_card
@@ -26,7 +25,6 @@ from clip_jax.interop.openai import read_openai, write_openai
 from clip_jax.interop.stablehlo import read_stablehlo, write_stablehlo
 from clip_jax.interop.weights import Weights
 from clip_jax.models.clip import CLIP, forward
-from clip_jax.pretrained import Pretrained
 
 BOUND = 1e-4
 """The largest difference of unit features with which an export is kept."""
@@ -69,7 +67,7 @@ def export(
       folder: must not exist; it appears only when all is written and compared.
       layout: one of LAYOUTS.
       source: where the weights came from, for the card.
-      classes: what a `stablehlo` export can tell apart by itself; see `classes_of`.
+      classes: what a `stablehlo` export can tell apart by itself.
 
     Returns:
       (what read the export, the largest difference of its unit features from the original's).
@@ -87,22 +85,6 @@ def export(
         comparisons = _compare(weights, partial, LAYOUTS[layout])
         write_model_card(partial, weights, layout=layout, source=source, comparisons=comparisons)
     return comparisons
-
-
-def classes_of(weights: Weights, names: Sequence[str], templates: Sequence[str]) -> Classes:
-    """Returns classes with their zero-shot weights.
-
-    Args:
-      weights: the model.
-      names: what to tell apart.
-      templates: prompts in which `{}` stands for a name.
-    """
-    model = Pretrained(weights)
-
-    def embed(texts: Sequence[str]) -> np.ndarray:
-        return np.asarray(model.encode_text(model.tokenize(texts), normalize=True))
-
-    return Classes(tuple(names), class_weights(embed, names, templates))
 
 
 def features_of(weights: Weights, given: _Input) -> Features:

@@ -16,9 +16,8 @@ from clip_jax.data.images import Preprocess
 from clip_jax.errors import ConfigError, one_line
 from clip_jax.interop.names import WeightsError
 from clip_jax.interop.torch_file import LFS_POINTER
-from clip_jax.models.clip import Variables
+from clip_jax.models.clip import Variables, count_parameters
 from clip_jax.models.variants import ModelConfig, ResNetConfig, TextConfig, ViTConfig, model_config, variant_name
-from clip_jax.training.state import count_parameters
 
 HEAD_WIDTH = 64
 """Channels of an attention head in all of the paper's models; weights do not show it."""

@@ -224,3 +224,8 @@ def scale_and_bias(model: CLIP, variables: Variables) -> tuple[Float[Array, ""],
 def unit(features: Float[Array, "*b e"]) -> Float[Array, "*b e"]:
     """Scales vectors to unit length, without an epsilon, as openai/CLIP does."""
     return features / jnp.linalg.norm(features, axis=-1, keepdims=True)
+
+
+def count_parameters(params: Any) -> int:
+    """Returns the number of parameters; arrays or shapes."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -19,6 +19,7 @@ from clip_jax.chips import Topology
 from clip_jax.config import RunConfig
 from clip_jax.console import plain_table
 from clip_jax.errors import UserError, one_line
+from clip_jax.models.clip import count_parameters
 from clip_jax.models.flops import image_flops, text_flops
 from clip_jax.models.variants import REMATS, ResNetConfig, variant_name
 from clip_jax.partition import row_sharding
@@ -26,7 +27,7 @@ from clip_jax.planning import gpu_compiler
 from clip_jax.planning.hlo import Collective, collectives
 from clip_jax.planning.utilization import StepFlops
 from clip_jax.training.program import make_program
-from clip_jax.training.state import TrainState, count_parameters
+from clip_jax.training.state import TrainState
 
 DAY = 86_400
 

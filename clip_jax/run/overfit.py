@@ -19,8 +19,9 @@ from clip_jax.config import RunConfig
 from clip_jax.data.loader import TrainingData, open_training_data
 from clip_jax.data.records import REASONS
 from clip_jax.errors import UserError
+from clip_jax.run.fresh import fresh_state, initial_of
 from clip_jax.training.losses import chance_loss, least_loss
-from clip_jax.training.program import fresh_state, initial_of, make_program
+from clip_jax.training.program import make_program
 from clip_jax.training.step import place_batch
 
 NEAR = 0.02

@@ -17,7 +17,7 @@ import jax
 from clip_jax.errors import one_line
 
 SIGNAL = signal.SIGUSR1
-"""SIGTERM and Ctrl-C end a run (`clip_jax.run.preemption`); nothing else uses this one, and data workers ignore it."""
+"""SIGTERM and Ctrl-C end a run (`processes/preemption.py`); nothing else uses this one, and data workers ignore it."""
 
 _LOG = logging.getLogger(__name__)
 

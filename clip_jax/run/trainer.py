@@ -24,17 +24,19 @@ from clip_jax.data.skips import Skips, batches_between
 from clip_jax.errors import OutageError, RestartError, UserError, one_line
 from clip_jax.evals.evaluation import Evaluated, Evaluation, scalars
 from clip_jax.evals.held_out import HeldOut
-from clip_jax.evals.report import report_training, report_zero_shot
+from clip_jax.models.clip import count_parameters
 from clip_jax.models.variants import variant_name
+from clip_jax.processes.preemption import PreemptedError, Preemption
+from clip_jax.run.fresh import fresh_state, initial_of
 from clip_jax.run.health import Rewind
 from clip_jax.run.monitor import Monitor
-from clip_jax.run.preemption import PreemptedError, Preemption
 from clip_jax.run.profiling import Profiler
+from clip_jax.run.report import report_training, report_zero_shot
 from clip_jax.run.startup import Startup
 from clip_jax.run.watchdog import Watchdog
 from clip_jax.training.losses import chance_loss
-from clip_jax.training.program import Program, fresh_state, initial_of, make_program
-from clip_jax.training.state import TrainState, count_parameters
+from clip_jax.training.program import Program, make_program
+from clip_jax.training.state import TrainState
 from clip_jax.training.step import place_batch
 
 T = TypeVar("T")

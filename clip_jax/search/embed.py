@@ -31,9 +31,9 @@ from clip_jax.data.records import UNREACHABLE, Record, RecordError, Source
 from clip_jax.data.tar_source import TarSource
 from clip_jax.errors import UserError
 from clip_jax.evals.embedding import Embedder
+from clip_jax.evals.store import FORMAT, Kind, VectorStore, embedding_column
 from clip_jax.partition import make_mesh, replicated
 from clip_jax.pretrained import Pretrained
-from clip_jax.search.store import FORMAT, Kind, VectorStore, embedding_column
 
 _READ_AT_ONCE = 64
 
@@ -108,7 +108,7 @@ def embed(
 
     Args:
       source: the records.
-      folder: where to; see `clip_jax.search.store`. May be remote.
+      folder: where to; see `clip_jax.evals.store`. May be remote.
       model: whose towers are used, over all devices of this process.
       model_source: where `clip_jax.load` finds it.
       options: what is made of the records.

@@ -22,7 +22,7 @@ import pyarrow
 from clip_jax.console import plain_table
 from clip_jax.data.storage import folder_appearing
 from clip_jax.errors import UserError, one_line
-from clip_jax.search.store import Kind, VectorStore, vectors_of
+from clip_jax.evals.store import Kind, VectorStore, vectors_of
 
 EXACT_LIMIT = 100_000
 """Up to so many vectors are searched exactly."""

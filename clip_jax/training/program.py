@@ -1,7 +1,7 @@
 """From a run's config to the program that trains it, before there is any data or any array."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -12,11 +12,8 @@ from clip_jax.models.clip import CLIP
 from clip_jax.partition import check_batch, make_mesh
 from clip_jax.training.gradient_cache import check_micro_batch
 from clip_jax.training.optim import make_optimizer
-from clip_jax.training.state import TrainState, abstract_state, create_state, start_from
+from clip_jax.training.state import TrainState, abstract_state, create_state
 from clip_jax.training.step import TrainStep, make_train_step
-
-if TYPE_CHECKING:
-    from clip_jax.training.initial import Initial
 
 
 class Program(NamedTuple):
@@ -62,18 +59,3 @@ def make_program(config: RunConfig, *, devices: Sequence[Any] | None = None) -> 
         make_train_step(model, optimizer, config, mesh=mesh, state=target),
         lambda: create_state(model, optimizer, seed=config.seed, **layout),
     )
-
-
-def initial_of(config: RunConfig, program: Program) -> "Initial | None":
-    """Returns the weights that the config names to start from, refused where they do not fit."""
-    if not config.init_from:
-        return None
-    from clip_jax.training.initial import read_initial  # a run from random weights does without the readers
-
-    return read_initial(config, program.target.variables)
-
-
-def fresh_state(program: Program, initial: "Initial | None") -> TrainState:
-    """Returns the state that a run begins with."""
-    state = program.fresh()
-    return state if initial is None else start_from(state, initial.arrays)

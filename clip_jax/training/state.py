@@ -117,8 +117,3 @@ def start_from(state: TrainState, arrays: Mapping[str, np.ndarray]) -> TrainStat
     placed = {name: replaced(tree) for name, tree in state.variables.items()}
     average = jax.tree.map(jnp.copy, to_average(placed)) if state.ema else {}
     return state.replace(**placed, ema=average)
-
-
-def count_parameters(params: Any) -> int:
-    """Returns the number of parameters; arrays or shapes."""
-    return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -2,8 +2,8 @@
 
 JAX itself finds its peers under SLURM, on Cloud TPUs, under Open MPI and in Kubernetes jobs; what is here decides
 whether to ask it, checks what it would die of without a word (a port in use: SIGSEGV; a coordinator that is not there:
-SIGABRT), and ends a process whose peers are gone, which an ordinary exit would leave hanging. `clip_jax.run.peers` sees
-to it that they notice.
+SIGABRT), and ends a process whose peers are gone, which an ordinary exit would leave hanging.
+`clip_jax.processes.peers` sees to it that they notice.
 """
 
 import os
@@ -22,8 +22,8 @@ from jax.experimental import multihost_utils
 
 from clip_jax.config import DistributedConfig
 from clip_jax.errors import RESTART, RestartError, UserError, one_line
-from clip_jax.run.peers import Addresses, Peers, join_peers
-from clip_jax.run.preemption import PreemptedError
+from clip_jax.processes.peers import Addresses, Peers, join_peers
+from clip_jax.processes.preemption import PreemptedError
 
 SLURM = ("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NODELIST")
 _JAX_LATER_S = 10

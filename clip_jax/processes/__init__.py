@@ -1,0 +1,1 @@
+"""Several processes as one run, and their end: joining, noticing that one is gone or told to stop."""
