@@ -221,6 +221,9 @@ def test_tensorboard_that_is_not_installed_is_said_once(tmp_path, monkeypatch, c
 class BrokenRun:
     """A W&B run whose network is gone."""
 
+    def define_metric(self, *_, **__):
+        pass
+
     def log(self, *_, **__):
         raise ConnectionError("no network")
 
@@ -255,10 +258,12 @@ def test_wandb_that_cannot_begin_is_off_and_says_what_to_do(tmp_path, monkeypatc
     ]
 
 
-def test_wandb_gets_config_and_steps(tmp_path, monkeypatch):
+def test_wandb_gets_config_and_steps_also_those_before_its_own(tmp_path, monkeypatch):
     calls: list[Any] = []
     run = types.SimpleNamespace(
-        log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append("end")
+        define_metric=lambda name, step_metric: calls.append((name, step_metric)),
+        log=calls.append,
+        finish=lambda: calls.append("end"),
     )
     fake = types.SimpleNamespace(init=lambda **arguments: calls.append(arguments) or run)
     monkeypatch.setitem(sys.modules, "wandb", fake)
@@ -266,9 +271,11 @@ def test_wandb_gets_config_and_steps(tmp_path, monkeypatch):
     for _ in range(2):
         with MetricWriter(tmp_path, tensorboard=False, wandb=arguments, run_config={"batch": 3}) as writer:
             writer.write(4, {"loss": 1.0})
+            writer.write(3, {"loss": 2.0})
             writer.flush()
     begun = arguments | {"dir": str(tmp_path), "config": {"batch": 3}, "resume": "allow", "id": calls[0]["id"]}
-    assert calls == [begun, (4, {"loss": 1.0}), "end"] * 2  # a resumed run keeps its id
+    rows = [{"step": 4, "loss": 1.0}, {"step": 3, "loss": 2.0}]
+    assert calls == [begun, ("*", "step"), *rows, "end"] * 2  # a resumed run keeps its id
 
 
 def test_wandb_that_is_not_installed_is_a_users_error(tmp_path, monkeypatch):

@@ -202,7 +202,10 @@ class TensorBoardBackend:
 
 
 class WandbBackend:
-    """A Weights & Biases run."""
+    """A Weights & Biases run; its curves are over our own `step`, for W&B's only grows, and drops what is before it.
+
+    A step comes again when a run goes back to a checkpoint.
+    """
 
     def __init__(self, workdir: Path, arguments: Mapping[str, Any], run_config: Mapping[str, Any] | None) -> None:
         try:
@@ -213,10 +216,11 @@ class WandbBackend:
             ) from None
         options = {"dir": str(workdir), "id": _wandb_id(workdir), "resume": "allow", "config": dict(run_config or {})}
         self._run = wandb.init(**(options | dict(arguments)))
+        self._run.define_metric("*", step_metric="step")
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Logs the scalars."""
-        self._run.log(dict(scalars), step=step)
+        self._run.log({"step": step, **scalars})
 
     def flush(self) -> None:
         """Does nothing: W&B's own process sends what it was given."""
