@@ -375,7 +375,7 @@ def _export(arguments: argparse.Namespace) -> None:
     weights = read_weights(arguments.source, image_size=arguments.image_size, activation=arguments.activation)
     classes = None
     if arguments.classes is not None:
-        names, chosen = _read_lines(arguments.classes), templates(arguments.prompts or "photo")
+        names, chosen = _read_lines(arguments.classes), templates(arguments.prompts or "photo", where="--prompts")
         classes = Classes(tuple(names), label_weights(Pretrained(weights), names, chosen))
     compared = export(weights, arguments.folder, arguments.layout, source=arguments.source, classes=classes)
     for reader, difference in compared:
@@ -579,7 +579,7 @@ def _classify(arguments: argparse.Namespace) -> None:
     from clip_jax.pretrained import load
 
     _make_folder_of(arguments.plot)
-    prompts = AS_WRITTEN if arguments.prompts is None else templates(arguments.prompts)
+    prompts = AS_WRITTEN if arguments.prompts is None else templates(arguments.prompts, where="--prompts")
     shares = classify_images(load(arguments.model), arguments.images, arguments.labels, templates=prompts)
     orders = [sorted(range(len(row)), key=lambda i, row=row: -row[i]) for row in shares]
     rows = [

@@ -446,7 +446,7 @@ def test_class_names_and_templates_from_text_files(tmp_path):
             ["--suite={useless}"],
             "useless.toml, evaluation 2: --groups has no meaning with --task=zeroshot_retrieval",
         ),
-        (["--dataset={digits}", "--templates=phot"], "no template set 'phot'; did you mean 'photo'"),
+        (["--dataset={digits}", "--templates=phot"], "error: templates: no template set 'phot'; did you mean 'photo'"),
         (
             ["--suite={suite}"],
             "suite.toml, evaluation 1: unknown key dateset; did you mean 'dataset'? (keys: dataset, ",

@@ -568,6 +568,10 @@ def test_a_stablehlo_export_with_classes(tmp_path, capsys):
     [
         (["--layout=open_clip", "--prompts=photo"], "--prompts has no meaning without --classes"),
         (["--layout=stablehlo", "--classes={empty}"], "empty.txt holds nothing; there must be a text on each line"),
+        (
+            ["--layout=stablehlo", "--classes={twice}", "--prompts=phot"],
+            "--prompts: no template set 'phot'; did you mean",
+        ),
         (["--layout=stablehlo", "--classes={twice}"], "the label 'cat' is there twice"),
     ],
 )

@@ -227,7 +227,7 @@ def test_a_checkpoint_of_another_model_is_refused_and_kept(finished, tmp_path):
         ({"mesh": MeshConfig(fsdp=3)}, r"there are 8 devices; dcn_data x data x fsdp must be 8"),
         ({"data": DataConfig(dataset="nothing_here")}, r"'nothing_here' is not in .*file_format='array_record'"),
         ({"data": DataConfig(dataset="digits")}, r"clip-jax data build digits --data[-_]dir"),
-        ({"eval": EvalConfig(dataset="digits", prompts=("digit",))}, r"no template set 'digit'"),
+        ({"eval": EvalConfig(dataset="digits", prompts=("digit",))}, r"^config.eval.prompts: no template set 'digit'"),
     ],
 )
 def test_refusals_write_nothing(change, message, tmp_path):

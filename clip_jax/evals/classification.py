@@ -59,7 +59,7 @@ def open_templates(job: EvalJob, source: LabelledSource) -> tuple[str, ...]:
     if own and not job.templates:
         return prompts.checked(own, str(source))
     named = job.templates or prompts.default_templates(job.called)
-    return prompts.templates(named, dataset=job.called, language=job.language)
+    return prompts.templates(named, dataset=job.called, language=job.language, where="templates")
 
 
 def zero_shot_classification(evaluator: Evaluator, job: EvalJob) -> Found:

@@ -27,7 +27,9 @@ IMAGENET = ("imagenet1k", "imagenet2012", "imagenet_v2", "imagenetv2", "imagenet
 _VERSION = re.compile(r":[\d.]+$")
 
 
-def templates(name: str, *, dataset: str = "", language: str = "en") -> tuple[str, ...]:
+def templates(
+    name: str, *, dataset: str = "", language: str = "en", where: str = "config.eval.prompts"
+) -> tuple[str, ...]:
     """Returns the templates of a set.
 
     Args:
@@ -35,6 +37,7 @@ def templates(name: str, *, dataset: str = "", language: str = "en") -> tuple[st
         text file with one a line; or a JSON file with a list, or with a list by dataset as CLIP_benchmark has it.
       dataset: whose list of several it is.
       language: of CLIP_benchmark's.
+      where: the name was written, for what is said of it.
 
     Raises:
       ConfigError: no such set; the line lists all and guesses the nearest.
@@ -51,7 +54,7 @@ def templates(name: str, *, dataset: str = "", language: str = "en") -> tuple[st
         return checked(_of_file(Path(name), dataset), name)
     known = (*TEMPLATES, *OPEN_CLIP, CLIP_BENCHMARK)
     raise ConfigError(
-        f"config.eval.prompts: no template set {name!r}{did_you_mean(name, known)} (sets: {', '.join(known)}; or a "
+        f"{where}: no template set {name!r}{did_you_mean(name, known)} (sets: {', '.join(known)}; or a "
         ".txt or .json file)"
     )
 

@@ -65,7 +65,7 @@ class SearchIndex:
           nprobe: cells that are searched, where it is to differ.
 
         Raises:
-          UserError: none there, or damaged.
+          UserError: none there, or damaged; or `nprobe` of one that has no cells.
         """
         import faiss
 
@@ -84,7 +84,11 @@ class SearchIndex:
                 f"{self.folder}: {self._index.ntotal:,} vectors, {sum(sizes):,} items and a count of "
                 f"{self.about['count']:,} do not belong together; build the index again"
             )
-        self.nprobe = 0 if self.about["kind"] == "exact" else nprobe or self.about["nprobe"]
+        if nprobe and self.about["kind"] == "exact":
+            raise UserError(
+                f"{self.folder} is an exact index, which has no cells to search {nprobe} of; leave nprobe out"
+            )
+        self.nprobe = nprobe or self.about.get("nprobe", 0)
         if self.nprobe:
             self._index.nprobe = self.nprobe
 
