@@ -228,6 +228,10 @@ def test_a_checkpoint_of_another_model_is_refused_and_kept(finished, tmp_path):
         ({"data": DataConfig(dataset="nothing_here")}, r"'nothing_here' is not in .*file_format='array_record'"),
         ({"data": DataConfig(dataset="digits")}, r"clip-jax data build digits --data[-_]dir"),
         ({"eval": EvalConfig(dataset="digits", prompts=("digit",))}, r"^config.eval.prompts: no template set 'digit'"),
+        (
+            {"eval": EvalConfig(held_out="source=synthetic", held_out_pairs=40, batch=12)},
+            r"config.eval.batch is 12, not divisible by the mesh's 8 devices; use 8 or 16",
+        ),
     ],
 )
 def test_refusals_write_nothing(change, message, tmp_path):

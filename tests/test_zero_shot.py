@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from clip_jax.errors import ConfigError
+from clip_jax.errors import ConfigError, UserError
 from clip_jax.evals.prompts import TEMPLATES, templates
 from clip_jax.evals.zero_shot import ZeroShotResult, class_weights, classify, wilson_interval
 
@@ -43,6 +43,13 @@ def test_classify_against_a_loop():
     assert result.top5 == in_five / 200
     assert result.top1 == np.trace(confusion) / 200
     assert result.images == 200
+
+
+@pytest.mark.parametrize(("labels", "wrong"), [((0, 1, 6), 6), ((0, -1, 5), -1)])
+def test_a_label_that_is_no_classs_is_named(labels, wrong):
+    weights = class_weights(fake_embed, CLASSES, ("{}",))
+    with pytest.raises(UserError, match=f"the dataset has the label {wrong}, and 6 classes are named"):
+        classify(np.zeros((3, 16)), np.array(labels), weights, prompts="p", classes=CLASSES)
 
 
 def test_means_and_mistakes():
