@@ -107,7 +107,7 @@ def load_config(argument: str, overrides: Overrides, *, without_data: bool = Fal
     """
     sys.path.insert(0, str(Path.cwd()))  # config files import each other by their folder's name
     known = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=known)
+    config_flags.DEFINE_config_file("config", flag_values=known, sys_argv=[])  # overrides are taken out of it already
     try:
         known(["clip-jax", f"--config={argument}"])
     except UserError:

@@ -9,7 +9,7 @@ import pytest
 
 import clip_jax
 from clip_jax.cli import main
-from clip_jax.command_line import take_overrides
+from clip_jax.command_line import load_config, take_overrides
 from clip_jax.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
@@ -123,6 +123,17 @@ def test_overrides_are_taken_out_of_argv():
     assert overrides == [("x.y", "1=2"), ("z", "(1, 2)")]
     with pytest.raises(ConfigError, match="--config.z has no value"):
         take_overrides(["train.py", "--config.z", "--workdir=w"])
+
+
+@pytest.mark.filterwarnings("ignore:the load_module")
+def test_commands_take_overrides_as_train_does(monkeypatch):
+    argv = ["clip-jax", "--config.lr=3e-4", "--config.model.remat=dots", "--config.model", "ViT-B/32", DEMO]
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.chdir(ROOT)
+    config = load_config("configs/demo.py", take_overrides(argv)[1])
+    assert (config.optim.lr, config.model.remat, config.model.vision.width) == (3e-4, "dots", 768)
+    with pytest.raises(ConfigError, match=r"unknown key config\.lrr; the nearest is config\.optim\.lr"):
+        load_config("configs/demo.py", [("lrr", "1")])
 
 
 def test_help_and_public_names_do_not_import_jax():
