@@ -66,7 +66,7 @@ class DataConfig:
       uids: of tar shards, a list of the uids that are used, a DataComp `.npy` or text; empty means all.
       weight: how often this source is read, relative to the others of `mixture`.
       mixture: several sources instead of one; each is `key=value,...` of the keys above, and has what it does not say
-        from this section: `("shards=/a/{00..99}.tar,weight=3", "source=tfds,dataset=coco_captions,weight=1")`.
+        from this section: `("source=tars,shards=/a/{00..99}.tar,weight=3", "source=tfds,dataset=coco,weight=1")`.
       build: make the dataset with this package's own builder when it is not there.
       order: `full`, every record shuffled with every other; `window`, blocks of records shuffled, and records within
         windows of blocks, for object stores; `auto`, `window` for remote shards.
@@ -151,6 +151,16 @@ SOURCE_KEYS = (
 )
 """Keys of config.data that a source of config.data.mixture may have of its own."""
 
+_NAMES_DATA = {
+    "dataset": "tfds",
+    "split": "tfds",
+    "shards": "tars",
+    "counts": "tars",
+    "table": "table",
+    "image_root": "table",
+}
+"""Keys that say where pairs lie, and the only source that each is read by."""
+
 
 def data_sources(data: DataConfig) -> tuple[DataConfig, ...]:
     """Returns the sources of a mixture, each as a section of its own; or the section itself.
@@ -170,7 +180,7 @@ def held_out_source(data: DataConfig, evaluation: "EvalConfig") -> DataConfig:
     Raises:
       ConfigError: an unknown key or a wrong value.
     """
-    return parse_source(dataclasses.replace(data, mixture=()), evaluation.held_out, "eval.held_out")
+    return parse_source(dataclasses.replace(data, mixture=(), order="auto"), evaluation.held_out, "eval.held_out")
 
 
 def kind_named(data: str) -> Literal["folder", "source", "table", "tars", "tfds"]:
@@ -211,6 +221,13 @@ def parse_source(base: DataConfig, text: str, where: str) -> DataConfig:
             )
         values[key] = parse(value, types[key], f"{where}.{key}")
     source = dataclasses.replace(base, **values)
+    for key, kind in _NAMES_DATA.items():
+        if values.get(key) and source.source not in (kind, "synthetic"):
+            own = ", ".join(each for each in _NAMES_DATA if _NAMES_DATA[each] == source.source)
+            raise ConfigError(
+                f"config.{where} has {key}={values[key]}, and is of source={source.source}, whose pairs are named by "
+                f"{own}; use these, or write source={kind} beside it"
+            )
     for wrong, message in (*_source_contradictions(source), *_unused_keys(values, (source,))):
         if wrong:
             raise ConfigError(f"config.{where}: {message}")
@@ -379,7 +396,8 @@ class EvalConfig:
       prompts: template sets, see `clip_jax/evals/prompts.py`; each gives a row of the result. Empty means `open_clip`,
         ImageNet's 80, for a dataset of that name, else `photo`.
       held_out: pairs whose contrastive loss is measured, said as what differs from config.data: `split=val`,
-        `shards=/data/val/{00..03}.tar`, `table=val.csv`; as in `data.mixture`, `key=value,...`. Empty means none.
+        `shards=/data/val/{00..03}.tar`, `source=table,table=val.csv`; as in `data.mixture`, `key=value,...`. Empty
+        means none.
       held_out_pairs: their number, one batch for the loss, always the same pairs; 0 means config.batch. Where there are
         fewer, all.
       every: steps between evaluations; 0 means only at the end. Without dataset and held_out it has no meaning, which
@@ -920,9 +938,12 @@ def _data_contradictions(data: DataConfig, evaluation: EvalConfig) -> Iterator[t
         value = getattr(data, name)
         yield not 0 <= value <= 1, f"config.data.{name} is {value}; it must be from 0 to 1"
     if evaluation.held_out:
-        held_out = held_out_source(data, evaluation)
+        held_out, *trained_on = (
+            dataclasses.replace(source, weight=1.0, order="auto")  # which say nothing of what pairs they are
+            for source in (held_out_source(data, evaluation), *data_sources(data))
+        )
         yield (
-            held_out.source != "synthetic" and held_out in data_sources(data),
+            held_out.source != "synthetic" and held_out in trained_on,
             f"config.eval.held_out is {evaluation.held_out!r}, the pairs that the run is trained on; name others by "
             "split, shards or table",
         )
@@ -949,10 +970,11 @@ def _has_captions(data: DataConfig, evaluation: EvalConfig) -> bool:
 
 
 def _source_contradictions(data: DataConfig) -> Iterator[tuple[bool, str]]:
+    named = next((key for key in ("shards", "table") if getattr(data, key)), "")
     yield (
         data.source == "tfds" and not data.dataset,
-        "config.data.dataset is empty; config.data.source='tfds' needs the name of a TFDS dataset "
-        "(or set config.data.source=synthetic)",
+        "config.data.dataset is empty; config.data.source='tfds' needs the name of a TFDS dataset (or set "
+        f"config.data.source={_NAMES_DATA.get(named, 'synthetic')})",
     )
     for source, key, example in (("tars", "shards", "/data/{00000..00999}.tar"), ("table", "table", "/data/pairs.csv")):
         yield (
@@ -960,7 +982,7 @@ def _source_contradictions(data: DataConfig) -> Iterator[tuple[bool, str]]:
             f"config.data.{key} is empty; config.data.source={source!r} needs it, such as {example}",
         )
     yield (
-        data.order == "window" and data.source != "tars",
+        data.order == "window" and data.source not in ("tars", "synthetic"),
         f"config.data.order is 'window', and config.data.source={data.source!r} is read record by record; use 'full'",
     )
     yield (

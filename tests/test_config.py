@@ -251,11 +251,18 @@ def test_a_choice_among_pairs_that_no_source_knows_is_refused(key, value):
             from_config_dict(values | wrong)
 
 
+def test_a_part_of_a_mixture_is_not_read_from_another_source_than_it_names():
+    values = base().to_dict() | {"data": {"dataset": "pairs", "mixture": ("shards=/a.tar,weight=3", "dataset=coco")}}
+    with pytest.raises(ConfigError, match=r"^config.data.mixture\[0\] has shards=/a.tar, and is of source=tfds"):
+        from_config_dict(values)
+
+
 @pytest.mark.parametrize(("key", "value"), CHOICES)
 def test_one_source_that_knows_a_choice_is_enough(key, value):
     tars = {"source": "tars", "shards": "a.tar"}
     mixture = {"mixture": ("shards=a.tar,source=tars", "source=table,table=pairs.csv")}
-    for data in (tars, mixture, {"source": "synthetic"}):  # which `clip-jax plan` takes for data that are not named
+    synthetic = {"source": "synthetic", "order": "window"}  # which `clip-jax plan` takes for data that are not named
+    for data in (tars, mixture, synthetic):
         run = {"data": data | {key: value}, "eval": {"held_out": "source=table,table=val.csv"}}
         assert getattr(from_config_dict(base().to_dict() | run).data, key) == value
 
@@ -363,8 +370,9 @@ RECIPES = {  # of the paper: model, learning rate, β2, ε
 @pytest.mark.parametrize("name", RECIPES)
 def test_paper_configs(name):
     model_name, lr, b2, eps = RECIPES[name]
-    with pytest.raises(ConfigError, match=r"config.data.dataset is empty; .* \(or set config.data.source=synthetic\)"):
-        from_config_dict(load(name))
+    for given, source in ((None, "synthetic"), ("shards=a.tar", "tars"), ("table=a.csv", "table")):
+        with pytest.raises(ConfigError, match=rf"data.dataset is empty; .* \(or set config.data.source={source}\)"):
+            from_config_dict(load(name, given))
     run = from_config_dict(load(name, "data.dataset=pairs"))
     assert variant_name(run.model) == model_name
     assert (run.optim.lr, run.optim.b2, run.optim.eps) == (lr, b2, eps)

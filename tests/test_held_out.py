@@ -158,6 +158,9 @@ def test_where_no_pair_can_be_used(monkeypatch):
         ("split=train", "config.eval.held_out is 'split=train', the pairs that the run is trained on; name others by"),
         ("splits=test", r"config.eval.held_out holds 'splits=test'; it must be key=value .* did you mean 'split'"),
         ("source=tars", r"config.eval.held_out: config.data.shards is empty"),
+        ("split=train,weight=2", "held_out is 'split=train,weight=2', the pairs that the run is trained on"),
+        ("table=val.csv", "held_out has table=val.csv, and is of source=tfds, .* by dataset, split; .* source=table"),
+        ("shards=/val.tar", r"held_out has shards=/val.tar, and is of source=tfds, .* or write source=tars beside it"),
     ],
 )
 def test_held_out_pairs_that_cannot_be(held_out, message):
