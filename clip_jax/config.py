@@ -161,6 +161,9 @@ _NAMES_DATA = {
 }
 """Keys that say where pairs lie, and the only source that each is read by."""
 
+_CHOICES = ("captions", "filters", "uids")
+"""Keys that choose among the pairs or captions of tar shards."""
+
 
 def data_sources(data: DataConfig) -> tuple[DataConfig, ...]:
     """Returns the sources of a mixture, each as a section of its own; or the section itself.
@@ -181,6 +184,14 @@ def held_out_source(data: DataConfig, evaluation: "EvalConfig") -> DataConfig:
       ConfigError: an unknown key or a wrong value.
     """
     return parse_source(dataclasses.replace(data, mixture=(), order="auto"), evaluation.held_out, "eval.held_out")
+
+
+def pairs_named(source: DataConfig) -> dict[str, Any]:
+    """Returns the values by which a source finds its pairs; what other kinds of source read is left out."""
+    read_by = _NAMES_DATA | dict.fromkeys(_CHOICES, "tars") | {"data_dir": "tfds"}
+    kind = source.source
+    keys = [key for key in (*SOURCE_KEYS, "data_dir") if key not in ("weight", "order")]
+    return {key: getattr(source, key) for key in keys if read_by.get(key, kind) == kind}
 
 
 def kind_named(data: str) -> Literal["folder", "source", "table", "tars", "tfds"]:
@@ -938,12 +949,9 @@ def _data_contradictions(data: DataConfig, evaluation: EvalConfig) -> Iterator[t
         value = getattr(data, name)
         yield not 0 <= value <= 1, f"config.data.{name} is {value}; it must be from 0 to 1"
     if evaluation.held_out:
-        held_out, *trained_on = (
-            dataclasses.replace(source, weight=1.0, order="auto")  # which say nothing of what pairs they are
-            for source in (held_out_source(data, evaluation), *data_sources(data))
-        )
+        held_out = held_out_source(data, evaluation)
         yield (
-            held_out.source != "synthetic" and held_out in trained_on,
+            held_out.source != "synthetic" and pairs_named(held_out) in map(pairs_named, data_sources(data)),
             f"config.eval.held_out is {evaluation.held_out!r}, the pairs that the run is trained on; name others by "
             "split, shards or table",
         )
@@ -955,7 +963,7 @@ def _unused_keys(values: Mapping[str, Any], sources: Sequence[DataConfig]) -> It
     Synthetic pairs stand for any, as `clip-jax plan` has them.
     """
     kinds = sorted({source.source for source in sources})
-    for key in ("captions", "filters", "uids"):
+    for key in _CHOICES:
         yield (
             bool(values.get(key)) and not {"tars", "synthetic"}.intersection(kinds),
             f"config.data.{key} is {values.get(key)!r}, which only tar shards know, and config.data.source is "

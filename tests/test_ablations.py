@@ -25,7 +25,7 @@ from clip_jax.ablations.running import LOG, machine_slots, run_sweep
 from clip_jax.ablations.statistics import mean_and_error, paired_difference
 from clip_jax.ablations.sweep import Sweep, arm, as_text, expand, load_sweep, product, zip_
 from clip_jax.command_line import load_config, take_overrides
-from clip_jax.config import DataConfig, RunConfig, as_json
+from clip_jax.config import DataConfig, EvalConfig, RunConfig, as_json
 from clip_jax.errors import ConfigError, UserError
 from clip_jax.evals.figures import BLUE, ORANGE
 from clip_jax.models.clip import CLIP, init_variables
@@ -570,7 +570,7 @@ def test_runs_are_compared(three_arms, tmp_path):
     }
     text = report(found)
     assert "0.6000 ± 0.0577" in text
-    assert "Losses of another kind or batch, or of other held-out pairs, are not compared" in text
+    assert "Losses of another kind or batch, and evaluations of other data, are not compared" in text
     write_comparison(found, tmp_path / "out")
     values = json.loads((tmp_path / "out/compare.json").read_text())
     assert values == as_values(found)
@@ -583,6 +583,32 @@ def test_runs_are_compared(three_arms, tmp_path):
     for colour in (BLUE, ORANGE):
         rgb = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
         assert (np.abs(pixels - rgb).max(axis=-1) <= 2).sum() > 50
+
+
+def test_evaluations_of_other_data_are_not_compared(tmp_path):
+    """Pairs are held out of what a run reads; images and classes are those of the dataset that it names."""
+    tars = DataConfig(source="tars", shards="/a/{0..9}.tar")
+    own, same = EvalConfig(held_out="source=tfds,dataset=pairs"), "/b/{0..9}.tar"
+    arms = {
+        "base": dataclasses.replace(BASE, data=tars, eval=own),
+        "same": dataclasses.replace(BASE, data=dataclasses.replace(tars, shards=same, uids="u.npy"), eval=own),
+        "split": dataclasses.replace(BASE, data=tars, eval=dataclasses.replace(own, held_out=own.held_out + "2")),
+        "inherited": dataclasses.replace(BASE, data=dataclasses.replace(tars, data_dir="/other"), eval=own),
+        "images": dataclasses.replace(BASE, data=tars, eval=dataclasses.replace(own, classes="names.txt")),
+        "none": dataclasses.replace(BASE, data=DataConfig(mixture=("source=table,table=a.csv",))),
+    }
+    for name, config in arms.items():
+        write_run(tmp_path / name / "seed0", config, top1=0.5)
+        with (tmp_path / name / "seed0/metrics.jsonl").open("a") as file:
+            print(json.dumps({"step": config.steps, "held_out/loss": 1.0, "held_out/accuracy": 0.5}), file=file)
+    found = compare([tmp_path], baseline="base")
+    zero_shot = ("zero_shot/photo/top1", ["inherited", "same"])
+    for metric, alike in (("held_out/loss", ["images", "same"]), zero_shot):
+        assert [arm for arm, name in found.differences if name == metric and arm in alike] == alike
+    assert ("split", "held_out/accuracy") not in found.differences
+    assert ("inherited", "held_out/loss") not in found.differences
+    assert ("images", "zero_shot/photo/top1") not in found.differences
+    assert "Losses of another kind or batch, and evaluations of other data, are not compared" in report(found)
 
 
 def test_baseline_and_metrics_are_chosen_by_name(three_arms):

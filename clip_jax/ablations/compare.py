@@ -1,7 +1,7 @@
 """Several runs side by side: what differs in their configs, what they reached, and whether that is more than noise.
 
-Runs that differ in nothing but their seeds are one arm. Losses are compared only between arms whose losses mean the
-same, evaluations always.
+Runs that differ in nothing but their seeds are one arm. Losses and evaluations are compared only between arms of which
+they mean the same.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from typing import Any
 from clip_jax.ablations.runs import FinishedRun, RunArm, compared_config, find_runs, group_by_arm
 from clip_jax.ablations.statistics import Difference, mean_and_error, paired_difference
 from clip_jax.ablations.sweep import as_text, short_key
-from clip_jax.config import HELD_OUT_METRICS, RunConfig
+from clip_jax.config import HELD_OUT_METRICS, RunConfig, held_out_source, pairs_named
 from clip_jax.console import clock, plain_table
 from clip_jax.errors import UserError, did_you_mean
 from clip_jax.models.flops import pair_flops
@@ -54,7 +54,7 @@ class Comparison:
       arms: in order of appearance.
       baseline: name of the arm that the others are compared with.
       metrics: names.
-      differences: as `paired_difference` gives them; a loss that means something else has none.
+      differences: as `paired_difference` gives them; a metric that means something else has none.
       left_out: runs that have not come to their end, each with what it lacks.
     """
 
@@ -192,15 +192,19 @@ def _pair_flops(config: RunConfig) -> int:
 
 def _mean_the_same(name: str, *configs: RunConfig) -> bool:
     """Whether these runs' values of a metric can be compared: a loss depends on its kind, and on how many pairs it is
-    over."""
+    over, and an evaluation on its data."""
+    first, *others = [_meaning(name, config) for config in configs]
+    return all(other == first for other in others)
+
+
+def _meaning(name: str, config: RunConfig) -> tuple[Any, ...]:
+    evaluation = config.eval
     if name == LOSS:
-        meanings = {(config.loss.kind, config.batch) for config in configs}
-    elif name in HELD_OUT_METRICS:
-        evals = [(config.eval.held_out, config.eval.held_out_pairs or config.batch) for config in configs]
-        meanings = {(config.loss.kind, *pairs) for config, pairs in zip(configs, evals, strict=True)}
-    else:
-        return True
-    return len(meanings) == 1
+        return config.loss.kind, config.batch
+    if name in HELD_OUT_METRICS:
+        pairs = pairs_named(held_out_source(config.data, evaluation)) if evaluation.held_out else {}
+        return config.loss.kind, pairs, evaluation.held_out_pairs or config.batch
+    return evaluation.dataset, evaluation.split, evaluation.label_key, evaluation.classes
 
 
 def _known(what: str, name: str, known: Sequence[str]) -> str:
@@ -248,8 +252,8 @@ def _notes(comparison: Comparison) -> list[str]:
     compared = [arm.arm.name for arm in comparison.arms if arm.arm.name != comparison.baseline]
     if any((arm, name) not in comparison.differences for arm in compared for name in comparison.metrics):
         notes.append(
-            "Losses of another kind or batch, or of other held-out pairs, are not compared with the baseline's: they "
-            "mean something else."
+            "Losses of another kind or batch, and evaluations of other data, are not compared with the baseline's: "
+            "they mean something else."
         )
     revisions: dict[str, list[str]] = {}
     for run in (run for each in comparison.arms for run in each.arm.runs.values()):
