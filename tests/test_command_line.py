@@ -99,6 +99,17 @@ def test_nothing_is_written_to_a_url(command, tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.filterwarnings("ignore:the load_module")
+def test_a_home_is_found_where_the_shell_leaves_it(tmp_path, monkeypatch, capsys):
+    """Bash takes `~` for a home at the beginning of a word, and not in --out=~/expanded."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(ROOT)
+    main(["sweep", "expand", "configs/sweeps/demo_loss.py", "--out=~/expanded", "--runs=~/runs"])
+    assert f"--workdir={tmp_path}/runs/" in (tmp_path / "expanded/demo_loss.sh").read_text()
+    assert not (ROOT / "~").exists()
+    capsys.readouterr()
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [

@@ -65,12 +65,13 @@ def test_a_damaged_program_is_compiled_again(tmp_path):
     code = f"""
 import jax, sys
 from clip_jax.run.startup import Startup, keep_programs
-keep_programs({str(tmp_path)!r})
+keep_programs("~/{tmp_path.name}")
 startup = Startup()
 assert jax.jit(lambda x: x * 3 + 1)(jax.numpy.arange(4.0)).tolist() == [1, 4, 7, 10]
 print(int(startup.metrics()["startup/programs_compiled"]), int(startup.metrics()["startup/programs_read"]))
 """
     environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    environment["HOME"] = str(tmp_path.parent)
 
     def run():
         found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, text=True, capture_output=True)

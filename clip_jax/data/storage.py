@@ -359,7 +359,7 @@ def local_path(given: str, path: str) -> Path:
 
     Args:
       given: as what the path was, such as `--workdir`.
-      path: that was.
+      path: that was; may begin with `~`, which shells leave as it is behind a `=`.
 
     Raises:
       UserError: a URL, of which `Path` would make a folder `gs:` on each host.
@@ -369,7 +369,7 @@ def local_path(given: str, path: str) -> Path:
             f"{given}={path}: it must be on a disk, or on a share that every process sees (NFS, Filestore, a bucket "
             "mounted by gcsfuse), and is a URL"
         )
-    return Path(path)
+    return Path(os.path.expanduser(path))
 
 
 def digest(*values: object) -> str:

@@ -216,7 +216,7 @@ def datasets_root(data_dir: str) -> Path:
       UserError: a URL.
     """
     given = "data_dir" if data_dir else "TFDS_DATA_DIR"
-    return local_path(given, data_dir or os.environ.get(given) or "~/tensorflow_datasets").expanduser()
+    return local_path(given, data_dir or os.environ.get(given) or "~/tensorflow_datasets")
 
 
 def prepare_command(dataset: str, root: Path) -> str:

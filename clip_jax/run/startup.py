@@ -36,6 +36,7 @@ def keep_programs(folder: str) -> None:
     """
     if not folder:
         return
+    folder = os.path.expanduser(folder)  # as shells do, but for what stands behind a `=`
     try:
         epath.Path(folder).mkdir(parents=True, exist_ok=True)
     except Exception as error:  # of any kind: stores have their own
