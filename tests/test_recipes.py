@@ -1,5 +1,7 @@
 """Every page's commands are understood, and their configs accepted; the chain of recipes runs on the demo."""
 
+import dataclasses
+import importlib.util
 import os
 import re
 import shlex
@@ -18,6 +20,7 @@ from clip_jax.config import RunConfig
 from clip_jax.interop.names import leaves_by_path
 from clip_jax.interop.read import read_weights
 from clip_jax.models.variants import model_config
+from clip_jax.typed import flatten, resolve_key
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module.. method is deprecated")  # in config_flags
 ROOT = Path(__file__).parent.parent
@@ -49,6 +52,20 @@ def test_all_commands_are_understood_and_their_configs_accepted(page, monkeypatc
         assert (config is None) == (not any("--config=" in argument for argument in command))
         if command[0] == "clip-jax":
             cli._parser().parse_args(take_overrides(command[1:])[0])
+
+
+def test_every_flag_of_open_clips_trainer_is_told_what_it_is_here():
+    page = (ROOT / "docs/from_open_clip.md").read_text()
+    config = RunConfig(model_config("ViT-B/32"))
+    for key in re.findall(r"`((?:data|optim|model|loss|eval|log|checkpoint)\.[a-z_.]+)", page.partition("`create_")[0]):
+        assert resolve_key(key, flatten(dataclasses.asdict(config))) == key
+    trainer = importlib.util.find_spec("open_clip_train")
+    if trainer is None:
+        pytest.skip("open_clip is not installed")
+    source = (Path(trainer.submodule_search_locations[0]) / "params.py").read_text()
+    flags = re.findall(r"""["'](--[a-z0-9-]+)["']""", source)
+    assert len(flags) > 80
+    assert [flag for flag in flags if not re.search(rf"{flag}(?![a-z0-9-])", page)] == []
 
 
 def test_lit_locks_what_it_takes_and_finetuning_takes_all(monkeypatch):

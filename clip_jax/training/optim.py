@@ -17,7 +17,7 @@ _MATRICES = (r"/kernel$", True), (r"/embedding$", True)
 _GAINS_AND_BIASES = (r"/(scale|bias)$", False), (r"(^|/)logit_(scale|bias)$", False)
 
 # What weight decay touches. The paper spares gains, biases and the temperature, and so decays embeddings; open_clip
-# also spares the class token and the towers' positions, but not the attention pool's.
+# for timm's optimizers also the class token and the towers' positions, but not the attention pool's.
 DECAY_RULES = {
     "paper": (*_GAINS_AND_BIASES, *_MATRICES, (r"/(class_token|positions)$", True)),
     "open_clip": (
