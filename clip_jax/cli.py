@@ -751,8 +751,8 @@ def _check_mfu(arguments: argparse.Namespace) -> None:
 def _read_config(path: Path) -> dict:
     file = path / "config.json" if path.is_dir() else path
     try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+        return dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{file} is not a run's config: {error}") from None
 
 

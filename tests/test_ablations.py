@@ -325,6 +325,16 @@ def test_a_failed_arm_stops_no_other_and_is_run_again(study, tmp_path, at_once):
     assert (folder / jobs[1].folder / LOG).read_text().count("too high") == 2
 
 
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_a_run_whose_folder_cannot_be_made_stops_no_other(study, at_once):
+    sweep, jobs, folder = study
+    folder.mkdir()
+    (folder / "lr=0.001").touch()
+    outcomes = run_sweep(sweep, jobs, folder, at_once=at_once)
+    assert [outcome.state for outcome in outcomes] == ["failed", "failed", "finished"] * 2
+    assert outcomes[0].note.startswith("it could not be started: [Errno 20] Not a directory: ")
+
+
 def test_another_config_in_a_workdir_is_refused_before_anything_starts(study, tmp_path):
     sweep, jobs, folder = study
     run_sweep(sweep, jobs[:1], folder)

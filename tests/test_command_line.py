@@ -168,5 +168,7 @@ def test_config_diff(tmp_path):
         folder.mkdir()
         (folder / "config.json").write_text(text)
     assert run("config-diff", str(old), str(new), module="clip_jax.cli").stdout == "optim.lr: 1.0 -> 2.0\n"
-    message = refused(run("config-diff", str(old), str(tmp_path), module="clip_jax.cli"))
-    assert f"{tmp_path / 'config.json'} is not a run's config" in message
+    (tmp_path / "list.json").write_text("[1]")
+    for other, file in ((tmp_path, tmp_path / "config.json"), (tmp_path / "list.json", tmp_path / "list.json")):
+        message = refused(run("config-diff", str(old), str(other), module="clip_jax.cli"))
+        assert f"{file} is not a run's config" in message

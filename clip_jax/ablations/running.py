@@ -137,6 +137,7 @@ class _Processes:
     def __init__(self, script: Path, lock: int) -> None:
         self._script, self._lock = script, lock
         self.running: dict[Slot, tuple[Job, subprocess.Popen, float, Path]] = {}
+        self._unstarted: list[Outcome] = []
 
     def __enter__(self) -> "_Processes":
         heard = [each for each in _STOPPING if signal.getsignal(each) != signal.SIG_IGN]  # nohup's ignore one
@@ -164,6 +165,12 @@ class _Processes:
         return [slot for slot in slots if slot not in self.running]
 
     def start(self, arguments: Sequence[str], job: Job, workdir: Path, slot: Slot) -> None:
+        try:
+            self._start(arguments, job, workdir, slot)
+        except OSError as error:  # such as a full disk, of which no other run need hear
+            self._unstarted.append(Outcome(job, "failed", note=f"it could not be started: {error}"))
+
+    def _start(self, arguments: Sequence[str], job: Job, workdir: Path, slot: Slot) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, str(self._script), *arguments[1:]]
         with (workdir / LOG).open("a") as log:
@@ -182,6 +189,8 @@ class _Processes:
         self.running[slot] = job, process, time.monotonic(), workdir
 
     def ended(self) -> Iterator[Outcome]:
+        while self._unstarted:
+            yield self._unstarted.pop()
         for slot, (job, process, began, workdir) in list(self.running.items()):
             code = process.poll()
             if code is None:
