@@ -16,7 +16,7 @@ from typing import Any
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from clip_jax.config import RunConfig, from_config_dict, override
+from clip_jax.config import RunConfig, from_config_dict, override_all
 from clip_jax.errors import ConfigError, RestartError, UserError, one_line
 
 Overrides = list[tuple[str, str]]
@@ -89,8 +89,7 @@ def build_config(values: Any, overrides: Overrides, *, file: str | None) -> RunC
     if not isinstance(values, ConfigDict):
         raise ConfigError(f"--config={file}: {_not_a_config(values)}")
     with values.unlocked():
-        for key, text in overrides:
-            override(values, key, text)
+        override_all(values, overrides)
     return from_config_dict(values)
 
 

@@ -604,17 +604,34 @@ def override(config: ConfigDict, key: str, text: str) -> None:
         section[path.rpartition(".")[2]] = parse(text, leaves[path], path)
 
 
+def override_all(config: ConfigDict, pairs: Sequence[tuple[str, str]]) -> None:
+    """Sets values in order, each as `override` does.
+
+    Raises:
+      ConfigError: see `override`; or a model that stands behind one of its sizes, which it would replace.
+    """
+    for number, (key, text) in enumerate(pairs):
+        if key == "model":
+            leaves = leaf_types(_plain(config), RunConfig)
+            for path in (resolve_key(earlier, leaves) for earlier, _ in pairs[:number] if earlier != "model"):
+                if path.startswith(("model.embed_dim", "model.vision.", "model.text.")):
+                    raise ConfigError(f"config.model={text} would replace config.{path}; set that behind the model")
+        override(config, key, text)
+
+
 def apply_argument(config: ConfigDict, argument: str | None) -> ConfigDict:
     """Applies what stands behind the colon in `--config=file.py:batch=4096,fsdp=8`, and returns the config.
 
     Raises:
-      ConfigError: see `override`; or a part that is not `key=value`.
+      ConfigError: see `override_all`; or a part that is not `key=value`.
     """
+    pairs = []
     for part in split_outside_brackets(argument or ""):
         key, equals, text = part.partition("=")
         if not equals:
             raise ConfigError(f"config argument {part!r} is not key=value (such as batch=4096,fsdp=8)")
-        override(config, key.strip(), text.strip())
+        pairs.append((key.strip(), text.strip()))
+    override_all(config, pairs)
     return config
 
 

@@ -175,7 +175,7 @@ def test_an_arms_model_does_not_silently_replace_what_all_arms_set():
     assert {job.config.model.init for job in expand(sweep_of(arms), [("init", "scaled"), ("freeze", "^image/")])} == {
         "scaled"
     }
-    with pytest.raises(ConfigError, match=r"arm 0 .*config.model.vision.layers=2 would be read as 12; the arm's model"):
+    with pytest.raises(ConfigError, match=r"arm 0 .*config.model=ViT-B/16 would replace config.model.vision.layers;"):
         expand(sweep_of(arms), [("vision.layers", "2")])
 
 

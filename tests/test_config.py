@@ -111,6 +111,15 @@ def test_overrides_that_are_refused(key, text, message):
         override(base(), key, text)
 
 
+def test_a_model_behind_one_of_its_sizes_is_refused():
+    """It would replace them without a word."""
+    config = apply_argument(base(), "init=scaled,model=ViT-B/16,image_size=384,text.context=32")
+    assert (config.model.init, config.model.vision.image_size, config.model.text.context) == ("scaled", 384, 32)
+    for size, key in (("image_size=8", "vision.image_size"), ("embed_dim=8", "embed_dim"), ("context=8", "text.con")):
+        with pytest.raises(ConfigError, match=rf"^config.model=ViT-B/16 would replace config.model.{key}.*; set"):
+            apply_argument(base(), f"{size},lr=1e-3,model=ViT-B/16")
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

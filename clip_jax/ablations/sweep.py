@@ -262,7 +262,7 @@ def _resolved(sweep: Sweep, overrides: Sequence[tuple[str, str]], given: Arm, nu
 
 def _check_read_back(where: str, values: Mapping[str, Any], config: RunConfig, types: Mapping[str, Any]) -> None:
     """Refuses a value that is not the config's: one that a command line cannot hold, such as a text in a tuple with a
-    comma in it; or one of all arms, where an arm's model replaces it."""
+    comma in it."""
     found = flatten(dataclasses.asdict(config))
     for key, value in values.items():
         if key == "model":
@@ -270,12 +270,7 @@ def _check_read_back(where: str, values: Mapping[str, Any], config: RunConfig, t
         is_text = isinstance(value, str) and types[key] is not str
         wanted = parse(value, types[key], key) if is_text else tuple(value) if isinstance(value, list) else value
         if found[key] != wanted:
-            why = (
-                "the arm's model has sizes of its own: set it behind that"
-                if "model" in values
-                else "write it otherwise"
-            )
-            raise ConfigError(f"{where}: config.{key}={value!r} would be read as {found[key]!r}; {why}")
+            raise ConfigError(f"{where}: config.{key}={value!r} would be read as {found[key]!r}; write it otherwise")
 
 
 def _leaves(config: RunConfig) -> list[str]:
