@@ -535,7 +535,7 @@ from clip_jax.partition import make_mesh
 from clip_jax.planning.plan import devices_of
 
 simulate_devices(1)
-for name in ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"):
+for name in ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1", "v5e:1x1", "v6e:1x1"):
     topology = parse_topology(name)
     print(name, make_mesh(MeshConfig(), devices=devices_of(topology)).size, topology.devices)
 """
@@ -546,7 +546,7 @@ def test_a_chip_is_one_device_of_a_mesh_and_of_tpu7x_two():
     command = [sys.executable, "-c", EVERY_TPU]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     expected = ["v4:2x2x1 4 4", "v5e:2x2 4 4", "v5p:2x2x1 4 4", "v6e:2x2 4 4", "tpu7x:2x2x1 8 8"]
-    assert found.stdout.splitlines() == expected, found.stderr
+    assert found.stdout.splitlines() == [*expected, "v5e:1x1 1 1", "v6e:1x1 1 1"], found.stderr
 
 
 @needs_libtpu

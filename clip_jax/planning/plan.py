@@ -158,10 +158,12 @@ def devices_of(topology: Topology) -> Sequence[Any]:
         )
     from jax.experimental import topologies
 
-    one_device = {"chip_config_name": "megacore"} if topology.kind == "v4" else {}  # a chip is, as JAX's meshes need it
+    options: dict[str, Any] = {"chip_config_name": "megacore"} if topology.kind == "v4" else {}  # a chip is one device
+    if topology.shape == (1, 1):  # of a host that is cut up: four chips are one, unless told
+        options["chips_per_host_bounds"] = [1, 1, 1]
     try:
         return topologies.get_topology_desc(
-            platform="tpu", topology_name=topology.name, num_slices=topology.slices, **one_device
+            platform="tpu", topology_name=topology.name, num_slices=topology.slices, **options
         ).devices
     except jax.errors.JaxRuntimeError as error:
         raise UserError(f"--topology={topology.name}: there is no such slice: {one_line(error)}") from None
