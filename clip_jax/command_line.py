@@ -40,15 +40,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     """
     if any(re.fullmatch(r"--?help(short|full|xml)?", argument) for argument in argv):
         return app.parse_flags_with_usage(list(argv))
-    try:
-        return flags.FLAGS(list(argv))
-    except UserError:
-        raise
-    except flags.Error as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise UserError(" ".join(dict.fromkeys((lines[0], lines[-1])))) from None
-    except Exception as error:
-        raise ConfigError(describe_failure(error, where="--config")) from error
+    return _parsed(flags.FLAGS, argv)
 
 
 def take_overrides(argv: Sequence[str]) -> tuple[list[str], Overrides]:
@@ -84,10 +76,10 @@ def build_config(values: Any, overrides: Overrides, *, file: str | None) -> RunC
     Raises:
       ConfigError: see `clip_jax.config`.
     """
-    if values is None:
+    if file is None:
         raise ConfigError("--config is missing; name a config file such as --config=configs/demo.py")
     if not isinstance(values, ConfigDict):
-        raise ConfigError(f"--config={file}: {_not_a_config(values)}")
+        raise ConfigError(f"--config={file}: {_not_a_config(values, file)}")
     with values.unlocked():
         override_all(values, overrides)
     return from_config_dict(values)
@@ -107,12 +99,7 @@ def load_config(argument: str, overrides: Overrides, *, without_data: bool = Fal
     sys.path.insert(0, str(Path.cwd()))  # config files import each other by their folder's name
     known = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=known, sys_argv=[])  # overrides are taken out of it already
-    try:
-        known(["clip-jax", f"--config={argument}"])
-    except UserError:
-        raise
-    except Exception as error:
-        raise ConfigError(describe_failure(error, where="--config")) from error
+    _parsed(known, ["clip-jax", f"--config={argument}"])
     values, file = known.config, config_flags.get_config_filename(known["config"])
     if without_data and isinstance(values, ConfigDict) and not values.data.dataset:
         overrides = [("data.source", "synthetic"), *overrides]
@@ -141,15 +128,38 @@ def describe_failure(error: Exception, *, where: str) -> str:
       error: the exception.
       where: the flag or the file that brought it in.
     """
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{where}: {type(error).__name__} in {Path(frame.filename).name}, line {frame.lineno}: {error}"
+    frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    if isinstance(error, SyntaxError) and error.filename:
+        frames.append((error.filename, error.lineno))
+    package = str(Path(__file__).parent)
+    own = [place for place in frames if not re.match(rf"<|{re.escape(package)}|.*/lib/python", place[0])]
+    file, line = (own or frames)[-1]
+    return f"{where}: {type(error).__name__} in {Path(file).name}, line {line}: {error}"
 
 
-def _not_a_config(values: Any) -> str:
+def _parsed(parse: flags.FlagValues, argv: Sequence[str]) -> list[str]:
+    """Parses flags, and with them the config file; raises a UserError for what is wrong with either."""
+    try:
+        return parse(list(argv))
+    except UserError:
+        raise
+    except flags.Error as error:
+        original = getattr(error.__context__, "__context__", None)
+        if isinstance(original, TypeError | ValueError):  # of the config file; ml_collections wraps it, and absl that
+            raise ConfigError(describe_failure(original, where="--config")) from error
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise UserError(" ".join(dict.fromkeys((lines[0], lines[-1])))) from None
+    except Exception as error:
+        raise ConfigError(describe_failure(error, where="--config")) from error
+
+
+def _not_a_config(values: Any, file: str) -> str:
     """Says what came instead of a ConfigDict; config_flags hands over a missing file as an object that raises."""
     try:
         values.keys()
-    except OSError:
+    except OSError as error:
+        if os.path.isfile(file.partition(":")[0]) and isinstance(error.__cause__, OSError):
+            return describe_failure(error.__cause__, where="it cannot be read")
         return "no such file"
     except AttributeError:
         pass

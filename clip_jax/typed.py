@@ -40,10 +40,16 @@ def convert(value: Any, annotation: Any, path: str = "") -> Any:
 
 
 def leaf_types(values: Any, annotation: Any, path: str = "") -> dict[str, Any]:
-    """Returns the annotation of every dotted key; `values` say which member of a union is meant."""
+    """Returns the annotation of every dotted key; `values` say which member of a union is meant.
+
+    Raises:
+      ConfigError: a section's value is no mapping.
+    """
     annotation = _pick_by_kind(values, annotation, path)
     if not dataclasses.is_dataclass(annotation):
         return {path: annotation}
+    if not isinstance(values, Mapping):
+        raise _wrong_type(values, annotation, path)
     leaves: dict[str, Any] = {}
     for key, inner in get_type_hints(annotation).items():
         leaves |= leaf_types(values.get(key, {}), inner, _join(path, key))

@@ -117,7 +117,10 @@ def test_a_home_is_found_where_the_shell_leaves_it(tmp_path, monkeypatch, capsys
         ("return 3", "get_config returned int; it must return a ConfigDict"),
         ("return ConfigDict({'batch': 3})", "config.model is missing"),
         ("config = demo(); config.lr = 3; return config", "unknown key config.lr; the nearest is config.log"),
-        ("return int('x')", "ValueError: invalid literal for int()"),
+        ("return int('x')", "--config: ValueError in mine.py, line 3: invalid literal for int()"),
+        ("return demo().optim.lrr", "--config: AttributeError in mine.py, line 3: "),
+        ("return open('/gone')", "mine.py: it cannot be read: FileNotFoundError in mine.py, line 3: "),
+        ("return 'x", "--config: SyntaxError in mine.py, line 3: unterminated string"),
     ],
 )
 def test_a_users_config_file_that_is_wrong(body, message, tmp_path):

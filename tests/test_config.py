@@ -111,6 +111,13 @@ def test_overrides_that_are_refused(key, text, message):
         override(base(), key, text)
 
 
+def test_a_section_that_is_none_is_refused():
+    config = base()
+    config.optim = None
+    with pytest.raises(ConfigError, match=r"^config.optim is None; it must be a section with lr, "):
+        override(config, "seed", "1")
+
+
 def test_a_model_behind_one_of_its_sizes_is_refused():
     """It would replace them without a word."""
     config = apply_argument(base(), "init=scaled,model=ViT-B/16,image_size=384,text.context=32")
