@@ -391,6 +391,7 @@ def _interpolate(arguments: argparse.Namespace) -> None:
         raise UserError(f"--export writes the weights of one alpha, and --alpha={arguments.alpha}; choose one")
     if arguments.out is not None and arguments.config is None:
         raise UserError("--out is for the curve; name what to evaluate with --config=file")
+    _make_folder_of(arguments.out and arguments.out / "interpolation.json")
     from clip_jax.command_line import load_config
     from clip_jax.console import print_table
     from clip_jax.interop.export import export

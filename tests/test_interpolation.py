@@ -90,6 +90,7 @@ def test_one_alpha_is_exported(tmp_path, capsys):
         ((f"--export={out}",), "--export writes the weights of one alpha"),
         (("--alpha=0.5",), "name what to evaluate with --config=file"),
         (("--alpha=0.5", f"--export={out}", f"--out={out}"), "--out is for the curve"),
+        (("--config=none.py", f"--out={out}/README.md"), "README.md/interpolation.json cannot be written: "),
         (("--alpha=a", f"--export={out}"), "--alpha holds 'a', which is no number"),
     ):
         with pytest.raises(SystemExit) as exited:
