@@ -6,6 +6,7 @@ import gzip
 import itertools
 import json
 import lzma
+import os
 import pickle
 import tarfile
 import threading
@@ -140,6 +141,15 @@ def test_records_are_the_samples_in_order(shards, tmp_path):
     copy = pickle.loads(pickle.dumps(tars))
     assert captions(copy[i] for i in (0, 31)) == ["number 0", "number 31"]
     assert tars.where(17) == f"sample 0 of {tmp_path}/shards/00002.tar"
+
+
+def test_a_read_goes_on_where_the_system_gives_less(tmp_path, monkeypatch):
+    """Linux gives 2 GiB at most: of blocks of large images the rest was taken for cut off."""
+    content, pread = bytes(range(250)), os.pread
+    (tmp_path / "a.tar").write_bytes(content)
+    monkeypatch.setattr(os, "pread", lambda file, length, start: pread(file, min(length, 100), start))
+    assert Storage().read(str(tmp_path / "a.tar"), 10, 230) == content[10:240]
+    assert Storage().read(str(tmp_path / "a.tar"), 240, 100) == content[240:]
 
 
 def test_patterns_expand(tmp_path):

@@ -545,8 +545,12 @@ def _status(error: BaseException) -> int:
 
 def _read_range(path: str, start: int, length: int) -> bytes:
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    parts: list[bytes] = []
     try:
-        return os.pread(descriptor, length, start)
+        while length and (part := os.pread(descriptor, length, start)):  # of under 2 GiB, whatever is asked for
+            parts.append(part)
+            start, length = start + len(part), length - len(part)
+        return b"".join(parts)
     finally:
         os.close(descriptor)
 
