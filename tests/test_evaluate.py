@@ -11,15 +11,17 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from http_store import serving
 from PIL import Image
 from references import import_open_clip
-from tars import add
+from tars import add, picture
 from tiny import TINY
 
 from clip_jax import cli
 from clip_jax.config import EvalConfig
 from clip_jax.data.images import Preprocess
 from clip_jax.data.labelled import ClassFolders, open_labelled
+from clip_jax.data.storage import Storage
 from clip_jax.data.tfds_source import TfdsSource
 from clip_jax.errors import UserError
 from clip_jax.evals import prompts
@@ -485,6 +487,34 @@ def test_an_image_that_cannot_be_read_is_named(evaluator, folders, tmp_path):
     broken.write_bytes(b"\xff\xd8\xff damaged")
     with pytest.raises(UserError, match=f"{broken}: the JPEG cannot be decoded"):
         evaluate(evaluator, EvalJob(str(tmp_path / "damaged")))
+
+
+def labelled_shard(folder, **metadata):
+    """Returns a shard of one sample, whose label is in its `.cls` and in its `.json`."""
+    folder.mkdir(exist_ok=True)
+    with tarfile.open(folder / "0.tar", "w") as tar:
+        for name, content in (("jpg", picture(1)), ("cls", b"1"), ("json", json.dumps({"y": 1} | metadata).encode())):
+            add(tar, f"a.{name}", content)
+    return folder / "0.tar"
+
+
+def test_class_names_lie_beside_shards_or_above_also_by_a_relative_path(tmp_path, monkeypatch):
+    """Above a bucket or a server there is nothing: a server called `classnames.txt` was asked for five minutes."""
+    labelled_shard(tmp_path / "test")
+    (tmp_path / "classnames.txt").write_text("cat\ndog\n")
+    monkeypatch.chdir(tmp_path)
+    assert open_labelled("test/0.tar").classes == ("cat", "dog")
+    monkeypatch.chdir(tmp_path / "test")
+    assert open_labelled("0.tar").classes == ("cat", "dog")
+    with serving(tmp_path / "test") as store:
+        asked, read = [], Storage.read_whole
+        monkeypatch.setattr(Storage, "read_whole", lambda self, path: asked.append(path) or read(Storage(0.0), path))
+        assert open_labelled(f"{store.url}/0.tar").classes == ()
+    assert asked == [f"{store.url}/classnames.txt", f"{store.url}/zeroshot_classification_templates.txt"]
+
+
+def test_a_label_is_found_in_json_of_any_length(tmp_path):
+    assert open_labelled(str(labelled_shard(tmp_path, exif="x" * 10_000)), label_key="json.y")[0].label == 1
 
 
 def test_folders_called_by_numbers_are_in_their_order(folders, tmp_path):

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, Protocol
 from clip_jax.config import kind_named
 from clip_jax.data.captions import parse_metadata
 from clip_jax.data.folder_source import FolderSource
-from clip_jax.data.records import MAX_FILE_BYTES, Record, RecordError, Source
-from clip_jax.data.storage import Storage, StorageError, digest, expand, state_of
+from clip_jax.data.records import MAX_FILE_BYTES, MAX_METADATA_BYTES, Record, RecordError, Source
+from clip_jax.data.storage import Storage, StorageError, absolute, digest, expand, is_remote, state_of
 from clip_jax.data.tar_index import IMAGES, members, read_at, sample_key
 from clip_jax.data.tfds_source import TfdsSource
 from clip_jax.errors import UserError
@@ -219,7 +219,8 @@ class ClassTars:
         """Yields the samples of a shard."""
         path = self._paths[shard]
         file = read_at(self._storage, path, size)
-        label_file = "json" if label_key.startswith("json.") else label_key
+        is_json = label_key.startswith("json.")
+        label_file, longest = ("json", MAX_METADATA_BYTES) if is_json else (label_key, _LONGEST_LABEL)
         samples: dict[str, dict[str, tuple[int, int]]] = {}
         for member in members(file):
             extension = member.name.rpartition("/")[2].partition(".")[2].lower()
@@ -229,15 +230,18 @@ class ClassTars:
             if "image" not in parts:
                 continue
             start, size = parts.get(label_file, (0, 0))
-            label = _label(file.read(start, min(size, _LONGEST_LABEL)), label_key)
+            label = _label(file.read(start, min(size, longest)), label_key)
             if label is None:
                 raise UserError(f"{key} in {path} has no class: there must be a number in its .{label_key}")
             yield _Place(shard, *parts["image"], label, key)
 
     def _lines(self, name: str) -> list[str]:
         """Returns the lines of a file beside the shards, or in the folder above; none where there is no such file."""
-        folder = self._paths[0].rpartition("/")[0]
-        for where in (folder, folder.rpartition("/")[0]):
+        folder = absolute(self._paths[0]).rpartition("/")[0]
+        above = folder.rpartition("/")[0]
+        for where in (folder, above):
+            if is_remote(where) != is_remote(folder):
+                continue  # above a bucket or a server there is none
             try:
                 text = self._storage.read_whole(f"{where}/{name}").decode("utf-8-sig")
             except (StorageError, UnicodeDecodeError):
