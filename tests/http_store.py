@@ -20,7 +20,9 @@ class Store(socketserver.ThreadingMixIn, HTTPServer):
       down_until: time before which every request is answered with 503.
       knows_ranges: else files are sent whole, as by `python -m http.server`.
       moved_to: else each request is sent on to the same path there.
-      requests: requests so far; ranges: those for a range; tokens: what they gave to be let in.
+      says_lengths: else no answer has a Content-Length.
+      requests: requests so far; ranges: those for a range; tokens: what they gave to be let in; encodings: what they
+        would have answers compressed by.
     """
 
     daemon_threads = True
@@ -30,8 +32,9 @@ class Store(socketserver.ThreadingMixIn, HTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.folder, self.latency, self.failing = folder, latency, failing
         self.down_until, self.requests, self.ranges = 0.0, 0, 0
-        self.knows_ranges, self.moved_to = True, ""
+        self.knows_ranges, self.says_lengths, self.moved_to = True, True, ""
         self.tokens: set[str | None] = set()
+        self.encodings: set[str | None] = set()
         self.random = random.Random(0)
         self.lock = threading.Lock()
 
@@ -58,6 +61,7 @@ class _Handler(BaseHTTPRequestHandler):
         with store.lock:
             store.requests += 1
             store.tokens.add(self.headers.get("Authorization"))
+            store.encodings.add(self.headers.get("Accept-Encoding"))
             fails = store.random.random() < store.failing or time.monotonic() < store.down_until
         time.sleep(store.latency)
         if fails:
@@ -92,7 +96,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         for name, value in (headers or {}).items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(len(content) if length is None else length))
+        if self.server.says_lengths:
+            self.send_header("Content-Length", str(len(content) if length is None else length))
+        else:
+            self.close_connection = True
         self.end_headers()
         self.wfile.write(content)
 

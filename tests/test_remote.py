@@ -6,7 +6,9 @@ import math
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
+import botocore.exceptions
 import huggingface_hub.constants
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ from clip_jax.data.order import WindowShuffle
 from clip_jax.data.pipeline import eval_batches, train_batches
 from clip_jax.data.reading import Part
 from clip_jax.data.records import UNREACHABLE, RecordError
-from clip_jax.data.storage import Storage, StorageError, requests_made
+from clip_jax.data.storage import Storage, StorageError, expand, requests_made
 from clip_jax.data.tar_counts import find_counts
 from clip_jax.errors import OutageError, UserError
 
@@ -81,6 +83,27 @@ def test_a_server_that_knows_no_ranges_gives_the_same_records(store, tmp_path, m
     assert prepared == [tars[number] for number in range(25)]
     said = f"{store.url} sends whole files where a part is asked for: copy them to a disk, or to another server"
     assert [record.message for record in caplog.records] == [said]
+
+
+def test_a_server_that_would_compress_or_says_no_lengths_gives_no_half_of_a_shard(store, tmp_path):
+    """The length of what is compressed on the way was taken for the shard's, and samples behind it were none."""
+    remote(store, tmp_path)[0]
+    assert store.encodings == {"identity"}
+    store.says_lengths = store.knows_ranges = False
+    with pytest.raises(StorageError, match=r"00000.tar: its server does not say how many bytes it has"):
+        Storage(1.0).stat(f"{store.url}/00000.tar")
+
+
+def test_want_of_credentials_is_not_waited_for(monkeypatch):
+    def ask(*_, **__):
+        raise botocore.exceptions.NoCredentialsError
+
+    monkeypatch.setattr(storage, "_file_system", lambda protocol: SimpleNamespace(cat_file=ask, glob=ask))
+    with pytest.raises(StorageError, match=r"^s3://bucket/0.tar: Unable to locate credentials$"):
+        Storage(0.5).read("s3://bucket/0.tar", 0, 1)
+    with pytest.raises(UserError, match=r"^s3://bucket/\*.tar cannot be listed: Unable") as caught:
+        expand("s3://bucket/*.tar")
+    assert not isinstance(caught.value, OutageError)
 
 
 def test_requests_are_few(store, tmp_path):

@@ -38,6 +38,9 @@ _SILENCE_S = 30
 _GIVEN_UP_S = 60.0
 _BEYOND_END = 416
 _NEVER_RETRIED = (FileNotFoundError, PermissionError, IsADirectoryError, ImportError)
+_MISTAKES = frozenset(
+    {"NoCredentialsError", "ParamValidationError", "PartialCredentialsError", "ProfileNotFound"}
+)  # of botocore, which need not be there
 _URL = re.compile(r"[a-z0-9+]+://")
 _HUB = "hf://"
 _HUB_FILE = re.compile(r"hf://(?:(dataset|space)s/)?([^/]+/[^/@]+)(?:@([^/]+))?/(.+)")
@@ -494,15 +497,17 @@ def _hub() -> Any:
     """Returns what reads files of the Hugging Face Hub, as the user who is logged in there."""
     from huggingface_hub.utils import build_hf_headers
 
-    return _http(headers=build_hf_headers())
+    return _http(build_hf_headers())
 
 
-def _http(**options: Any) -> Any:
+def _http(headers: Mapping[str, str] | None = None) -> Any:
     import aiohttp
     import fsspec
 
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=_SILENCE_S)
-    return fsspec.filesystem("http", use_listings_cache=False, client_kwargs={"timeout": timeout, **options})
+    plain = {"Accept-Encoding": "identity"}  # of what is compressed on the way, neither sizes nor ranges are the file's
+    options = {"timeout": timeout, "headers": plain | dict(headers or {})}
+    return fsspec.filesystem("http", use_listings_cache=False, client_kwargs=options)
 
 
 def _stat_of(info: Mapping[str, Any]) -> Stat:
@@ -519,16 +524,19 @@ def _http_stat(system: Any, url: str) -> Stat:
         async with session.get(url, headers={"Range": "bytes=0-0"}) as answer:
             answer.raise_for_status()
             whole = answer.headers.get("Content-Range", "").rpartition("/")[2]
-            size = int(whole) if whole.isdecimal() else int(answer.headers["Content-Length"])
-            return Stat(size, answer.headers.get("ETag") or answer.headers.get("Last-Modified", ""))
+            size = whole if whole.isdecimal() else answer.headers.get("Content-Length")
+            if size is None:
+                raise FileNotFoundError("its server does not say how many bytes it has; copy it to a disk")
+            return Stat(int(size), answer.headers.get("ETag") or answer.headers.get("Last-Modified", ""))
 
     answered: Any = sync(system.loop, ask)
     return answered
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether another try may succeed: not where the server says that the request itself is wrong, or not known."""
-    if isinstance(error, _NEVER_RETRIED):
+    """Whether another try may succeed: not where the server says that the request itself is wrong, or not known; nor
+    where it was not asked, for want of credentials or of a name that one can have."""
+    if isinstance(error, _NEVER_RETRIED) or type(error).__name__ in _MISTAKES:
         return False
     status = _status(error)
     return status in (408, 425, 429) or not (400 <= status < 500 or status == 501)
