@@ -34,6 +34,7 @@ from clip_jax.data.loader import open_training_data
 from clip_jax.data.prepare import Job, prepare
 from clip_jax.data.prepare_shard import OutputError, ShardSettings, process_shard
 from clip_jax.data.records import REASONS
+from clip_jax.data.table_source import TableSource
 from clip_jax.data.tar_source import TarSource
 from clip_jax.data.tfds_files import FEATURES, shard_name
 from clip_jax.data.tfds_source import TfdsSource
@@ -203,6 +204,17 @@ def test_quality_is_what_is_asked(tmp_path, inline):
 # What is left out
 
 
+def test_a_strip_that_is_longer_than_a_jpeg_can_be_is_rejected(tmp_path, inline):
+    """It ended the command with a traceback, at each start."""
+    for name, width in (("long", 65_501), ("short", 65_500)):
+        Image.new("L", (width, 1)).save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text(name)
+    folder = prepare(job(data_dir=str(tmp_path / "out"), folder=str(tmp_path)))
+    assert [line["reason"] for line in rejects(folder)] == ["image_too_large"]
+    assert "65501 x 1 pixels" in rejects(folder)[0]["message"]
+    assert decode(open_prepared(tmp_path / "out")[0].image).shape == (1, 65_500, 3)
+
+
 def test_rejects_are_named_by_reason_and_counted(tmp_path, inline):
     path = tmp_path / "bad.tar"
     expected = bad_shard(path)
@@ -317,6 +329,16 @@ def test_tables_are_cut_into_rows(tmp_path, inline):
         ("image_missing", f"row 0 of {tmp_path}/more.csv"),
     ]
     assert [shard["samples"] for shard in shard_counts(folder)] == [2, 2, 1, 1]
+
+
+def test_paths_of_a_table_that_is_a_link_begin_where_the_link_lies(tmp_path, inline):
+    """As in training."""
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "pairs.csv").write_text("image,caption\n1.jpg,one\n")
+    (tmp_path / "pairs.csv").symlink_to(tmp_path / "kept" / "pairs.csv")
+    (tmp_path / "1.jpg").write_bytes(picture(1))
+    prepare(job(data_dir=str(tmp_path), table=str(tmp_path / "pairs.csv")))
+    assert open_prepared(tmp_path)[0].captions == TableSource(tmp_path / "pairs.csv")[0].captions == ("one",)
 
 
 def test_remote_shards_are_read_once(shards, tmp_path, inline):

@@ -42,6 +42,7 @@ MAX_JPEG_WORK = 1 << 30
 and a few kilobytes can hold thousands."""
 
 _JPEG, _SCAN = b"\xff\xd8\xff", b"\xff\xda"
+_LONGEST_JPEG = 65_500  # libjpeg's; the format has 35 more
 
 # Not all that PIL knows: EPS would start another program, and some formats have sizes of their own inside.
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP")
@@ -241,9 +242,15 @@ def encode_jpeg(pixels: np.ndarray, quality: int) -> bytes:
     Args:
       pixels: red, green, blue.
       quality: 1 to 100.
+
+    Raises:
+      ImageTooLargeError: a side is longer than a JPEG's can be.
     """
     import simplejpeg
 
+    height, width = pixels.shape[:2]
+    if max(height, width) > _LONGEST_JPEG:
+        raise ImageTooLargeError(f"a JPEG cannot have {width} x {height} pixels; {_LONGEST_JPEG:,} a side is the most")
     return simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality, colorsubsampling="420")
 
 

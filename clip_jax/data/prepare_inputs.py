@@ -157,7 +157,7 @@ class TablePart:
       count: of rows.
       image_key: column of paths, or of encoded images.
       caption_key: column of captions, or of lists of captions.
-      image_root: folder to which paths are relative; empty means the table's.
+      image_root: folder to which paths are relative.
     """
 
     table: Path
@@ -224,11 +224,11 @@ def table_parts(tables: str, per_part: int, *, image_key: str, caption_key: str,
     for path in expand(tables):
         if is_remote(path):
             raise UserError(f"{path}: tables are read from local disks only; copy it first")
-        table = Path(path).resolve()
-        rows = len(TableSource(table, image_key=image_key, caption_key=caption_key, image_root=image_root))
+        table, root = Path(path).resolve(), image_root or str(Path(path).absolute().parent)  # where a link lies, too
+        rows = len(TableSource(table, image_key=image_key, caption_key=caption_key, image_root=root))
         stat = Storage().stat(str(table))
         parts += [
-            TablePart(table, stat, first, min(per_part, rows - first), image_key, caption_key, image_root)
+            TablePart(table, stat, first, min(per_part, rows - first), image_key, caption_key, root)
             for first in range(0, rows, per_part)
         ]
     if not parts:
