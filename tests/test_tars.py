@@ -158,6 +158,7 @@ def test_patterns_expand(tmp_path):
     assert expand("{a,b}-{08..10}.tar::c.tar")[2:] == ["a-10.tar", "b-08.tar", "b-09.tar", "b-10.tar", "c.tar"]
     assert [path[-8:] for path in expand(f"{tmp_path}/*-01.tar")] == ["a-01.tar", "b-01.tar"]
     assert expand("s3://bucket/{1..2}.tar") == ["s3://bucket/1.tar", "s3://bucket/2.tar"]
+    assert expand("{00..100}")[9:11] + expand("{0..10}")[9:] == ["009", "010", "9", "10"]  # as shells and webdataset
     with pytest.raises(UserError, match="no file is called"):
         expand(f"{tmp_path}/*.zip")
     with pytest.raises(UserError, match=r"^pipe:aws .* commands are not run; name the files themselves"):
@@ -255,6 +256,7 @@ def test_filters_leave_samples_out_before_they_get_a_number(tmp_path):
     assert again.fingerprint == kept.fingerprint != source(pattern, tmp_path).fingerprint
     with pytest.raises(UserError, match="no samples that the filters keep"):
         source(pattern, tmp_path, keep=Filter(("absent>0",)))
+    assert not Filter(("similarity>=0.3",))({"similarity": 10**400})  # a float has no room for it
     with pytest.raises(ConfigError, match="config.data.filters holds 'similarity'"):
         Filter(("similarity",))
 
@@ -306,6 +308,11 @@ def test_uids_of_datacomp_and_of_text_keep_the_same(tmp_path):
     for name in ("uids.npy", "uids.txt"):
         kept = source(pattern, tmp_path, keep=Filter((), str(tmp_path / name)))
         assert captions(kept[i] for i in range(len(kept))) == [f"number {number}" for number in chosen]
+    np.save(tmp_path / "halves.npy", np.zeros((3, 2), np.uint64))
+    (tmp_path / "empty.npy").touch()
+    for name, message in {"halves.npy": r"it holds uint64 \[3, 2\], and", "empty.npy": "No data"}.items():
+        with pytest.raises(UserError, match=message):
+            Filter((), str(tmp_path / name))
     (tmp_path / "uids.txt").write_text("nonsense")
     with pytest.raises(UserError, match="'nonsense' is not a uid"):
         Filter((), str(tmp_path / "uids.txt"))

@@ -107,7 +107,7 @@ def _holds(metadata: Mapping[str, Any], key: str, sign: str, value: float | str)
     found = metadata.get(key)
     try:
         return found is not None and _OPERATORS[sign](type(value)(found), value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return False
 
 
@@ -115,11 +115,14 @@ def _read_uids(path: Path) -> np.ndarray:
     """Returns the sorted uids, u8,u8 [n]."""
     try:
         if path.suffix == ".npy":
-            uids = np.load(path, allow_pickle=False).astype(_UID)
+            uids = np.load(path, allow_pickle=False)
+            if uids.ndim != 1 or len(uids.dtype.names or ()) != 2:
+                raise ValueError(f"it holds {uids.dtype} {list(uids.shape)}, and DataComp's pairs of 64-bit numbers")
+            uids = uids.astype(_UID)
         else:
             lines = filter(None, map(str.strip, path.read_text(encoding="utf-8").splitlines()))
             uids = np.asarray([_parse_uid(line, path) for line in lines], _UID)
-    except (OSError, ValueError) as error:
+    except (EOFError, OSError, ValueError) as error:
         raise UserError(f"config.data.uids={path}: {error}") from None
     return np.sort(uids)
 

@@ -444,8 +444,9 @@ def _alternatives(inner: str) -> list[str]:
     numbers = _RANGE.fullmatch(inner)
     if numbers is None:
         return inner.split(",")
-    first, last = numbers.groups()
-    return [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
+    ends = numbers.groups()
+    digits = max(map(len, ends)) if any(end[0] == "0" != end for end in ends) else 1  # as shells write them
+    return [f"{number:0{digits}d}" for number in range(int(ends[0]), int(ends[1]) + 1)]
 
 
 def _located(path: str) -> tuple[Any, str]:
