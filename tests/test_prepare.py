@@ -661,6 +661,8 @@ def test_a_worker_that_dies_is_one_line():
         (("--tars=absent/*.tar",), "no file is called .*absent/"),
         (("--folder=absent",), "absent is not a folder"),
         (("--folder=.",), "holds no images"),
+        (("--folder=s3://bucket/a",), "--folder=s3://bucket/a: it must be on a disk"),
+        (("--table=a.csv", "--image-root=s3://b"), "--image-root=s3://b: it must be on a disk"),
         (("--table=absent.csv",), "--table=.*absent.csv"),
         (("--table=s3://bucket/a.csv",), "local disks only"),
         (("--table=a.csv", "--captions", "txt"), "--captions has no meaning with --table"),

@@ -10,7 +10,10 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 from tars import picture
+from tiny import TINY
 
+from clip_jax.config import DataConfig
+from clip_jax.data.loader import open_source
 from clip_jax.data.records import RecordError
 from clip_jax.data.table_source import TableSource
 from clip_jax.errors import UserError
@@ -160,6 +163,10 @@ def test_what_is_no_such_table_is_refused(folder):
         with pytest.raises(UserError, match=f"{twice} has 2 columns 'caption'; rename .* config.data.caption_key$"):
             TableSource(twice)
         assert len(TableSource(twice, caption_key="")) == 1
+    for key in ("table", "image_root"):
+        section = DataConfig(**{"source": "table", "table": str(path), key: "s3://bucket/a.csv"})
+        with pytest.raises(UserError, match=f"^config.data.{key}=s3://bucket/a.csv: it must be on a disk"):
+            open_source(TINY, section)
     for name in ("absent.csv", "pairs.txt"):
         with pytest.raises(UserError, match=f"config.data.table=.*{name}"):
             TableSource(folder / name)

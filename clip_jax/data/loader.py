@@ -17,7 +17,7 @@ from clip_jax.data.order import FullShuffle, Mixture, WindowShuffle
 from clip_jax.data.pipeline import FixedTransform, TrainTransform, Transform, check_batches, train_batches
 from clip_jax.data.reading import Part, where
 from clip_jax.data.records import Source
-from clip_jax.data.storage import is_remote
+from clip_jax.data.storage import is_remote, local_path
 from clip_jax.data.synthetic import SyntheticSource, synthetic_batches
 from clip_jax.data.table_source import TableSource
 from clip_jax.data.tar_source import TarSource
@@ -98,8 +98,12 @@ def open_source(
     if data.source == "tars":
         return open_tars(data, need_captions=need_captions, captions_by_line=captions_by_line)
     if data.source == "table":
+        local_path("config.data.image_root", data.image_root)
         return TableSource(
-            Path(data.table), image_key=data.image_key, caption_key=data.caption_key, image_root=data.image_root
+            local_path("config.data.table", data.table),
+            image_key=data.image_key,
+            caption_key=data.caption_key,
+            image_root=data.image_root,
         )
     if data.build:
         from clip_jax.data.build import ensure_dataset

@@ -146,7 +146,8 @@ def _check(job: Job) -> None:
     for option in ("short_side", "per_shard"):
         if values[option] < 1:
             raise UserError(f"{_option(option)}={values[option]}: it must be positive")
-    local_path("--data-dir", job.data_dir)
+    for option in ("data_dir", "folder", "image_root"):
+        local_path(_option(option), values[option])
 
 
 def _flat(job: Job) -> dict[str, Any]:
