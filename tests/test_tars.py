@@ -300,7 +300,7 @@ def test_a_table_beside_the_shard_judges_as_the_samples_own_json(tmp_path, monke
     assert judged("columns less", [{"key": row["key"]} for row in rows]) > 0
 
 
-def test_uids_of_datacomp_and_of_text_keep_the_same(tmp_path):
+def test_uids_of_datacomp_and_of_text_keep_the_same(tmp_path, monkeypatch):
     pattern = write_shards(tmp_path / "s", [10, 10])
     chosen = [3, 4, 12, 19]
     np.save(tmp_path / "uids.npy", np.asarray([(0, number) for number in reversed(chosen)], "u8,u8"))
@@ -308,6 +308,10 @@ def test_uids_of_datacomp_and_of_text_keep_the_same(tmp_path):
     for name in ("uids.npy", "uids.txt"):
         kept = source(pattern, tmp_path, keep=Filter((), str(tmp_path / name)))
         assert captions(kept[i] for i in range(len(kept))) == [f"number {number}" for number in chosen]
+    np.save(tmp_path / "sorted.npy", Filter((), str(tmp_path / "uids.npy"))._uids)
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "sort", lambda _: pytest.fail("sorted again"))
+        assert Filter((), str(tmp_path / "sorted.npy")).digest == kept.fingerprint["filter"]
     np.save(tmp_path / "halves.npy", np.zeros((3, 2), np.uint64))
     (tmp_path / "empty.npy").touch()
     for name, message in {"halves.npy": r"it holds uint64 \[3, 2\], and", "empty.npy": "No data"}.items():
