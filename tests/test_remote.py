@@ -123,6 +123,15 @@ def end_of_threads(*names):
             assert not thread.is_alive()
 
 
+def test_threads_look_into_a_shard_once(store, tmp_path):
+    """Each of them read all of it, where its number of samples was known and its index was not."""
+    (tmp_path / "counts.json").write_text(json.dumps({"00000.tar": 40, "00001.tar": 25, "00002.tar": 60}))
+    tars, store.latency = remote(store, tmp_path, counts=str(tmp_path / "counts.json")), 0.02
+    with ThreadPoolExecutor(8) as pool:
+        assert captions(pool.map(tars.__getitem__, range(8))) == [f"number {number}" for number in range(8)]
+    assert store.requests == 1 + 1 + 8  # its size, its headers, the samples
+
+
 def test_a_sample_costs_a_small_part_of_a_request(tmp_path):
     """All requests of a first epoch: to find the sizes, to index, to read; and each of them is counted."""
     write_shards(tmp_path / "shards", [256, 256])

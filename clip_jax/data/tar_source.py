@@ -176,7 +176,7 @@ class TarSource:
         self._storage.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_shards")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_looking", "_shards")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -184,6 +184,7 @@ class TarSource:
 
     def _reset(self) -> None:
         self._lock = threading.Lock()
+        self._looking: dict[int, threading.Lock] = {}
         self._shards: OrderedDict[int, np.ndarray] = OrderedDict()
 
     def _split(self, index: int) -> tuple[int, int]:
@@ -191,20 +192,30 @@ class TarSource:
         return shard, index - int(self._starts[shard])
 
     def _samples(self, shard: int) -> np.ndarray:
-        """Returns the samples of a shard that are used."""
+        """Returns the samples of a shard that are used; of threads that want them at once, one looks for them."""
+        if (known := self._known(shard)) is not None:
+            return known
+        with self._lock:
+            looking = self._looking.setdefault(shard, threading.Lock())
+        with looking:
+            if (known := self._known(shard)) is not None:
+                return known
+            path = self._paths[shard]
+            samples = self._used(path, self._sidecars.get(path))
+            if len(samples) != self.counts[shard]:
+                _LOG.warning("%s has %d samples; %d were expected", path, len(samples), self.counts[shard])
+            with self._lock:
+                self._shards[shard] = samples
+                self._looking.pop(shard, None)
+                if len(self._shards) > _KEPT_INDEXES:
+                    self._shards.popitem(last=False)
+            return samples
+
+    def _known(self, shard: int) -> np.ndarray | None:
         with self._lock:
             if shard in self._shards:
                 self._shards.move_to_end(shard)
-                return self._shards[shard]
-        path = self._paths[shard]
-        samples = self._used(path, self._sidecars.get(path))
-        if len(samples) != self.counts[shard]:
-            _LOG.warning("%s has %d samples; %d were expected", path, len(samples), self.counts[shard])
-        with self._lock:
-            self._shards[shard] = samples
-            if len(self._shards) > _KEPT_INDEXES:
-                self._shards.popitem(last=False)
-        return samples
+            return self._shards.get(shard)
 
     def _used(self, path: str, index: ShardIndex) -> np.ndarray:
         """Returns the samples that the filter keeps; which ones is remembered beside the index."""
