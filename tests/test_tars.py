@@ -25,6 +25,7 @@ from clip_jax.data import storage, tar_source
 from clip_jax.data.augment import Augment
 from clip_jax.data.filters import Filter
 from clip_jax.data.images import Preprocess
+from clip_jax.data.labelled import open_labelled
 from clip_jax.data.loader import open_part, open_tars
 from clip_jax.data.order import FullShuffle, WindowShuffle
 from clip_jax.data.pipeline import TrainTransform, check_batches, eval_batches, train_batches
@@ -570,10 +571,25 @@ def test_a_shard_that_changes_while_it_is_used_is_noticed(shards, tmp_path):
     assert found == dict.fromkeys(range(18, 32), "shard_changed")
 
 
-def test_a_shard_that_is_no_tar_has_no_samples(tmp_path):
-    (tmp_path / "a.tar").write_bytes(b"<html>" * 1_000)
-    with pytest.raises(UserError, match="has no samples"):
-        source(str(tmp_path / "a.tar"), tmp_path)
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\n", r"is no tar; it begins with b'version https://'"),
+        (b"<html>" * 1_000, r"is no tar; it begins with b'<html>"),
+        (b"", r"is empty \(0 bytes\)"),
+    ],
+)
+def test_among_shards_a_file_that_is_no_tar_is_refused(tmp_path, content, message):
+    """They were shards without samples, of which nothing was said while others had some."""
+    write_shards(tmp_path, [3, 3])
+    (tmp_path / "00001.tar").write_bytes(content)
+    with pytest.raises(UserError, match=f"00001.tar {message}.*; take it out of config.data.shards"):
+        source(f"{tmp_path}/{{00000..00001}}.tar", tmp_path)
+    with pytest.raises(UserError, match=message):
+        open_labelled(str(tmp_path / "00001.tar"))
+    with tarfile.open(tmp_path / "00001.tar", "w"):
+        pass  # a tar of nothing
+    assert len(source(f"{tmp_path}/{{00000..00001}}.tar", tmp_path)) == 3
 
 
 @pytest.mark.parametrize("module", [gzip, lzma])

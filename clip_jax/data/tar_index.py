@@ -150,7 +150,7 @@ def read_at(storage: Storage, path: str, size: int) -> ReadAt:
     another.
 
     Raises:
-      StorageError: it is compressed as a whole, or cannot be read.
+      StorageError: it is empty, compressed as a whole or no tar at all, or cannot be read.
     """
     chunk: dict[str, Any] = {"start": 0, "bytes": b""}
 
@@ -163,9 +163,15 @@ def read_at(storage: Storage, path: str, size: int) -> ReadAt:
         begin = offset - chunk["start"]
         return chunk["bytes"][begin : begin + length]
 
-    if size and read(0, 6).startswith(_COMPRESSED):
+    if not size:
+        raise StorageError(f"{path} is empty (0 bytes), which no tar is")
+    file, start = ReadAt(read, size), read(0, BLOCK)
+    if start.startswith(_COMPRESSED):
         raise StorageError(f"{path} is compressed as a whole, so that no sample can be read alone; decompress it")
-    return ReadAt(read, size)
+    # A pointer of Git LFS, a page that asks to log in: taken for a tar without samples, they would be missed by nobody.
+    if start.strip(b"\0") and header_size(start) is None and next(members(file), None) is None:
+        raise StorageError(f"{path} is no tar; it begins with {start[:16]!r}")
+    return file
 
 
 def members(file: ReadAt) -> Iterator[Member]:
