@@ -396,6 +396,15 @@ def test_a_dataset_may_have_more_files_than_a_process_may_open_unasked(tmp_path,
     assert not isinstance(caught.value, RecordError)  # no pair is to blame
 
 
+def test_shares_of_other_captions_cost_their_own_pair(tmp_path):
+    """They ended the run with a traceback."""
+    folder = written(tmp_path, files=1)
+    with RecordWriter(folder / shard_name("pairs", "train", 0, 1)) as writer:
+        writer.write(serialize(b"image", ["one", "two", "three"], [0.5, 0.5], key="", uid=""))
+    with pytest.raises(RecordError, match="there are 3 captions and 2 shares of them"):
+        TfdsSource("pairs", "train", data_dir=str(tmp_path))[0]
+
+
 def test_damaged_and_lost_files_cost_their_own_pairs(tmp_path, monkeypatch):
     folder = written(tmp_path, files=4, records=3)
     files = sorted(folder.glob("*array_record*"))
@@ -504,6 +513,7 @@ def test_an_unknown_split_lists_the_splits(digits_dir, split):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
+        ({"image_key": ""}, "no feature '' of kind Image for the image"),
         ({"image_key": "img"}, "no feature 'img' of kind Image .*config.data.image_key and config.data.caption_key"),
         ({"caption_key": "label"}, "no feature 'label' of kind Text .*config.data.caption_key"),
         ({"label_key": "caption"}, "no feature 'caption' of kind ClassLabel .*config.eval.label_key"),

@@ -163,6 +163,9 @@ def test_what_is_no_such_table_is_refused(folder):
         with pytest.raises(UserError, match=f"{twice} has 2 columns 'caption'; rename .* config.data.caption_key$"):
             TableSource(twice)
         assert len(TableSource(twice, caption_key="")) == 1
+    for key in ("", "caption"):
+        with pytest.raises(UserError, match=f"config.data.image_key is '{key}'; it must name the column of images"):
+            TableSource(path, image_key=key)
     for key in ("table", "image_root"):
         section = DataConfig(**{"source": "table", "table": str(path), key: "s3://bucket/a.csv"})
         with pytest.raises(UserError, match=f"^config.data.{key}=s3://bucket/a.csv: it must be on a disk"):

@@ -37,8 +37,11 @@ class TableSource:
           image_root: folder to which paths are relative; empty means the table's.
 
         Raises:
-          UserError: it cannot be read, has no such columns or several of a name, or something else in them.
+          UserError: it cannot be read, has no such columns or several of a name, or something else in them; or the keys
+            do not name two columns.
         """
+        if image_key in ("", caption_key):
+            raise UserError(f"config.data.image_key is {image_key!r}; it must name the column of images, and no other")
         self._path, self._keys = table.expanduser(), tuple(filter(None, (image_key, caption_key)))
         self.root = Path(image_root).expanduser() if image_root else self._path.parent
         self._columns = self._read()

@@ -105,10 +105,14 @@ class TfdsSource:
         if not image:
             raise RecordError("image_missing", "there is no image")
         captions = values[caption_key].bytes_list.value if caption_key else ()
+        shares = tuple(values[self._shares_key].float_list.value) if self._shares_key else ()
+        if shares and len(shares) != len(captions):
+            message = f"there are {len(captions)} captions and {len(shares)} shares of them"
+            raise RecordError("caption_unreadable", message)
         return Record(
             image=image[0],
             captions=tuple(map(decode_caption, captions)),
-            shares=tuple(values[self._shares_key].float_list.value) if self._shares_key else (),
+            shares=shares,
             label=values[label_key].int64_list.value[0] if label_key else -1,
         )
 
@@ -148,7 +152,8 @@ class TfdsSource:
             raise UserError("caption_key and label_key are both empty; a record needs a caption or a label")
         kinds = {"image": tfds.features.Image, "caption": tfds.features.Text, "label": tfds.features.ClassLabel}
         for role, key in self._keys.items():
-            if key and not isinstance(_feature(features, key, texts=role == "caption"), kinds[role]):
+            asked = key or role == "image"
+            if asked and not isinstance(_feature(features, key, texts=role == "caption"), kinds[role]):
                 raise UserError(self._wrong_feature(role, kinds[role].__name__, features))
 
     def _wrong_feature(self, role: str, kind: str, features: Any) -> str:
