@@ -262,6 +262,15 @@ def test_filters_leave_samples_out_before_they_get_a_number(tmp_path):
         Filter(("similarity",))
 
 
+@pytest.mark.parametrize("truth", ["true", "True", "'true'"])
+def test_conditions_on_what_is_true_or_false(truth):
+    """JSON's `true` was compared as Python's `True`: nsfw!=true kept everything."""
+    values = (True, False, "true", "False", 1, 0)
+    assert [Filter((f"nsfw=={truth}",))({"nsfw": value}) for value in values] == [True, False] * 3
+    assert [Filter((f"nsfw!={truth}",))({"nsfw": value}) for value in values] == [False, True] * 3
+    assert not Filter((f"nsfw!={truth}",))({})
+
+
 def write_tables(pattern, rows):
     """Writes img2dataset's table beside each shard."""
     for path in expand(pattern):

@@ -89,7 +89,7 @@ def check_condition(condition: str) -> None:
     _parse(condition)
 
 
-def _parse(condition: str) -> tuple[str, str, float | str]:
+def _parse(condition: str) -> tuple[str, str, float | str | bool]:
     parts = _CONDITION.fullmatch(condition)
     if parts is None:
         raise ConfigError(
@@ -97,14 +97,18 @@ def _parse(condition: str) -> tuple[str, str, float | str]:
             "such as similarity>=0.3"
         )
     key, sign, value = parts.groups()
+    if (word := value.strip("'\"")).lower() in ("true", "false"):
+        return key, sign, word.lower() == "true"
     try:
         return key, sign, float(value)
     except ValueError:
-        return key, sign, value.strip("'\"")
+        return key, sign, word
 
 
-def _holds(metadata: Mapping[str, Any], key: str, sign: str, value: float | str) -> bool:
+def _holds(metadata: Mapping[str, Any], key: str, sign: str, value: float | str | bool) -> bool:
     found = metadata.get(key)
+    if isinstance(value, bool) and isinstance(found, str):
+        found, value = found.lower(), str(value).lower()
     try:
         return found is not None and _OPERATORS[sign](type(value)(found), value)
     except (TypeError, ValueError, OverflowError):
