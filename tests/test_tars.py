@@ -21,7 +21,7 @@ from tiny import TINY
 
 from clip_jax.cli import main
 from clip_jax.config import DataConfig
-from clip_jax.data import storage, tar_source
+from clip_jax.data import loader, storage, tar_source
 from clip_jax.data.augment import Augment
 from clip_jax.data.filters import Filter
 from clip_jax.data.images import Preprocess
@@ -330,6 +330,26 @@ def test_uids_of_datacomp_and_of_text_keep_the_same(tmp_path, monkeypatch):
     (tmp_path / "uids.txt").write_text("nonsense")
     with pytest.raises(UserError, match="'nonsense' is not a uid"):
         Filter((), str(tmp_path / "uids.txt"))
+
+
+def test_processes_that_see_other_shards_are_refused(tmp_path, monkeypatch):
+    """Each shuffled what it saw, so that pairs came twice in an epoch and others never."""
+    counts = {"same": [4, 3], "copy": [4, 3], "cut": [4, 2], "other": [3, 4]}
+    same, copy, cut, other = (source(write_shards(tmp_path / name, counts[name]), tmp_path) for name in counts)
+    found = []
+
+    def gather(own):
+        found.append(own)
+        return np.stack([found[0], own])
+
+    monkeypatch.setattr(loader.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(loader.multihost_utils, "process_allgather", gather)
+    loader.check_same("config.data", [same])
+    loader.check_same("config.data", [copy])
+    with pytest.raises(UserError, match=r"^config.data is not .*: process 1 has 6 pairs, and process 0 7; let all see"):
+        loader.check_same("config.data", [cut])
+    with pytest.raises(UserError, match=r"process 1 has 7 pairs, and process 0 as many in other shards"):
+        loader.check_same("config.data", [other])
 
 
 # Through the pipeline

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from clip_jax.config import RunConfig, held_out_source
-from clip_jax.data.loader import fixed_transform_of, open_source
+from clip_jax.data.loader import check_same, fixed_transform_of, open_source
 from clip_jax.data.order import FullShuffle, rows_of_process
 from clip_jax.data.pipeline import eval_batches
 from clip_jax.data.reading import Subset
@@ -51,7 +51,7 @@ def open_held_out(config: RunConfig) -> HeldOutPairs:
     """Opens what `config.eval.held_out` names.
 
     Raises:
-      UserError: the data are not there or not image + text.
+      UserError: the data are not there or not image + text; or not the same in all processes.
     """
     section, batch = held_out_source(config.data, config.eval), config.eval.batch
     pairs = config.eval.held_out_pairs or config.batch
@@ -61,6 +61,7 @@ def open_held_out(config: RunConfig) -> HeldOutPairs:
             lambda: _synthetic(config, pairs, **process), -(-pairs // batch), pairs, f"{pairs:,} synthetic pairs"
         )
     source = open_source(config, section)
+    check_same("config.eval.held_out", [source])
     chosen = Subset(source, choose(len(source), pairs))
     transform = fixed_transform_of(config)
 

@@ -1,12 +1,14 @@
 """From a run's config to its training batches."""
 
 import os
+import zlib
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from clip_jax.config import DataConfig, RunConfig, data_sources, kind_named, parse_source
 from clip_jax.data.augment import Augment
@@ -16,12 +18,13 @@ from clip_jax.data.images import preprocess_of
 from clip_jax.data.order import FullShuffle, Mixture, WindowShuffle
 from clip_jax.data.pipeline import FixedTransform, TrainTransform, Transform, check_batches, train_batches
 from clip_jax.data.reading import Part, where
-from clip_jax.data.records import Source
+from clip_jax.data.records import Records, Source
 from clip_jax.data.storage import is_remote, local_path
 from clip_jax.data.synthetic import SyntheticSource, synthetic_batches
 from clip_jax.data.table_source import TableSource
 from clip_jax.data.tar_source import TarSource
 from clip_jax.data.tfds_source import TfdsSource
+from clip_jax.errors import UserError
 
 Batches = Generator[dict[str, np.ndarray], None, None]
 
@@ -55,12 +58,14 @@ def open_training_data(config: RunConfig, *, augmented: bool = True) -> Training
       augmented: False takes every image as evaluation does, and of several captions the first.
 
     Raises:
-      UserError: the data are not there or not image + text.
+      UserError: the data are not there or not image + text; or not the same in all processes.
     """
     if config.data.source == "synthetic" and not config.data.mixture:
         return synthetic_data(config)
     transform = None if augmented else fixed_transform_of(config)
-    return parts_data(config, [open_part(config, data) for data in data_sources(config.data)], transform)
+    parts = [open_part(config, data) for data in data_sources(config.data)]
+    check_same("config.data", [part.source for part in parts])
+    return parts_data(config, parts, transform)
 
 
 def open_part(config: RunConfig, data: DataConfig, source: Source | None = None) -> Part:
@@ -117,6 +122,34 @@ def open_source(
         caption_key=data.caption_key,
         images_only=not need_captions,
     )
+
+
+def check_same(key: str, sources: Sequence[Records]) -> None:
+    """Sees that all processes have as many records of all sources, and in the same shards; collective.
+
+    Each would shuffle its own number, so that pairs came twice and others never, or wait for a batch that others have
+    not. Copies of shards on the hosts' own disks may not be whole.
+
+    Args:
+      key: of the config, for messages.
+      sources: that were opened.
+
+    Raises:
+      UserError: in all processes, where they have not.
+    """
+    if jax.process_count() == 1:
+        return
+    records = sum(map(len, sources))
+    counts = [np.asarray(getattr(source, "counts", len(source)), np.int64) for source in sources]
+    own = np.asarray([*divmod(records, 1 << 31), zlib.crc32(np.hstack(counts).tobytes())], np.uint32)
+    first, *others = np.asarray(multihost_utils.process_allgather(own)).tolist()
+    for process, found in enumerate(others, 1):
+        if found != first:
+            there, here = ((high << 31) + low for high, low, _ in (found, first))
+            raise UserError(
+                f"{key} is not the same in all processes: process {process} has {there:,} pairs, and process 0 "
+                f"{'as many in other shards' if there == here else f'{here:,}'}; let all see the same files"
+            )
 
 
 def open_named(data: str, config: RunConfig, *, need_captions: bool = True, captions_by_line: bool = False) -> Source:
