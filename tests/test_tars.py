@@ -10,6 +10,7 @@ import os
 import pickle
 import tarfile
 import threading
+from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -153,6 +154,11 @@ def test_a_read_goes_on_where_the_system_gives_less(tmp_path, monkeypatch):
     assert Storage().read(str(tmp_path / "a.tar"), 240, 100) == content[240:]
 
 
+def test_a_folder_may_have_a_name_that_is_no_utf_8(tmp_path):
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    assert len(source(write_shards(folder, [3]), tmp_path)) == 3
+
+
 def test_patterns_expand(tmp_path):
     for name in ("a-01.tar", "a-02.tar", "b-01.tar"):
         (tmp_path / name).touch()
@@ -164,6 +170,8 @@ def test_patterns_expand(tmp_path):
         expand(f"{tmp_path}/*.zip")
     with pytest.raises(UserError, match=r"^pipe:aws .* commands are not run; name the files themselves"):
         expand("pipe:aws s3 cp s3://bucket/{0..9}.tar -")
+    with pytest.raises(UserError, match=r"^a.tar::: before and behind :: there must be a path$"):
+        expand("a.tar::")
     with pytest.raises(UserError, match="range {9..3} is empty"):
         expand("{9..3}.tar")
 
@@ -314,7 +322,7 @@ def test_uids_of_datacomp_and_of_text_keep_the_same(tmp_path, monkeypatch):
     pattern = write_shards(tmp_path / "s", [10, 10])
     chosen = [3, 4, 12, 19]
     np.save(tmp_path / "uids.npy", np.asarray([(0, number) for number in reversed(chosen)], "u8,u8"))
-    (tmp_path / "uids.txt").write_text("\n".join(f"{number:032x}" for number in chosen))
+    (tmp_path / "uids.txt").write_text("\n".join(f"{number:032x}" for number in chosen), encoding="utf-8-sig")
     for name in ("uids.npy", "uids.txt"):
         kept = source(pattern, tmp_path, keep=Filter((), str(tmp_path / name)))
         assert captions(kept[i] for i in range(len(kept))) == [f"number {number}" for number in chosen]

@@ -124,7 +124,7 @@ def _read_uids(path: Path) -> np.ndarray:
                 raise ValueError(f"it holds {uids.dtype} {list(uids.shape)}, and DataComp's pairs of 64-bit numbers")
             uids = uids.astype(_UID)
         else:
-            lines = filter(None, map(str.strip, path.read_text(encoding="utf-8").splitlines()))
+            lines = filter(None, map(str.strip, path.read_text(encoding="utf-8-sig").splitlines()))
             uids = np.asarray([_parse_uid(line, path) for line in lines], _UID)
     except (EOFError, OSError, ValueError) as error:
         raise UserError(f"config.data.uids={path}: {error}") from None

@@ -398,6 +398,8 @@ def expand(patterns: str) -> list[str]:
     """
     paths = []
     for pattern in patterns.split("::"):
+        if not pattern:
+            raise UserError(f"{patterns}: before and behind :: there must be a path")
         if pattern.startswith("pipe:"):
             raise UserError(f"{pattern}: commands are not run; name the files themselves, such as s3://bucket/0.tar")
         found = _expand_braces(pattern)

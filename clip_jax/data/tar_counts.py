@@ -80,8 +80,8 @@ def find_counts(
 
 def remembered_in(folder: str, paths: Sequence[str], digest: str) -> str:
     """Returns the file in which the counts of these shards under this filter are kept."""
-    named = hashlib.sha256("\n".join([digest, *map(absolute, paths)]).encode()).hexdigest()[:32]
-    return f"{folder.rstrip('/')}/{named}.counts.json"
+    named = "\n".join([digest, *map(absolute, paths)]).encode("utf-8", "surrogateescape")
+    return f"{folder.rstrip('/')}/{hashlib.sha256(named).hexdigest()[:32]}.counts.json"
 
 
 def _remember(storage: Storage, file: str, counts: Mapping[str, int], stats: Mapping[str, Stat | None]) -> None:

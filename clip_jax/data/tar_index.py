@@ -136,7 +136,8 @@ class Sidecars:
 
     def path(self, shard: str) -> str:
         """Returns where the sidecar of a shard is kept."""
-        return f"{self._folder.rstrip('/')}/{hashlib.sha256(absolute(shard).encode()).hexdigest()[:32]}.npz"
+        name = hashlib.sha256(absolute(shard).encode("utf-8", "surrogateescape")).hexdigest()[:32]
+        return f"{self._folder.rstrip('/')}/{name}.npz"
 
     def _kept(self, path: str) -> ShardIndex | None:
         try:
