@@ -284,8 +284,8 @@ class OptimConfig:
       eps: added to the root of the second moment.
       weight_decay: decoupled decay, multiplied by the learning rate.
       decay_mask: what is decayed: `paper`, everything but gains, biases and logit_scale; `open_clip` also spares
-        the towers' positions and the class token, as open_clip does for timm's optimizers (for its AdamW, the class
-        token alone).
+        the towers' positions and the class token, as open_clip does for timm's optimizers, and `open_clip_adamw` the
+        class token alone, as for its default one.
       max_scale: upper limit of exp(logit_scale), applied after the update.
       clip_norm: gradients whose 2-norm, over all parameters, is larger are scaled down to it; 0 means no limit.
       freeze: regexes; parameters in whose path one is found, such as `("^image/",)` (LiT, Zhai et al., 2022), get no
@@ -306,7 +306,7 @@ class OptimConfig:
     b2: float = 0.98
     eps: float = 1e-6
     weight_decay: float = 0.2
-    decay_mask: Literal["paper", "open_clip"] = "paper"
+    decay_mask: Literal["paper", "open_clip", "open_clip_adamw"] = "paper"
     max_scale: float = 100.0
     clip_norm: float = 0.0
     freeze: tuple[str, ...] = ()

@@ -92,6 +92,7 @@ def test_datacomp_is_the_published_setting(monkeypatch):
     for run in (small, medium):
         assert (run.batch, run.optim.lr, run.optim.warmup_steps) == (4096, 5e-4, 500)
         assert (run.optim.b1, run.optim.b2, run.optim.eps, run.optim.weight_decay) == (0.9, 0.98, 1e-6, 0.2)
+        assert run.optim.decay_mask == "open_clip_adamw"
         assert (run.model.vision, run.model.activation) == (model_config("ViT-B/32").vision, "gelu")
         assert (run.data.crop, run.data.crop_scale) == ("resized", (0.9, 1.0))
     assert (small.steps, medium.steps) == (3125, 31_250)

@@ -17,7 +17,8 @@ _MATRICES = (r"/kernel$", True), (r"/embedding$", True)
 _GAINS_AND_BIASES = (r"/(scale|bias)$", False), (r"(^|/)logit_(scale|bias)$", False)
 
 # What weight decay touches. The paper spares gains, biases and the temperature, and so decays embeddings; open_clip
-# for timm's optimizers also the class token and the towers' positions, but not the attention pool's.
+# for timm's optimizers also the class token and the towers' positions, but not the attention pool's; for its default
+# AdamW whatever is a vector, and so the class token.
 DECAY_RULES = {
     "paper": (*_GAINS_AND_BIASES, *_MATRICES, (r"/(class_token|positions)$", True)),
     "open_clip": (
@@ -26,6 +27,7 @@ DECAY_RULES = {
         (r"attention_pool/positions$", True),
         (r"/(class_token|positions)$", False),
     ),
+    "open_clip_adamw": (*_GAINS_AND_BIASES, *_MATRICES, (r"/positions$", True), (r"/class_token$", False)),
 }
 
 

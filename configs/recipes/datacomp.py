@@ -23,6 +23,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.batch = 4096
     config.samples = 12_800_000
     config.optim.warmup_steps = 500
+    config.optim.decay_mask = "open_clip_adamw"
     config.data.source = "tars"
     config.data.crop = "resized"
     return apply_argument(config, arg)
