@@ -120,6 +120,24 @@ def test_what_a_run_went_back_over_is_not_in_the_copy(tmp_path, store):
         assert mirror.fetch() == [f"brought from {store}/run: checkpoints 1"]
 
 
+def test_what_is_damaged_or_deleted_here_is_kept_there_and_comes_back(tmp_path, store):
+    workdir = trained(tmp_path / "run", store, steps=(1, 2))
+    for step in (1, 2):
+        (workdir / "checkpoints" / str(step) / "record" / "metadata").write_text("{}")
+    with Mirror(store, workdir) as mirror:
+        assert mirror.fetch() == []
+        with pytest.raises(UserError, match="no checkpoint that can be used"):
+            Checkpoints(workdir, CheckpointConfig()).restore_latest(target_of(STATES[2]))
+    with Mirror(store, workdir) as mirror:
+        assert mirror.fetch() == [f"brought from {store}/run: checkpoints 1, 2"]
+        shutil.rmtree(workdir)
+    with Mirror(store, workdir) as mirror:
+        mirror.fetch()
+    step, restored = Checkpoints(workdir, CheckpointConfig()).restore_latest(target_of(STATES[2]))
+    assert step == 2
+    assert_same_bits(restored.state, STATES[2])
+
+
 def test_another_checkpoint_of_the_same_step_takes_the_place_of_the_first(tmp_path, store):
     """A run that went back comes to a step again, and the copy may not have been made meanwhile."""
     workdir = trained(tmp_path / "run", store, steps=(1, 2))

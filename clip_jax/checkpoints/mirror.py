@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import shutil
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,7 @@ class Mirror:
         try:
             here = {step: _list_of(self._local / str(step)) for step in steps_in(self._local)}
             there = self._steps()
-            others = {step for step in there if self._listed(step) != here.get(step)}
+            others = {step for step in there if self._is_over(step, here)}
             for step in sorted(others):
                 self._remove(step)
             for step in sorted(here.keys() - (there - others)):
@@ -149,6 +150,18 @@ class Mirror:
                 self._url,
                 self._failure,
             )
+
+    def _is_over(self, step: int, here: Mapping[int, dict[str, Any]]) -> bool:
+        """Whether a checkpoint there has had its time: another one of its step or newer ones are here, or the run went
+        back over it.
+
+        What is missing here otherwise, as what was damaged or deleted, has its only good copy there.
+        """
+        if step in here:
+            return self._listed(step) != here[step]
+        if self._listed(step) in map(_list_of, self._local.glob(f"abandoned-{step}*")):
+            return True
+        return step < max(here, default=0) and not (self._local / f"damaged-{step}").exists()
 
     def _send(self, step: int, listed: dict[str, Any]) -> None:
         """Copies a checkpoint, unless Orbax removes it meanwhile."""
