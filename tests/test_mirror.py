@@ -138,6 +138,26 @@ def test_what_is_damaged_or_deleted_here_is_kept_there_and_comes_back(tmp_path, 
     assert_same_bits(restored.state, STATES[2])
 
 
+def test_an_old_checkpoint_goes_from_the_copy_when_a_newer_one_is_there(tmp_path, store, monkeypatch):
+    """A machine may be lost while it sends, and a store may fail."""
+    memory, workdir = fsspec.filesystem("memory"), tmp_path / "run"
+    wholes, put = [], type(memory).put
+
+    def watched(*arguments):
+        wholes.append([path.split("/")[-2] for path in memory.find(f"/{tmp_path.name}") if path.endswith("files.json")])
+        put(*arguments)
+
+    monkeypatch.setattr(type(memory), "put", watched)
+    checkpoints = Checkpoints(workdir, CheckpointConfig(keep=1))
+    for step in (1, 2):
+        with Mirror(store, workdir), checkpoints:
+            save(checkpoints, step, STATES[step])
+    assert wholes == [[], ["1"]]
+    assert [path for path in memory.find(f"/{tmp_path.name}") if path.endswith("files.json")] == [
+        f"/{tmp_path.name}/run/checkpoints/2/files.json"
+    ]
+
+
 def test_another_checkpoint_of_the_same_step_takes_the_place_of_the_first(tmp_path, store):
     """A run that went back comes to a step again, and the copy may not have been made meanwhile."""
     workdir = trained(tmp_path / "run", store, steps=(1, 2))

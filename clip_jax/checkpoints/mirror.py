@@ -135,11 +135,15 @@ class Mirror:
         try:
             here = {step: _list_of(self._local / str(step)) for step in steps_in(self._local)}
             there = self._steps()
-            others = {step for step in there if self._is_over(step, here)}
+            others = {step for step in there if self._is_another(step, here)}
             for step in sorted(others):
                 self._remove(step)
-            for step in sorted(here.keys() - (there - others)):
-                self._send(step, here[step])
+            there -= others
+            there |= {step for step in sorted(here.keys() - there) if self._send(step, here[step])}
+            newest = max(here.keys() & there, default=0)
+            for step in sorted(there - here.keys()):  # only now: it may have been the last one there
+                if step < newest and not (self._local / f"damaged-{step}").exists():
+                    self._remove(step)
             self._send_others()
             self._failure = ""
         except Exception as error:  # of any kind: it went through a store's package
@@ -151,29 +155,28 @@ class Mirror:
                 self._failure,
             )
 
-    def _is_over(self, step: int, here: Mapping[int, dict[str, Any]]) -> bool:
-        """Whether a checkpoint there has had its time: another one of its step or newer ones are here, or the run went
-        back over it.
+    def _is_another(self, step: int, here: Mapping[int, dict[str, Any]]) -> bool:
+        """Whether a checkpoint there is not the run's any more: another of its step is here, or the run went back.
 
-        What is missing here otherwise, as what was damaged or deleted, has its only good copy there.
+        What is missing here otherwise, as what was damaged or deleted, may have its only good copy there.
         """
         if step in here:
             return self._listed(step) != here[step]
-        if self._listed(step) in map(_list_of, self._local.glob(f"abandoned-{step}*")):
-            return True
-        return step < max(here, default=0) and not (self._local / f"damaged-{step}").exists()
+        return self._listed(step) in map(_list_of, self._local.glob(f"abandoned-{step}*"))
 
-    def _send(self, step: int, listed: dict[str, Any]) -> None:
-        """Copies a checkpoint, unless Orbax removes it meanwhile."""
+    def _send(self, step: int, listed: dict[str, Any]) -> bool:
+        """Copies a checkpoint, unless Orbax removes it meanwhile; returns whether it is there."""
         source, target, names = self._local / str(step), self._there(step), listed["bytes"]
         try:
             self._system.put([str(source / name) for name in names], [f"{target}/{name}" for name in names])
         except FileNotFoundError:
             if source.exists():
                 raise
-        if names and _list_of(source) == listed:
+        is_whole = bool(names) and _list_of(source) == listed
+        if is_whole:
             self._system.pipe_file(f"{target}/{LIST}", json.dumps(listed).encode())
             self._lists[step] = listed
+        return is_whole
 
     def _remove(self, step: int) -> None:
         self._lists.pop(step, None)
