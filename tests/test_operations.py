@@ -297,11 +297,15 @@ def test_what_another_process_could_not_read_is_an_outage_where_it_was_one(monke
 
 
 def test_too_little_memory_names_what_to_change(tmp_path, monkeypatch):
-    def step(*_):
+    def step(*_, **__):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.")
 
-    monkeypatch.setattr("clip_jax.training.program.make_train_step", lambda *_, **__: step)
     expected = r"out of memory on 8 x cpu \(RESOURCE_EXHAUSTED: .* 9 bytes.*model.remat=dots.*micro_batch=8.*fsdp=8"
+    with monkeypatch.context() as patched:
+        patched.setattr("clip_jax.training.program.create_state", step)
+        with pytest.raises(UserError, match=expected):
+            train(RUN, tmp_path)
+    monkeypatch.setattr("clip_jax.training.program.make_train_step", lambda *_, **__: step)
     with pytest.raises(UserError, match=expected):
         train(RUN, tmp_path)
     monkeypatch.setattr(

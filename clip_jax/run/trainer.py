@@ -123,7 +123,7 @@ def train(
         saved = run.checkpoints.read_contents(newest)
         check_resumable(saved, config, step=newest, where=workdir)
         run.data.check(saved.data["position"])
-    with locked(workdir), mirror:
+    with locked(workdir), mirror, _device_errors_explained(run):
         resumed = run.checkpoints.restore_latest(program.target)
         prepare_workdir(workdir, config)
         if resumed is not None:
@@ -154,7 +154,6 @@ def _train_from(run: Run, start: Restored, notes: list[str], startup: Startup) -
         Watchdog(health.hang_minutes, run.workdir / f"hang-{jax.process_index()}.txt") as watchdog,
         Preemption(health.grace_s) as preemption,
         Profiler(run.workdir / "profile", log.profile, on_signal=log.profile_steps, say=monitor.print) as profiler,
-        _device_errors_explained(run),
         _outages_pass(lambda: step > 0 or monitor.has_read_pairs),
     ):
         for line in [_describe(run), *notes]:
