@@ -173,6 +173,15 @@ def test_bfloat16_keeps_f32_parameters_and_features(small):
     np.testing.assert_allclose(output.image, exact.image, atol=0.02)
 
 
+@pytest.mark.parametrize("vision", [SMALL.vision, ResNetConfig(image_size=32, width=8, heads=4, layers=(1, 1, 1, 1))])
+def test_parameters_are_f32_where_jax_is_told_to_use_f64(vision):
+    """With others, a run's own checkpoint would be called damaged there."""
+    model = CLIP(dataclasses.replace(SMALL, vision=vision, logit_bias=True))
+    with jax.enable_x64(True):
+        shapes = jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(shapes)} == {"float32"}
+
+
 def test_patches_are_row_major():
     image = jnp.arange(4 * 4 * 3, dtype=jnp.float32).reshape(1, 4, 4, 3)
     patches = patchify(image, patch=2)

@@ -68,8 +68,8 @@ class BatchNorm(nn.Module):
           UserError: `train`, and `group` does not divide the batch or leaves one value a channel.
         """
         features, wide = x.shape[-1], wide_dtype(x.dtype)
-        scale = self.param("scale", self.scale_init, (features,)).astype(wide)
-        bias = self.param("bias", nn.initializers.zeros, (features,)).astype(wide)
+        scale = self.param("scale", self.scale_init, (features,), jnp.float32).astype(wide)
+        bias = self.param("bias", nn.initializers.zeros, (features,), jnp.float32).astype(wide)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (features,), jnp.float32)
         running_var = self.variable("batch_stats", "var", jnp.ones, (features,), jnp.float32)
         if not self.train:

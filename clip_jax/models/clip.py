@@ -46,10 +46,9 @@ class CLIP(nn.Module):
         else:
             self.image = VisionTransformer(config)
         self.text = TextTransformer(config)
-        self.logit_scale = self.param("logit_scale", nn.initializers.constant(-math.log(config.temperature)), ())
-        self.logit_bias = (
-            self.param("logit_bias", nn.initializers.constant(config.initial_bias), ()) if config.logit_bias else None
-        )
+        constant, bias = nn.initializers.constant, config.initial_bias
+        self.logit_scale = self.param("logit_scale", constant(-math.log(config.temperature)), (), jnp.float32)
+        self.logit_bias = self.param("logit_bias", constant(bias), (), jnp.float32) if config.logit_bias else None
 
     def __call__(
         self,

@@ -43,8 +43,8 @@ class LayerNorm(nn.Module):
     def __call__(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows d"]:
         if self.has_variable("params", "scale") and self.get_variable("params", "scale") is None:
             return standardize(x).astype(self.dtype)
-        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
-        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], jnp.float32)
         return normalize(x, jnp.asarray(scale), jnp.asarray(bias), self.dtype)  # they may be NumPy's
 
 

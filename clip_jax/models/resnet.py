@@ -136,7 +136,7 @@ class AttentionPool(nn.Module):
         dense = dense_of(self.model, kernel_init=normal, bias_init=uniform)
         tokens = x.reshape(batch, rows * columns, width)
         tokens = jnp.concatenate([tokens.mean(axis=1, keepdims=True), tokens], axis=1)
-        tokens = add_parameter(tokens, self.param("positions", normal, (tokens.shape[1], width)))
+        tokens = add_parameter(tokens, self.param("positions", normal, (tokens.shape[1], width), jnp.float32))
         query, key, value = (
             dense(width, name=name)(of).reshape(batch, -1, self.heads, width // self.heads)
             for name, of in (("query", tokens[:, :1]), ("key", tokens), ("value", tokens))

@@ -56,7 +56,7 @@ class TextTransformer(nn.Module):
             reduce_dtype=model.reduce_dtype,
             name="token_embedding",
         )
-        positions = self.param("positions", nn.initializers.normal(0.01), (config.context, width))
+        positions = self.param("positions", nn.initializers.normal(0.01), (config.context, width), jnp.float32)
         ends = jnp.argmax(tokens, axis=-1)
         order = None
         if groups:

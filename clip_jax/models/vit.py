@@ -40,8 +40,8 @@ class VisionTransformer(nn.Module):
         x = dense(width, kernel_init=symmetric_uniform(patches.shape[-1] ** -0.5), name="patch_embedding")(patches)
         record(self, "patches", x)
 
-        class_token = self.param("class_token", normal, (width,))
-        positions = self.param("positions", normal, (config.tokens, width))
+        class_token = self.param("class_token", normal, (width,), jnp.float32)
+        positions = self.param("positions", normal, (config.tokens, width), jnp.float32)
         class_tokens = add_parameter(jnp.zeros((x.shape[0], 1, width), dtype), class_token)
         x = add_parameter(jnp.concatenate([class_tokens, x], axis=1), positions)
         if model.patch_dropout and keys is not None:
