@@ -24,7 +24,7 @@ from clip_jax.planning.hlo import collectives
 from clip_jax.rules import leaf_paths
 from clip_jax.training.optim import make_optimizer
 from clip_jax.training.state import abstract_state, create_state
-from clip_jax.training.step import make_train_step
+from clip_jax.training.step import _sample_keys, make_train_step
 from clip_jax.training.towers import Towers
 
 ROOT = Path(__file__).parent.parent
@@ -137,9 +137,13 @@ def test_a_resnet_trains_alike_on_every_mesh_in_f64(mesh, group):
     assert_alike_in_f64(resnet(group), mesh)
 
 
-def test_initial_parameters_do_not_depend_on_the_mesh():
-    _, one, _ = setup(TINY, 1)
-    _, eight, _ = setup(dataclasses.replace(TINY, mesh=MeshConfig(2, 4)), 8)
+def test_initial_parameters_and_keys_depend_neither_on_the_mesh_nor_on_jaxs_generator():
+    """Those of `rbg`, which JAX can be told to use, depend on what they are drawn together with."""
+    mesh, one, _ = setup(TINY, 1)
+    keys = np.asarray(jax.random.key_data(_sample_keys(0, jnp.int32(3), 8, mesh)))
+    with jax.default_prng_impl("rbg"):
+        mesh, eight, _ = setup(dataclasses.replace(TINY, mesh=MeshConfig(2, 4)), 8)
+        np.testing.assert_array_equal(jax.random.key_data(_sample_keys(0, jnp.int32(3), 8, mesh)), keys)
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(eight), strict=True):
         np.testing.assert_array_equal(a, b)
 

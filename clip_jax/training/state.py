@@ -57,9 +57,14 @@ def from_average(average: Any) -> Variables:
     return average if "batch_stats" in average else {"params": average, "batch_stats": {}}
 
 
+def random_key(seed: int) -> jax.Array:
+    """Returns a run's random key: of the generator that knows nothing of batches, whatever JAX's default is."""
+    return jax.random.key(seed, impl="threefry2x32")
+
+
 def new_state(model: CLIP, optimizer: optax.GradientTransformation, seed: int, *, ema: bool = False) -> TrainState:
     """Returns a fresh state; pure, so that it can be traced and jitted into shardings."""
-    variables = init_variables(model, jax.random.key(seed))
+    variables = init_variables(model, random_key(seed))
     params = variables["params"]
     average = jax.tree.map(jnp.copy, to_average(variables)) if ema else {}
     return TrainState(step=jnp.zeros((), jnp.int32), opt_state=optimizer.init(params), ema=average, **variables)

@@ -25,7 +25,7 @@ from clip_jax.training.gradient_cache import Gradients, Loss, cached_gradients
 from clip_jax.training.losses import LossOutput, mean_cosine, sigmoid_loss, softmax_loss
 from clip_jax.training.optim import clamp_scale, gradient_norms, is_schedule, learning_rate, moving_average
 from clip_jax.training.overlap import overlap_options
-from clip_jax.training.state import TrainState, to_average
+from clip_jax.training.state import TrainState, random_key, to_average
 from clip_jax.training.tiled_loss import tiled_loss
 from clip_jax.training.towers import Batch, Towers
 
@@ -222,5 +222,5 @@ def _gradients(towers: Towers, loss: Loss, batch: Batch) -> Gradients:
 
 def _sample_keys(seed: int, step: jax.Array, batch: int, mesh: Mesh) -> jax.Array:
     """Returns a random key for each pair of a step's batch: the same on every mesh, and when a run is resumed."""
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), step), batch)
+    keys = jax.random.split(jax.random.fold_in(random_key(seed), step), batch)
     return jax.lax.with_sharding_constraint(keys, row_sharding(mesh))
