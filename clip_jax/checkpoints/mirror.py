@@ -11,7 +11,7 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ class Mirror:
         self._sent: dict[str, tuple[int, int]] = {}
         self._lists: dict[int, dict[str, Any]] = {}
         self._failure = ""
+        self._last: Future[None] | None = None
         self._wanted = bool(url)
         self._active = self._wanted and jax.process_index() == 0
         if self._active:
@@ -103,9 +104,12 @@ class Mirror:
         return [f"brought from {self._url}: checkpoints {', '.join(map(str, steps))}"] if steps else []
 
     def request(self) -> None:
-        """Starts to copy what has changed, in the background; a failure costs a warning, and is made good next time."""
-        if self._active:
-            self._thread.submit(self._copy)
+        """Starts to copy what has changed, in the background; a failure costs a warning, and is made good next time.
+
+        A copy that has not begun will see all: at its end a run waits once for a store that fails.
+        """
+        if self._active and (self._last is None or self._last.running() or self._last.done()):
+            self._last = self._thread.submit(self._copy)
 
     def _fetch(self) -> list[int]:
         here = steps_in(self._local)
