@@ -223,7 +223,7 @@ IMAGE = (
 
 CAPTIONS = (
     b"", b" \n\t", b"\xff\xfe", b"caf\xe9", b"\xed\xa0\x80", b"a\0b", b"x" * 70_000, b"&" * 5_000, b"&amp;" * 3_000,
-    b"&" + b"amp;" * 4_000,
+    b"&" + b"amp;" * 4_000, b"&" + b"#38;" * 4_000,
     "\u202e\ufeff\u0301".encode() * 500, "\U0001f468\u200d".encode() * 2_000, "Ã¢â‚¬â„¢".encode() * 1_000,
     b"\xe2\x80\xa9" * 9, b"&#xD800;&#0;&#x110000;", b"<|endoftext|><start_of_text>", ("ß" * 8_000).encode(),
     b"1" * 16_000, b"a." * 8_000, b"'s" * 8_000, "ﷺ".encode() * 5_000,

@@ -283,8 +283,8 @@ def test_folders_below_a_folder_count_in_the_order_of_their_paths(tmp_path, inli
     assert [shard["samples"] for shard in shard_counts(folder)] == [2, 2, 1]
 
 
-@pytest.mark.parametrize("suffix", [".jpg", ".txt", ".json"])
-def test_a_share_that_does_not_answer_rejects_nothing(tmp_path, inline, monkeypatch, suffix):
+@pytest.mark.parametrize(("suffix", "answers"), [(".jpg", 0), (".txt", 0), (".json", 0), (".json", 1)])
+def test_a_share_that_does_not_answer_rejects_nothing(tmp_path, inline, monkeypatch, suffix, answers):
     """The file is good: its part is made when it can be read."""
     (tmp_path / "in").mkdir()
     for number in range(2):
@@ -292,10 +292,11 @@ def test_a_share_that_does_not_answer_rejects_nothing(tmp_path, inline, monkeypa
         (tmp_path / "in" / f"{number}.txt").write_text(f"number {number}")
         (tmp_path / "in" / f"{number}.json").write_text(json.dumps({"good": 1}))
     asked = job(data_dir=str(tmp_path), folder=str(tmp_path / "in"), per_shard=1, filters=("good==1",))
-    read = Path.read_bytes
+    read, asked_for = Path.read_bytes, []
 
     def lost(path):
-        if path.name == f"1{suffix}":
+        asked_for.append(path.name)
+        if path.name == f"1{suffix}" and asked_for.count(path.name) > answers:
             raise OSError(errno.EIO, "Input/output error")
         return read(path)
 

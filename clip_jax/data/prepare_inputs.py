@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from clip_jax.data.captions import CaptionFields, parse_metadata
 from clip_jax.data.folder_source import beside, images_below, with_captions
-from clip_jax.data.records import Record, RecordError, read_image_file
+from clip_jax.data.records import UNREACHABLE, Record, RecordError, read_image_file
 from clip_jax.data.storage import Stat, Storage, StorageError, absolute, digest, expand, is_remote, state_of
 from clip_jax.data.table_source import TableSource
 from clip_jax.data.tar_index import index_samples, members, read_at
@@ -276,7 +276,9 @@ def _metadata_beside(path: Path) -> Mapping[str, Any]:
     try:
         content = beside(path, ".json")
         return {} if content is None else parse_metadata(content)
-    except RecordError:
+    except RecordError as error:
+        if error.reason == UNREACHABLE:
+            raise  # a filter would leave the sample out
         return {}
 
 
