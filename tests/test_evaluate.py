@@ -19,6 +19,7 @@ from tiny import TINY
 
 from clip_jax import cli
 from clip_jax.config import EvalConfig
+from clip_jax.data import loader
 from clip_jax.data.images import Preprocess
 from clip_jax.data.labelled import ClassFolders, open_labelled
 from clip_jax.data.storage import Storage
@@ -35,6 +36,7 @@ from clip_jax.evals.results import check, parse_target, write_table
 from clip_jax.evals.tasks import evaluate
 from clip_jax.evals.zero_shot import class_weights
 from clip_jax.interop.weights import Weights
+from clip_jax.models.clip import CLIP
 from clip_jax.models.variants import model_config
 from clip_jax.partition import make_mesh, replicated
 from clip_jax.pretrained import Pretrained
@@ -487,6 +489,15 @@ def test_an_image_that_cannot_be_read_is_named(evaluator, folders, tmp_path):
     broken.write_bytes(b"\xff\xd8\xff damaged")
     with pytest.raises(UserError, match=f"{broken}: the JPEG cannot be decoded"):
         evaluate(evaluator, EvalJob(str(tmp_path / "damaged")))
+
+
+def test_a_run_whose_processes_see_other_images_is_refused(folders, monkeypatch):
+    """They would wait for one another's batches."""
+    config, mesh = dataclasses.replace(TINY, eval=EvalConfig(dataset=str(folders), batch=8)), make_mesh(TINY.mesh)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(loader.multihost_utils, "process_allgather", lambda own: np.stack([own + 1, own]))
+    with pytest.raises(UserError, match=r"^config.eval.dataset is not the same in all processes: process 1 has 37"):
+        Evaluation(config, CLIP(TINY.model), mesh=mesh)
 
 
 def labelled_shard(folder, **metadata):

@@ -354,9 +354,9 @@ def test_processes_that_see_other_shards_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(loader.multihost_utils, "process_allgather", gather)
     loader.check_same("config.data", [same])
     loader.check_same("config.data", [copy])
-    with pytest.raises(UserError, match=r"^config.data is not .*: process 1 has 6 pairs, and process 0 7; let all see"):
+    with pytest.raises(UserError, match=r"^config.data is not .*: process 1 has 6 records, and process 0 7;"):
         loader.check_same("config.data", [cut])
-    with pytest.raises(UserError, match=r"process 1 has 7 pairs, and process 0 as many in other shards"):
+    with pytest.raises(UserError, match=r"process 1 has 7 records, and process 0 as many in other shards"):
         loader.check_same("config.data", [other])
 
 

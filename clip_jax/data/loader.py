@@ -147,7 +147,7 @@ def check_same(key: str, sources: Sequence[Records]) -> None:
         if found != first:
             there, here = ((high << 31) + low for high, low, _ in (found, first))
             raise UserError(
-                f"{key} is not the same in all processes: process {process} has {there:,} pairs, and process 0 "
+                f"{key} is not the same in all processes: process {process} has {there:,} records, and process 0 "
                 f"{'as many in other shards' if there == here else f'{here:,}'}; let all see the same files"
             )
 

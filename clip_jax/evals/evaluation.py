@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from clip_jax.config import RunConfig
 from clip_jax.data.images import preprocess_of
+from clip_jax.data.loader import check_same
 from clip_jax.data.pipeline import EvalTransform
 from clip_jax.evals.embedding import Embedder, ImageFeatures
 from clip_jax.evals.job import EvalJob
@@ -51,7 +52,8 @@ class Evaluation:
       mesh: the devices.
 
     Raises:
-      UserError: the dataset, its features or a template set is not there, or the batch does not fit the mesh.
+      UserError: the dataset, its features or a template set is not there, or the batch does not fit the mesh; or the
+        processes do not see the same images.
     """
 
     def __init__(self, config: RunConfig, model: CLIP, *, mesh: Mesh) -> None:
@@ -74,6 +76,7 @@ class Evaluation:
         preprocess = preprocess_of(config.model, config.data)
         self._transform = EvalTransform(preprocess)
         self._source, self._classes = open_classes(job)
+        check_same("config.eval.dataset", [self._source])
         tokenize = functools.partial(Tokenizer(), context=config.model.text.context)
         self._embedder = Embedder(model, tokenize, mesh=mesh, batch=evaluation.batch, preprocess=preprocess)
 
