@@ -23,7 +23,7 @@ from clip_jax.data.order import WindowShuffle
 from clip_jax.data.pipeline import eval_batches, train_batches
 from clip_jax.data.reading import Part
 from clip_jax.data.records import UNREACHABLE, RecordError
-from clip_jax.data.storage import Storage, StorageError, expand, requests_made
+from clip_jax.data.storage import Storage, StorageError, requests_made
 from clip_jax.data.tar_counts import find_counts
 from clip_jax.errors import OutageError, UserError
 
@@ -94,16 +94,21 @@ def test_a_server_that_would_compress_or_says_no_lengths_gives_no_half_of_a_shar
         Storage(1.0).stat(f"{store.url}/00000.tar")
 
 
-def test_want_of_credentials_is_not_waited_for(monkeypatch):
-    def ask(*_, **__):
-        raise botocore.exceptions.NoCredentialsError
+def test_want_of_credentials_is_not_waited_for_as_an_outage_is(monkeypatch):
+    """And a name that no bucket can have not at all."""
+    raised = botocore.exceptions.NoCredentialsError()
 
-    monkeypatch.setattr(storage, "_file_system", lambda protocol: SimpleNamespace(cat_file=ask, glob=ask))
-    with pytest.raises(StorageError, match=r"^s3://bucket/0.tar: Unable to locate credentials$"):
+    def ask(*_, **__):
+        raise raised
+
+    monkeypatch.setattr(storage, "_file_system", lambda protocol: SimpleNamespace(cat_file=ask))
+    monkeypatch.setattr(storage, "_CREDENTIALS_S", 0.05)
+    monkeypatch.setattr(storage.random, "uniform", lambda low, high: 0.02)
+    with pytest.raises(OutageError, match=r"^s3://bucket/0.tar: Unable to locate credentials \(after [1-4] tries\)"):
         Storage(0.5).read("s3://bucket/0.tar", 0, 1)
-    with pytest.raises(UserError, match=r"^s3://bucket/\*.tar cannot be listed: Unable") as caught:
-        expand("s3://bucket/*.tar")
-    assert not isinstance(caught.value, OutageError)
+    raised = botocore.exceptions.ParamValidationError(report="Invalid bucket name")
+    with pytest.raises(StorageError, match="Invalid bucket name$"):
+        Storage(0.5).read("s3://Bucket!/0.tar", 0, 1)
 
 
 def test_requests_are_few(store, tmp_path):

@@ -38,9 +38,10 @@ _SILENCE_S = 30
 _GIVEN_UP_S = 60.0
 _BEYOND_END = 416
 _NEVER_RETRIED = (FileNotFoundError, PermissionError, IsADirectoryError, ImportError)
-_MISTAKES = frozenset(
-    {"NoCredentialsError", "ParamValidationError", "PartialCredentialsError", "ProfileNotFound"}
-)  # of botocore, which need not be there
+# Of botocore, which need not be there. Cloud machines get their credentials from a service, and many processes that ask
+# it at once may be told of none: they ask again, but not for long.
+_MISTAKES = frozenset({"ParamValidationError", "PartialCredentialsError", "ProfileNotFound"})
+_NO_CREDENTIALS, _CREDENTIALS_S = "NoCredentialsError", 10.0
 _URL = re.compile(r"[a-z0-9+]+://")
 _HUB = "hf://"
 _HUB_FILE = re.compile(r"hf://(?:(dataset|space)s/)?([^/]+/[^/@]+)(?:@([^/]+))?/(.+)")
@@ -182,7 +183,8 @@ class Storage:
         given_up, stopped = self._given_up.get(path), self._stopped
         if given_up and time.monotonic() < given_up.until:
             raise OutageError(given_up.reason)
-        deadline = time.monotonic() + (0 if given_up else self._retry_s)
+        began = time.monotonic()
+        deadline = began + (0 if given_up else self._retry_s)
         for attempt in itertools.count():
             _count_request()
             try:
@@ -194,6 +196,8 @@ class Storage:
                     raise StorageError(f"{path}: {one_line(error)}") from None
                 # Full jitter (Brooker, 2015): readers that failed together must not come back together.
                 delay = random.uniform(0, min(_LONGEST_DELAY, _FIRST_DELAY * 2**attempt))
+                if type(error).__name__ == _NO_CREDENTIALS:
+                    deadline = min(deadline, began + _CREDENTIALS_S)
                 late = time.monotonic() + delay > deadline
                 if late or stopped.wait(delay):
                     reason = f"{path}: {one_line(error)} (after {attempt + 1} tries)"
@@ -538,7 +542,7 @@ def _http_stat(system: Any, url: str) -> Stat:
 
 def _may_pass(error: Exception) -> bool:
     """Whether another try may succeed: not where the server says that the request itself is wrong, or not known; nor
-    where it was not asked, for want of credentials or of a name that one can have."""
+    where it was not asked, for a mistake in credentials or in the name."""
     if isinstance(error, _NEVER_RETRIED) or type(error).__name__ in _MISTAKES:
         return False
     status = _status(error)
