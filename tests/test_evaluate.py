@@ -26,6 +26,7 @@ from clip_jax.data.storage import Storage
 from clip_jax.data.tfds_source import TfdsSource
 from clip_jax.errors import UserError
 from clip_jax.evals import prompts
+from clip_jax.evals.classification import open_classes
 from clip_jax.evals.command import run_jobs
 from clip_jax.evals.evaluation import Evaluation, scalars
 from clip_jax.evals.evaluator import Evaluator, model_names
@@ -538,6 +539,19 @@ def test_folders_called_by_numbers_are_in_their_order(folders, tmp_path):
     (tmp_path / "2").rename(tmp_path / "two")
     assert ClassFolders(tmp_path).classes == ("10", "9", "two")
     assert source.fingerprint["order"] == "by number"
+
+
+def test_no_prompt_is_made_of_imagenets_numbers(folders, tmp_path):
+    """As open_clip's --imagenet-val has them: a photo of a n01440764 is found in no picture, without a word."""
+    val, names = tmp_path / "val", tmp_path / "names.txt"
+    shutil.copytree(folders / "0", val / "n01440764")
+    shutil.copytree(folders / "1", val / "n01443537")
+    names.write_text("tench\ngoldfish\n")
+    with pytest.raises(UserError, match=r"val are called n01440764, n01443537 and the like, .* --classes .*open_clip"):
+        open_classes(EvalJob(str(val)))
+    assert open_classes(EvalJob(str(val), classes=str(names)))[1] == ("tench", "goldfish")
+    probed = EvalJob(str(val), task="linear_probe", train=str(val))
+    assert open_classes(probed)[1] == ("n01440764", "n01443537")
 
 
 def test_labels_are_those_of_the_folders(folders):

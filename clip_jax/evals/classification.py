@@ -1,6 +1,7 @@
 """Classification of a labelled dataset, zero-shot or by a linear probe: a model and a job to metrics."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,12 +33,20 @@ def open_classes(job: EvalJob) -> tuple[LabelledSource, tuple[str, ...]]:
     """Opens a job's labelled dataset, and names its classes.
 
     Raises:
-      UserError: as `evaluate`.
+      UserError: as `evaluate`; or prompts would be made of ImageNet's numbers.
     """
     source = open_job(job)
     named = job.classes or prompts.default_classes(job.called)
     given = prompts.class_names(named, dataset=job.called, language=job.language) if named else ()
-    return source, named_classes(given, source)
+    classes = named_classes(given, source)
+    numbers = r"\d+" if len(classes) == 1_000 else r"n\d{8}"  # of ImageNet-V2's folders, and of ImageNet's
+    if job.task != "linear_probe" and all(re.fullmatch(numbers, name) for name in classes):
+        raise UserError(
+            f"the classes of {source} are called {classes[0]}, {classes[-1]} and the like, of which no model knows; "
+            "name them with --classes (config.eval.classes), open_clip for ImageNet's thousand, and their templates "
+            "with --templates (config.eval.prompts)"
+        )
+    return source, classes
 
 
 def open_job(job: EvalJob) -> LabelledSource:
