@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from clip_jax.command_line import Overrides, describe_failure, load_config
 from clip_jax.config import RunConfig
 from clip_jax.errors import ConfigError, UserError
-from clip_jax.typed import flatten, leaf_types, parse, resolve_key
+from clip_jax.typed import flatten, leaf_types, parse, resolve_key, split_outside_brackets
 
 LONGEST_NAME = 200
 """Letters of an arm's name, which is a folder's name."""
@@ -184,8 +184,17 @@ def as_text(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple | list):
-        return f"({','.join(map(as_text, value))})"
+        return f"({','.join(map(_as_item, value))})"
     return str(value)
+
+
+def _as_item(value: Any) -> str:
+    """Returns what stands in a tuple: as text, in quotes where it would be split or lose its own."""
+    text = as_text(value)
+    if not isinstance(value, str) or (split_outside_brackets(text) == [text] and text[0] not in "'\""):
+        return text
+    quote = "'" if '"' in text else '"'
+    return f"{quote}{text}{quote}"
 
 
 def short_key(key: str, leaves: Sequence[str]) -> str:
@@ -262,7 +271,7 @@ def _resolved(sweep: Sweep, overrides: Sequence[tuple[str, str]], given: Arm, nu
 
 def _check_read_back(where: str, values: Mapping[str, Any], config: RunConfig, types: Mapping[str, Any]) -> None:
     """Refuses a value that is not the config's: one that a command line cannot hold, such as a text in a tuple with a
-    comma in it."""
+    comma and both kinds of quotes in it."""
     found = flatten(dataclasses.asdict(config))
     for key, value in values.items():
         if key == "model":
