@@ -111,6 +111,14 @@ def test_want_of_credentials_is_not_waited_for_as_an_outage_is(monkeypatch):
         Storage(0.5).read("s3://Bucket!/0.tar", 0, 1)
 
 
+def test_a_file_that_is_no_tar_is_called_as_it_was_named(store, tmp_path):
+    """And not by the number of its copy."""
+    (tmp_path / "shards" / "pointer.tar").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    (part,) = prepare_inputs.tar_parts(f"{store.url}/pointer.tar", 1.0)
+    with pytest.raises(StorageError, match=f"^{store.url}/pointer.tar is no tar"):
+        next(part.samples(CaptionFields(), 1.0))
+
+
 def test_requests_are_few(store, tmp_path):
     tars = remote(store, tmp_path)
     before = store.requests

@@ -97,7 +97,8 @@ class TarPart:
         """See `Part`; a remote shard is copied to a temporary file first, so that it is read once."""
         storage = Storage(retry_s)
         with _local_copy(storage, self.path) as path:
-            index, _ = index_samples(members(read_at(storage, path, storage.stat(path).size)))
+            shard = read_at(storage, path, storage.stat(path).size, called=self.path)
+            index, _ = index_samples(members(shard))
             for first in range(0, len(index), _READ_AT_ONCE):
                 rows = index[first : first + _READ_AT_ONCE]
                 block = TarBlock(first, rows, read_ranges(storage, path, rows), captions)

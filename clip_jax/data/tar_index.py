@@ -146,9 +146,15 @@ class Sidecars:
             return None
 
 
-def read_at(storage: Storage, path: str, size: int) -> ReadAt:
+def read_at(storage: Storage, path: str, size: int, *, called: str = "") -> ReadAt:
     """Returns a shard as `members` reads it: locally from header to header, remotely in large pieces, one after
     another.
+
+    Args:
+      storage: reads it.
+      path: of the shard.
+      size: in bytes.
+      called: what to call it in messages; empty means by its path.
 
     Raises:
       StorageError: it is empty, compressed as a whole or no tar at all, or cannot be read.
@@ -164,14 +170,15 @@ def read_at(storage: Storage, path: str, size: int) -> ReadAt:
         begin = offset - chunk["start"]
         return chunk["bytes"][begin : begin + length]
 
+    called = called or path
     if not size:
-        raise StorageError(f"{path} is empty (0 bytes), which no tar is")
+        raise StorageError(f"{called} is empty (0 bytes), which no tar is")
     file, start = ReadAt(read, size), read(0, BLOCK)
     if start.startswith(_COMPRESSED):
-        raise StorageError(f"{path} is compressed as a whole, so that no sample can be read alone; decompress it")
+        raise StorageError(f"{called} is compressed as a whole, so that no sample can be read alone; decompress it")
     # A pointer of Git LFS, a page that asks to log in: taken for a tar without samples, they would be missed by nobody.
     if start.strip(b"\0") and header_size(start) is None and next(members(file), None) is None:
-        raise StorageError(f"{path} is no tar; it begins with {start[:16]!r}")
+        raise StorageError(f"{called} is no tar; it begins with {start[:16]!r}")
     return file
 
 
