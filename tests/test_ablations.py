@@ -343,6 +343,11 @@ def test_another_config_in_a_workdir_is_refused_before_anything_starts(study, tm
     with pytest.raises(UserError, match=r"another config: lr=0.001/seed0 \(batch 240 -> 120\) \(saved -> sweep\)"):
         run_sweep(changed, expand(dataclasses.replace(changed, config=str(ROOT / DEMO))), folder)
     assert (tmp_path / "started").read_text().split() == ["seed0"]
+    file = folder / jobs[0].folder / "config.json"
+    saved = json.loads(file.read_text())
+    saved |= {"compilation_cache": "programs", "health": saved["health"] | {"grace_s": 100.0}}  # as of a SLURM array
+    file.write_text(json.dumps(saved))
+    assert run_sweep(sweep, jobs[:1], folder)[0].state == "finished before"
 
 
 def test_a_checkpoint_without_its_final_evaluation_is_not_the_end(study):

@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 
 import clip_jax
 from clip_jax.ablations.launching import train_arguments
-from clip_jax.ablations.runs import is_finished, read_config
+from clip_jax.ablations.runs import compared_config, is_finished, read_config
 from clip_jax.ablations.sweep import Job, Sweep
 from clip_jax.config import as_json, describe_diff, diff
 from clip_jax.console import clock
@@ -208,11 +208,12 @@ def _exit(number: int, _frame: object) -> None:
 
 
 def _check_unchanged(jobs: Sequence[Job], folder: Path) -> None:
-    """Refuses workdirs whose runs began with another config than they would go on with."""
+    """Refuses workdirs whose runs began with another config than they would go on with; what the launch files set, and
+    what is logged or saved, may be another."""
     changed = []
     for job in jobs:
         saved = read_config(folder / job.folder)
-        if saved is not None and saved != job.config:
+        if saved is not None and compared_config(saved) != compared_config(job.config):
             changed.append(f"{job.folder} ({describe_diff(diff(as_json(saved), as_json(job.config)))})")
     if changed:
         raise UserError(
