@@ -286,7 +286,7 @@ class OptimConfig:
       decay_mask: what is decayed: `paper`, everything but gains, biases and logit_scale; `open_clip` also spares
         the towers' positions and the class token, as open_clip does for timm's optimizers, and `open_clip_adamw` the
         class token alone, as for its default one.
-      max_scale: upper limit of exp(logit_scale), applied after the update.
+      max_scale: upper limit of exp(logit_scale), applied after the update; not where logit_scale is frozen.
       clip_norm: gradients whose 2-norm, over all parameters, is larger are scaled down to it; 0 means no limit.
       freeze: regexes; parameters in whose path one is found, such as `("^image/",)` (LiT, Zhai et al., 2022), get no
         gradient, no update and no optimizer state. An image tower that is frozen whole runs as in evaluation.

@@ -126,9 +126,11 @@ def test_adamw_is_the_papers():
         np.testing.assert_allclose(leaf, expected[path], rtol=2e-6, err_msg=path)
 
 
-def test_clamp_limits_only_the_top():
-    for start, end in [(1.0, 1.0), (-3.0, -3.0), (7.0, np.log(100.0))]:
-        clamped = clamp_scale({"logit_scale": jnp.float32(start), "other": jnp.float32(99)}, 100.0)
+def test_clamp_limits_only_the_top_of_what_is_trained():
+    frozen = ("^logit_scale$",)
+    for start, freeze, end in [(1.0, (), 1.0), (-3.0, (), -3.0), (7.0, (), np.log(100.0)), (7.0, frozen, 7.0)]:
+        config = OptimConfig(max_scale=100.0, freeze=freeze)
+        clamped = clamp_scale(config, {"logit_scale": jnp.float32(start), "other": jnp.float32(99)})
         assert float(clamped["logit_scale"]) == pytest.approx(end)
         assert float(clamped["other"]) == 99
 

@@ -112,9 +112,12 @@ def decay_mask(config: OptimConfig, params: Any) -> Any:
     return apply_rules(DECAY_RULES[config.decay_mask], params, all_used=False)  # a ViT has no attention pool
 
 
-def clamp_scale(params: dict[str, Any], max_scale: float) -> dict[str, Any]:
-    """Limits exp(logit_scale); for use after the update, since inside the forward pass its gradient would die."""
-    return params | {"logit_scale": jnp.minimum(params["logit_scale"], jnp.log(max_scale))}
+def clamp_scale(config: OptimConfig, params: dict[str, Any]) -> dict[str, Any]:
+    """Limits exp(logit_scale), unless it is frozen; for use after the update, since inside the forward pass its
+    gradient would die."""
+    if frozen(config, params)["logit_scale"]:
+        return params
+    return params | {"logit_scale": jnp.minimum(params["logit_scale"], jnp.log(config.max_scale))}
 
 
 def gradient_norms(gradients: dict[str, Any]) -> dict[str, jax.Array]:

@@ -83,7 +83,7 @@ def make_train_step(
 
     def advance(state: TrainState, grads: Any, batch_stats: Any) -> TrainState:
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = clamp_scale(cast(dict, optax.apply_updates(state.params, updates)), optim.max_scale)
+        params = clamp_scale(optim, cast(dict, optax.apply_updates(state.params, updates)))
         new = TrainState(state.step + 1, params, batch_stats, opt_state)
         if not state.ema:
             return new
