@@ -165,6 +165,8 @@ def test_patterns_expand(tmp_path):
     assert expand("{a,b}-{08..10}.tar::c.tar")[2:] == ["a-10.tar", "b-08.tar", "b-09.tar", "b-10.tar", "c.tar"]
     assert [path[-8:] for path in expand(f"{tmp_path}/*-01.tar")] == ["a-01.tar", "b-01.tar"]
     assert expand("s3://bucket/{1..2}.tar") == ["s3://bucket/1.tar", "s3://bucket/2.tar"]
+    queries = [f"http://127.0.0.1:1/{number}.tar?download=true" for number in range(2)]
+    assert expand("http://127.0.0.1:1/{0..1}.tar?download=true") == queries  # no server is asked
     assert expand("{00..100}")[9:11] + expand("{0..10}")[9:] == ["009", "010", "9", "10"]  # as shells and webdataset
     with pytest.raises(UserError, match="no file is called"):
         expand(f"{tmp_path}/*.zip")

@@ -409,14 +409,19 @@ def expand(patterns: str) -> list[str]:
         found = _expand_braces(pattern)
         if "~" in pattern:
             found = map(os.path.expanduser, found)
-        if any(letter in pattern for letter in _WILD):
+        if _is_wild(pattern):
             found = itertools.chain.from_iterable(map(_glob, found))
         paths += found
     return paths
 
 
+def _is_wild(pattern: str) -> bool:
+    wild = _WILD.replace("?", "") if pattern.startswith(("http://", "https://")) else _WILD  # of a query
+    return any(letter in pattern for letter in wild)
+
+
 def _glob(pattern: str) -> list[str]:
-    if not any(letter in pattern for letter in _WILD):
+    if not _is_wild(pattern):
         return [pattern]
     if not is_remote(pattern):
         found = glob.glob(pattern)
