@@ -492,6 +492,16 @@ def test_an_image_that_cannot_be_read_is_named(evaluator, folders, tmp_path):
         evaluate(evaluator, EvalJob(str(tmp_path / "damaged")))
 
 
+@pytest.mark.parametrize("cached", ["", "cache"])
+def test_an_evaluation_whose_processes_see_other_images_is_refused(cached, model, folders, tmp_path, monkeypatch):
+    evaluator = Evaluator(model, "model", batch=16, threads=2, cache=cached and str(tmp_path / cached))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(loader.multihost_utils, "process_allgather", lambda own: np.stack([own + 1, own]))
+    with pytest.raises(UserError, match=r"is not the same in all processes: process 1 has 37"):
+        evaluator.images(open_labelled(str(folders)))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_run_whose_processes_see_other_images_is_refused(folders, monkeypatch):
     """They would wait for one another's batches."""
     config, mesh = dataclasses.replace(TINY, eval=EvalConfig(dataset=str(folders), batch=8)), make_mesh(TINY.mesh)

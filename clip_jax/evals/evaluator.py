@@ -10,6 +10,7 @@ import numpy as np
 from clip_jax.config import MeshConfig
 from clip_jax.console import WorkProgress
 from clip_jax.data.labelled import LabelledSource
+from clip_jax.data.loader import check_same
 from clip_jax.data.records import Records
 from clip_jax.errors import UserError
 from clip_jax.evals.embedding import Embedder, ImageFeatures
@@ -75,9 +76,11 @@ class Evaluator:
 
         Raises:
           RecordError: names an image that cannot be read.
+          UserError: the processes do not see the same records.
         """
         if not self._cache:
             return self.embed(source, kind=kind)
+        check_same(str(source), [source])
         cache = FeatureCache(
             self._cache,
             model=self.fingerprint,
@@ -89,6 +92,7 @@ class Evaluator:
 
     def embed(self, source: Records, *, kind: Literal["unit", "probe"] = "unit") -> ImageFeatures:
         """Embeds a source's images whatever is in the cache; as `images`."""
+        check_same(str(source), [source])
         with self._progress(len(source)) as progress:
             return self._embedder(kind).source(self._variables, source, progress=progress)
 
