@@ -78,9 +78,9 @@ class Evaluator:
           RecordError: names an image that cannot be read.
           UserError: the processes do not see the same records.
         """
-        if not self._cache:
-            return self.embed(source, kind=kind)
         check_same(str(source), [source])
+        if not self._cache:
+            return self._embed(source, kind)
         cache = FeatureCache(
             self._cache,
             model=self.fingerprint,
@@ -88,13 +88,12 @@ class Evaluator:
             kind=kind,
             preprocess=self.preprocess,
         )
-        return cache.images(source, lambda part: self.embed(part, kind=kind))
+        return cache.images(source, lambda part: self._embed(part, kind))
 
-    def embed(self, source: Records, *, kind: Literal["unit", "probe"] = "unit") -> ImageFeatures:
+    def embed(self, source: Records) -> ImageFeatures:
         """Embeds a source's images whatever is in the cache; as `images`."""
         check_same(str(source), [source])
-        with self._progress(len(source)) as progress:
-            return self._embedder(kind).source(self._variables, source, progress=progress)
+        return self._embed(source, "unit")
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
         """Embeds texts: float [n, e], unit length."""
@@ -107,6 +106,10 @@ class Evaluator:
     def tokens(self, tokens: np.ndarray) -> np.ndarray:
         """Embeds rows of token ids, int32 [n, context]: float [n, e], unit length."""
         return self._embedder("unit").tokens(self._variables, tokens)
+
+    def _embed(self, source: Records, kind: Literal["unit", "probe"]) -> ImageFeatures:
+        with self._progress(len(source)) as progress:
+            return self._embedder(kind).source(self._variables, source, progress=progress)
 
     def _embedder(self, kind: Literal["unit", "probe"]) -> Embedder:
         if kind not in self._embedders:
