@@ -384,6 +384,11 @@ def digest(*values: object) -> str:
     return hashlib.sha256(repr(tuple(map(str, values))).encode()).hexdigest()[:32]
 
 
+def named_after(*texts: str) -> str:
+    """Returns a file's name for texts such as paths, in whatever encoding these are: 32 hexadecimal digits."""
+    return hashlib.sha256("\n".join(texts).encode("utf-8", "surrogateescape")).hexdigest()[:32]
+
+
 def state_of(root: Path, files: Iterable[str]) -> str:
     """Returns a digest of local files' names, sizes and times of change; of one that is not there, of its name."""
     return digest(*((file, *_size_and_time(root / file)) for file in files))

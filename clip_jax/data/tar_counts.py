@@ -1,7 +1,6 @@
 """How many samples each shard has: all that must be known of shards when a run begins."""
 
 import contextlib
-import hashlib
 import json
 import posixpath
 from collections import Counter
@@ -10,7 +9,7 @@ from concurrent.futures import Executor
 
 import numpy as np
 
-from clip_jax.data.storage import Stat, Storage, StorageError, absolute, is_remote
+from clip_jax.data.storage import Stat, Storage, StorageError, absolute, is_remote, named_after
 from clip_jax.errors import UserError
 
 _MOST_REMOTE_TO_INDEX = 256
@@ -80,8 +79,7 @@ def find_counts(
 
 def remembered_in(folder: str, paths: Sequence[str], digest: str) -> str:
     """Returns the file in which the counts of these shards under this filter are kept."""
-    named = "\n".join([digest, *map(absolute, paths)]).encode("utf-8", "surrogateescape")
-    return f"{folder.rstrip('/')}/{hashlib.sha256(named).hexdigest()[:32]}.counts.json"
+    return f"{folder.rstrip('/')}/{named_after(digest, *map(absolute, paths))}.counts.json"
 
 
 def _remember(storage: Storage, file: str, counts: Mapping[str, int], stats: Mapping[str, Stat | None]) -> None:

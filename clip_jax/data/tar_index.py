@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from clip_jax.data.storage import Stat, Storage, StorageError, absolute, is_remote
+from clip_jax.data.storage import Stat, Storage, StorageError, absolute, is_remote, named_after
 
 _LOG = logging.getLogger(__name__)
 
@@ -136,8 +136,7 @@ class Sidecars:
 
     def path(self, shard: str) -> str:
         """Returns where the sidecar of a shard is kept."""
-        name = hashlib.sha256(absolute(shard).encode("utf-8", "surrogateescape")).hexdigest()[:32]
-        return f"{self._folder.rstrip('/')}/{name}.npz"
+        return f"{self._folder.rstrip('/')}/{named_after(absolute(shard))}.npz"
 
     def _kept(self, path: str) -> ShardIndex | None:
         try:
