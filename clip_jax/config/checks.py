@@ -11,6 +11,8 @@ from clip_jax.config.sections import (
     DataConfig,
     DistributedConfig,
     EvalConfig,
+    HealthConfig,
+    LogConfig,
     OptimConfig,
     RunConfig,
 )
@@ -29,93 +31,24 @@ from clip_jax.typed import flatten
 
 
 def contradictions(config: RunConfig) -> Iterator[tuple[bool, str]]:
-    """Yields (is it so, one line that names the keys) for everything that types cannot say."""
-    yield from _bounds(config)
-    yield from _model_contradictions(config.model)
-    yield from _data_contradictions(config.data, config.eval)
-    yield (
-        config.model.text.vocab_size < VOCABULARY and has_captions(config.data, config.eval),
-        f"config.model.text.vocab_size is {config.model.text.vocab_size}; the tokenizer gives {VOCABULARY} ids, and it "
-        "must be at least that (with config.data.source=synthetic alone it can be less)",
-    )
-    yield (
-        config.model.text.vocab_size < 4,
-        f"config.model.text.vocab_size is {config.model.text.vocab_size}; it must hold a token, SOT, EOT and 0 (4)",
-    )
-    yield from _distributed_contradictions(config.distributed)
-    yield from _checkpoint_contradictions(config.checkpoint, config.eval)
-    yield config.seed >= 2**32, f"config.seed is {config.seed}; it must be less than 2**32 ({2**32})"
-    profile = config.log.profile
-    yield (
-        bool(profile) and (len(profile) != 2 or not 0 < profile[0] <= profile[1]),
-        f"config.log.profile is {profile}; it must be (first step, last step), such as (100, 104), or ()",
-    )
-    yield (
-        bool(profile) and profile[0] > config.steps,
-        f"config.log.profile is {profile}, and the run has {config.steps} steps (config.samples / config.batch); no "
-        "step would be traced",
-    )
-    yield (
-        bool(config.log.wandb_name) and not config.log.wandb_project,
-        f"config.log.wandb_name is {config.log.wandb_name!r}, and nothing is sent to Weights & Biases; set "
-        "config.log.wandb_project",
-    )
-    cosine = config.health.collapse_cosine
-    yield not 0 < cosine <= 1, f"config.health.collapse_cosine is {cosine}; it must be over 0 and at most 1"
-    yield (
-        config.health.spike_window == 1,
-        "config.health.spike_window is 1; it must be at least 2, since a spread is measured between steps",
-    )
-    text_groups.parse_groups(config.text_groups)
-    optim, mesh = config.optim, config.mesh
-    yield (
-        config.model.bn_group > 0 and config.batch % config.model.bn_group != 0,
-        f"config.model.bn_group is {config.model.bn_group}; it must divide config.batch ({config.batch}), or be 0 for "
-        "statistics over the whole batch",
-    )
-    yield (
-        config.micro_batch > 0 and config.batch % config.micro_batch != 0,
-        f"config.micro_batch is {config.micro_batch}; it must divide config.batch ({config.batch}), or be 0",
-    )
-    yield (
-        0 < config.micro_batch < config.batch and config.model.vision.kind == "resnet" and config.model.bn_group == 0,
-        f"config.micro_batch is {config.micro_batch}, and BatchNorm's statistics are over the whole batch; set "
-        "config.model.bn_group to the samples that share statistics, a divisor of every device's part of a micro-batch",
-    )
-    yield (
-        config.model.logit_bias and config.loss.kind == "softmax",
-        "config.model.logit_bias is true and config.loss.kind 'softmax', which no bias can change; use "
-        "config.loss.kind=sigmoid, or no bias",
-    )
-    yield (
-        config.loss.form == "reference" and config.loss.products != "full",
-        f"config.loss.products is {config.loss.products!r}, and config.loss.form 'reference' knows only 'full'; use "
-        "config.loss.form=chunked",
-    )
-    yield (
-        config.samples < config.batch,
-        f"config.samples is {config.samples}, less than one config.batch ({config.batch})",
-    )
-    yield (
-        not 0 <= optim.warmup_steps < config.steps,
-        f"config.optim.warmup_steps is {optim.warmup_steps}; it must be at least 0 and less than the run's "
-        f"{config.steps} steps (config.samples / config.batch)",
-    )
-    yield from _schedule_contradictions(optim, steps=config.steps)
-    for name in ("b1", "b2", "ema_decay"):
-        value = getattr(optim, name)
-        yield not 0 <= value < 1, f"config.optim.{name} is {value}; it must be at least 0 and less than 1"
-    yield from _optim_rule_contradictions(optim)
-    yield from _init_contradictions(config)
-    yield (
-        mesh.data < 1 and mesh.data != -1,
-        f"config.mesh.data is {mesh.data}; it must be positive, or -1 for all devices that the other axes leave",
-    )
-    yield (
-        config.optim.max_scale * config.model.temperature < 1,
-        f"config.optim.max_scale is {optim.max_scale}, under the initial scale 1 / config.model.temperature "
-        f"({1 / config.model.temperature:.4g})",
-    )
+    """Yields (is it so, one line that names the keys) for everything that types cannot say.
+
+    Raises:
+      ConfigError: a source of pairs, or text groups, that cannot be read.
+    """
+    yield from _bounds(config)  # first, since what follows divides
+    yield from _model(config.model)
+    yield from _vocabulary(config)
+    yield from _data(config.data, config.eval)
+    yield from _batch(config)
+    yield from _loss(config)
+    yield from _schedule(config.optim, steps=config.steps)
+    yield from _optim(config)
+    yield from _init(config)
+    yield from _distributed(config.distributed)
+    yield from _checkpoint(config.checkpoint, config.eval)
+    yield from _log(config.log, steps=config.steps)
+    yield from _health(config.health)
 
 
 def _bounds(config: RunConfig) -> Iterator[tuple[bool, str]]:
@@ -140,79 +73,14 @@ def _bounds(config: RunConfig) -> Iterator[tuple[bool, str]]:
     names += " health.max_skipped health.max_rewinds health.spike_deviations health.clamp_steps health.hang_minutes"
     for key in [*names.split(), *sorted(widths)]:
         yield values[key] < 0, f"config.{key} is {values[key]}; it must not be negative"
-
-
-def _schedule_contradictions(optim: OptimConfig, *, steps: int) -> Iterator[tuple[bool, str]]:
-    cooldown, most = optim.cooldown_steps, steps - optim.warmup_steps
+    yield config.seed >= 2**32, f"config.seed is {config.seed}; it must be less than 2**32 ({2**32})"
     yield (
-        optim.schedule == "cosine" and cooldown != 0,
-        f"config.optim.cooldown_steps is {cooldown}, and config.optim.schedule 'cosine' falls by itself; use constant "
-        "or rsqrt",
-    )
-    yield (
-        not 0 <= cooldown <= most,
-        f"config.optim.cooldown_steps is {cooldown}; it must be at least 0 and at most the {most} steps behind "
-        "config.optim.warmup_steps",
-    )
-    yield (
-        optim.schedule == "rsqrt" and optim.warmup_steps == 0,
-        "config.optim.schedule is 'rsqrt', which falls by the length of the warm-up; set config.optim.warmup_steps",
-    )
-    yield (
-        not 0 <= optim.end_lr <= optim.lr,
-        f"config.optim.end_lr is {optim.end_lr}; it must be at least 0 and at most config.optim.lr ({optim.lr})",
-    )
-    yield (
-        optim.end_lr > 0 and optim.schedule != "cosine" and not cooldown,
-        f"config.optim.end_lr is {optim.end_lr}, and config.optim.schedule {optim.schedule!r} falls to it in "
-        "config.optim.cooldown_steps alone; set these",
+        config.mesh.data < 1 and config.mesh.data != -1,
+        f"config.mesh.data is {config.mesh.data}; it must be positive, or -1 for all devices that the other axes leave",
     )
 
 
-def _optim_rule_contradictions(optim: OptimConfig) -> Iterator[tuple[bool, str]]:
-    for regex in optim.freeze:
-        yield not _is_regex(regex), f"config.optim.freeze holds {regex!r}, which is not a regular expression"
-    for rule in optim.lr_multipliers:
-        regex, _, factor = rule.rpartition("=")
-        yield (
-            not _is_regex(regex) or not _is_factor(factor),
-            f"config.optim.lr_multipliers holds {rule!r}; it must be regex=factor, such as ^image/=0.1, with a "
-            "factor of at least 0",
-        )
-
-
-def _init_contradictions(config: RunConfig) -> Iterator[tuple[bool, str]]:
-    yield (
-        not config.init_from and (config.init_part != "whole" or bool(config.init_rename or config.init_skip)),
-        "config.init_part, init_rename or init_skip is set, and config.init_from names no weights to start from",
-    )
-    for regex in config.init_skip:
-        yield not _is_regex(regex), f"config.init_skip holds {regex!r}, which is not a regular expression"
-    for rule in config.init_rename:
-        regex, arrow, _ = rule.partition("=>")
-        yield (
-            not arrow or not _is_regex(regex),
-            f"config.init_rename holds {rule!r}; it must be regex=>replacement, such as "
-            "^text/transformer/block_11/=>text/transformer/block_5/",
-        )
-
-
-def _is_regex(text: str) -> bool:
-    try:
-        re.compile(text)
-    except re.error:
-        return False
-    return bool(text)
-
-
-def _is_factor(text: str) -> bool:
-    try:
-        return 0 <= float(text) < math.inf
-    except ValueError:
-        return False
-
-
-def _model_contradictions(model: ModelConfig) -> Iterator[tuple[bool, str]]:
+def _model(model: ModelConfig) -> Iterator[tuple[bool, str]]:
     vision, text = model.vision, model.text
     cell, source = (vision.patch, "config.model.vision.patch") if isinstance(vision, ViTConfig) else (32, "32")
     yield (
@@ -252,51 +120,19 @@ def _model_contradictions(model: ModelConfig) -> Iterator[tuple[bool, str]]:
     )
 
 
-def _distributed_contradictions(distributed: DistributedConfig) -> Iterator[tuple[bool, str]]:
-    explicit = distributed.mode == "explicit"
-    host, _, port = distributed.coordinator.rpartition(":")
+def _vocabulary(config: RunConfig) -> Iterator[tuple[bool, str]]:
     yield (
-        explicit and not (host and port.isdecimal() and 0 < int(port) < 65_536),
-        f"config.distributed.coordinator is {distributed.coordinator!r}; with config.distributed.mode=explicit it must "
-        "be host:port of process 0",
+        config.model.text.vocab_size < VOCABULARY and has_captions(config.data, config.eval),
+        f"config.model.text.vocab_size is {config.model.text.vocab_size}; the tokenizer gives {VOCABULARY} ids, and it "
+        "must be at least that (with config.data.source=synthetic alone it can be less)",
     )
     yield (
-        explicit and not 0 <= distributed.process_id < distributed.processes,
-        f"config.distributed.process_id is {distributed.process_id} of config.distributed.processes="
-        f"{distributed.processes}; with mode=explicit it must be from 0 to one less than their number",
-    )
-    yield (
-        not explicit and bool(distributed.coordinator or distributed.processes or distributed.process_id != -1),
-        f"config.distributed.mode is {distributed.mode!r}, and only explicit uses coordinator, processes, process_id; "
-        "set config.distributed.mode=explicit",
+        config.model.text.vocab_size < 4,
+        f"config.model.text.vocab_size is {config.model.text.vocab_size}; it must hold a token, SOT, EOT and 0 (4)",
     )
 
 
-def _checkpoint_contradictions(checkpoint: CheckpointConfig, evaluation: EvalConfig) -> Iterator[tuple[bool, str]]:
-    best, names = checkpoint.best_metric, evaluation.metrics
-    yield (
-        bool(best) and not (names and evaluation.every),
-        f"config.checkpoint.best_metric is {best!r}, and nothing is evaluated while training; set config.eval.dataset "
-        "or config.eval.held_out, and config.eval.every",
-    )
-    yield (
-        bool(best) and best not in names,
-        f"config.checkpoint.best_metric is {best!r}, which the evaluation does not give{did_you_mean(best, names)} "
-        f"({', '.join(names)})",
-    )
-    yield (
-        best == HELD_OUT_METRICS[0] and checkpoint.best_mode == "max",
-        f"config.checkpoint.best_mode is 'max', and {best} is best where it is smallest; "
-        "use config.checkpoint.best_mode=min",
-    )
-    yield (
-        checkpoint.keep_every % checkpoint.every != 0,
-        f"config.checkpoint.keep_every is {checkpoint.keep_every}; it must be a multiple of config.checkpoint.every "
-        f"({checkpoint.every}), or 0",
-    )
-
-
-def _data_contradictions(data: DataConfig, evaluation: EvalConfig) -> Iterator[tuple[bool, str]]:
+def _data(data: DataConfig, evaluation: EvalConfig) -> Iterator[tuple[bool, str]]:
     if data.mixture:
         data_sources(data)
     else:
@@ -333,3 +169,193 @@ def _data_contradictions(data: DataConfig, evaluation: EvalConfig) -> Iterator[t
             f"config.eval.held_out is {evaluation.held_out!r}, the pairs that the run is trained on; name others by "
             "split, shards or table",
         )
+
+
+def _batch(config: RunConfig) -> Iterator[tuple[bool, str]]:
+    text_groups.parse_groups(config.text_groups)
+    yield (
+        config.samples < config.batch,
+        f"config.samples is {config.samples}, less than one config.batch ({config.batch})",
+    )
+    yield (
+        config.model.bn_group > 0 and config.batch % config.model.bn_group != 0,
+        f"config.model.bn_group is {config.model.bn_group}; it must divide config.batch ({config.batch}), or be 0 for "
+        "statistics over the whole batch",
+    )
+    yield (
+        config.micro_batch > 0 and config.batch % config.micro_batch != 0,
+        f"config.micro_batch is {config.micro_batch}; it must divide config.batch ({config.batch}), or be 0",
+    )
+    yield (
+        0 < config.micro_batch < config.batch and config.model.vision.kind == "resnet" and config.model.bn_group == 0,
+        f"config.micro_batch is {config.micro_batch}, and BatchNorm's statistics are over the whole batch; set "
+        "config.model.bn_group to the samples that share statistics, a divisor of every device's part of a micro-batch",
+    )
+
+
+def _loss(config: RunConfig) -> Iterator[tuple[bool, str]]:
+    yield (
+        config.model.logit_bias and config.loss.kind == "softmax",
+        "config.model.logit_bias is true and config.loss.kind 'softmax', which no bias can change; use "
+        "config.loss.kind=sigmoid, or no bias",
+    )
+    yield (
+        config.loss.form == "reference" and config.loss.products != "full",
+        f"config.loss.products is {config.loss.products!r}, and config.loss.form 'reference' knows only 'full'; use "
+        "config.loss.form=chunked",
+    )
+
+
+def _schedule(optim: OptimConfig, *, steps: int) -> Iterator[tuple[bool, str]]:
+    yield (
+        not 0 <= optim.warmup_steps < steps,
+        f"config.optim.warmup_steps is {optim.warmup_steps}; it must be at least 0 and less than the run's "
+        f"{steps} steps (config.samples / config.batch)",
+    )
+    cooldown, most = optim.cooldown_steps, steps - optim.warmup_steps
+    yield (
+        optim.schedule == "cosine" and cooldown != 0,
+        f"config.optim.cooldown_steps is {cooldown}, and config.optim.schedule 'cosine' falls by itself; use constant "
+        "or rsqrt",
+    )
+    yield (
+        not 0 <= cooldown <= most,
+        f"config.optim.cooldown_steps is {cooldown}; it must be at least 0 and at most the {most} steps behind "
+        "config.optim.warmup_steps",
+    )
+    yield (
+        optim.schedule == "rsqrt" and optim.warmup_steps == 0,
+        "config.optim.schedule is 'rsqrt', which falls by the length of the warm-up; set config.optim.warmup_steps",
+    )
+    yield (
+        not 0 <= optim.end_lr <= optim.lr,
+        f"config.optim.end_lr is {optim.end_lr}; it must be at least 0 and at most config.optim.lr ({optim.lr})",
+    )
+    yield (
+        optim.end_lr > 0 and optim.schedule != "cosine" and not cooldown,
+        f"config.optim.end_lr is {optim.end_lr}, and config.optim.schedule {optim.schedule!r} falls to it in "
+        "config.optim.cooldown_steps alone; set these",
+    )
+
+
+def _optim(config: RunConfig) -> Iterator[tuple[bool, str]]:
+    optim = config.optim
+    for name in ("b1", "b2", "ema_decay"):
+        value = getattr(optim, name)
+        yield not 0 <= value < 1, f"config.optim.{name} is {value}; it must be at least 0 and less than 1"
+    for regex in optim.freeze:
+        yield not _is_regex(regex), f"config.optim.freeze holds {regex!r}, which is not a regular expression"
+    for rule in optim.lr_multipliers:
+        regex, _, factor = rule.rpartition("=")
+        yield (
+            not _is_regex(regex) or not _is_factor(factor),
+            f"config.optim.lr_multipliers holds {rule!r}; it must be regex=factor, such as ^image/=0.1, with a "
+            "factor of at least 0",
+        )
+    yield (
+        optim.max_scale * config.model.temperature < 1,
+        f"config.optim.max_scale is {optim.max_scale}, under the initial scale 1 / config.model.temperature "
+        f"({1 / config.model.temperature:.4g})",
+    )
+
+
+def _init(config: RunConfig) -> Iterator[tuple[bool, str]]:
+    yield (
+        not config.init_from and (config.init_part != "whole" or bool(config.init_rename or config.init_skip)),
+        "config.init_part, init_rename or init_skip is set, and config.init_from names no weights to start from",
+    )
+    for regex in config.init_skip:
+        yield not _is_regex(regex), f"config.init_skip holds {regex!r}, which is not a regular expression"
+    for rule in config.init_rename:
+        regex, arrow, _ = rule.partition("=>")
+        yield (
+            not arrow or not _is_regex(regex),
+            f"config.init_rename holds {rule!r}; it must be regex=>replacement, such as "
+            "^text/transformer/block_11/=>text/transformer/block_5/",
+        )
+
+
+def _distributed(distributed: DistributedConfig) -> Iterator[tuple[bool, str]]:
+    explicit = distributed.mode == "explicit"
+    host, _, port = distributed.coordinator.rpartition(":")
+    yield (
+        explicit and not (host and port.isdecimal() and 0 < int(port) < 65_536),
+        f"config.distributed.coordinator is {distributed.coordinator!r}; with config.distributed.mode=explicit it must "
+        "be host:port of process 0",
+    )
+    yield (
+        explicit and not 0 <= distributed.process_id < distributed.processes,
+        f"config.distributed.process_id is {distributed.process_id} of config.distributed.processes="
+        f"{distributed.processes}; with mode=explicit it must be from 0 to one less than their number",
+    )
+    yield (
+        not explicit and bool(distributed.coordinator or distributed.processes or distributed.process_id != -1),
+        f"config.distributed.mode is {distributed.mode!r}, and only explicit uses coordinator, processes, process_id; "
+        "set config.distributed.mode=explicit",
+    )
+
+
+def _checkpoint(checkpoint: CheckpointConfig, evaluation: EvalConfig) -> Iterator[tuple[bool, str]]:
+    best, names = checkpoint.best_metric, evaluation.metrics
+    yield (
+        bool(best) and not (names and evaluation.every),
+        f"config.checkpoint.best_metric is {best!r}, and nothing is evaluated while training; set config.eval.dataset "
+        "or config.eval.held_out, and config.eval.every",
+    )
+    yield (
+        bool(best) and best not in names,
+        f"config.checkpoint.best_metric is {best!r}, which the evaluation does not give{did_you_mean(best, names)} "
+        f"({', '.join(names)})",
+    )
+    yield (
+        best == HELD_OUT_METRICS[0] and checkpoint.best_mode == "max",
+        f"config.checkpoint.best_mode is 'max', and {best} is best where it is smallest; "
+        "use config.checkpoint.best_mode=min",
+    )
+    yield (
+        checkpoint.keep_every % checkpoint.every != 0,
+        f"config.checkpoint.keep_every is {checkpoint.keep_every}; it must be a multiple of config.checkpoint.every "
+        f"({checkpoint.every}), or 0",
+    )
+
+
+def _log(log: LogConfig, *, steps: int) -> Iterator[tuple[bool, str]]:
+    profile = log.profile
+    yield (
+        bool(profile) and (len(profile) != 2 or not 0 < profile[0] <= profile[1]),
+        f"config.log.profile is {profile}; it must be (first step, last step), such as (100, 104), or ()",
+    )
+    yield (
+        bool(profile) and profile[0] > steps,
+        f"config.log.profile is {profile}, and the run has {steps} steps (config.samples / config.batch); no "
+        "step would be traced",
+    )
+    yield (
+        bool(log.wandb_name) and not log.wandb_project,
+        f"config.log.wandb_name is {log.wandb_name!r}, and nothing is sent to Weights & Biases; set "
+        "config.log.wandb_project",
+    )
+
+
+def _health(health: HealthConfig) -> Iterator[tuple[bool, str]]:
+    cosine = health.collapse_cosine
+    yield not 0 < cosine <= 1, f"config.health.collapse_cosine is {cosine}; it must be over 0 and at most 1"
+    yield (
+        health.spike_window == 1,
+        "config.health.spike_window is 1; it must be at least 2, since a spread is measured between steps",
+    )
+
+
+def _is_regex(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return bool(text)
+
+
+def _is_factor(text: str) -> bool:
+    try:
+        return 0 <= float(text) < math.inf
+    except ValueError:
+        return False
