@@ -12,8 +12,8 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from clip_jax.command_line import Overrides, build_config, one_line_errors, parse_flags, take_overrides
-from clip_jax.data.storage import local_path
 from clip_jax.errors import UserError
+from clip_jax.files import local_path
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, such as configs/demo.py[:key=value,...].")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and the report.")

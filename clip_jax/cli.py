@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from clip_jax.command_line import one_line_errors, take_overrides
-from clip_jax.data.storage import local_path
 from clip_jax.errors import UserError, did_you_mean
+from clip_jax.files import local_path
 
 _MODEL = "a file, a folder, a run's workdir, a URL of one of these, a model's name or hf-hub:owner/name"
 

@@ -13,8 +13,9 @@ from test_mirror import files, trained
 from test_tars import batches, captions, source, windowed
 
 from clip_jax.checkpoints.mirror import Mirror
+from clip_jax.data.patterns import expand
 from clip_jax.data.records import RecordError
-from clip_jax.data.storage import Storage, StorageError, expand
+from clip_jax.data.storage import Storage, StorageError
 from clip_jax.data.tar_index import Sidecars
 from clip_jax.data.tar_source import TarSource
 from clip_jax.interop.download import download_url

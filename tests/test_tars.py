@@ -29,10 +29,11 @@ from clip_jax.data.images import Preprocess
 from clip_jax.data.labelled import open_labelled
 from clip_jax.data.loader import open_part, open_tars
 from clip_jax.data.order import FullShuffle, WindowShuffle
+from clip_jax.data.patterns import expand
 from clip_jax.data.pipeline import TrainTransform, check_batches, eval_batches, train_batches
 from clip_jax.data.reading import Part, WindowReader
 from clip_jax.data.records import REASONS, UNREACHABLE, RecordError
-from clip_jax.data.storage import Storage, expand
+from clip_jax.data.storage import Storage
 from clip_jax.data.tar_index import Sidecars, members, read_at
 from clip_jax.data.tar_source import TarSource
 from clip_jax.data.tokenizer import Tokenizer

@@ -23,8 +23,8 @@ from clip_jax.ablations.runs import compared_config, is_finished, read_config
 from clip_jax.ablations.sweep import Job, Sweep
 from clip_jax.config import as_json, describe_diff, diff
 from clip_jax.console import clock
-from clip_jax.data.storage import alone
 from clip_jax.errors import UserError
+from clip_jax.files import alone
 
 LOG, LOCK = "train.log", "sweep.lock"
 _POLL, _PATIENCE = 0.1, 10.0  # seconds; the second beyond a run's own time to save

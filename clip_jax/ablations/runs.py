@@ -18,8 +18,8 @@ from clip_jax.config import (
     RunConfig,
     from_saved,
 )
-from clip_jax.data.storage import steps_in
 from clip_jax.errors import ConfigError, UserError
+from clip_jax.files import steps_in
 from clip_jax.run import metrics
 
 CONFIG, RESULTS = "config.json", "zero_shot.json"

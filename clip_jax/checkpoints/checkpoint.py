@@ -37,8 +37,8 @@ import clip_jax
 from clip_jax.checkpoints.checksum import checksums, describe_leaves
 from clip_jax.config import CheckpointConfig, RunConfig, as_json, from_saved
 from clip_jax.data.images import Preprocess, preprocess_of
-from clip_jax.data.storage import steps_in
 from clip_jax.errors import UserError, one_line
+from clip_jax.files import steps_in
 from clip_jax.models.clip import CLIP, Variables, init_variables
 from clip_jax.models.variants import ModelConfig
 from clip_jax.processes.distributed import any_process, from_first

@@ -16,8 +16,8 @@ from typing import TextIO
 
 import jax
 
-from clip_jax.data.storage import take_lock
 from clip_jax.errors import UserError
+from clip_jax.files import take_lock
 
 FILE = "lock"
 _LEASE_S = 120.0

@@ -18,8 +18,9 @@ from typing import Any
 import jax
 
 from clip_jax.checkpoints import lock
-from clip_jax.data.storage import bring, file_system, find, steps_in
+from clip_jax.data.storage import bring, file_system, find
 from clip_jax.errors import RestartError, UserError, one_line
+from clip_jax.files import steps_in
 from clip_jax.processes.distributed import any_process
 from clip_jax.processes.preemption import PreemptedError
 

@@ -17,11 +17,11 @@ from typing import Any
 
 from clip_jax.console import WorkProgress
 from clip_jax.data.build import load_tensorflow_quietly
-from clip_jax.data.storage import alone, appearing, sweep
 from clip_jax.data.tfds_files import FILE_FORMAT, RecordWriter, record_count
 from clip_jax.data.tfds_source import datasets_root, file_formats, find_dataset
 from clip_jax.data.workers import run
 from clip_jax.errors import UserError, one_line
+from clip_jax.files import alone, appearing, sweep
 
 _FROM, _INFO = "tfrecord", "dataset_info.json"
 _NODE = re.compile(r"\{\{.*?\}\} *| \[.*")  # where in its graph TensorFlow was

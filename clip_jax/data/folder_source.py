@@ -11,9 +11,9 @@ from typing import Any
 
 from clip_jax.data.captions import CaptionFields
 from clip_jax.data.records import MAX_FILE_BYTES, UNREACHABLE, Record, RecordError, file_reason, read_image_file
-from clip_jax.data.storage import state_of
 from clip_jax.data.tar_index import IMAGES
 from clip_jax.errors import UserError
+from clip_jax.files import state_of
 
 _IMAGES = IMAGES | {"avif", "pgm", "ppm"}
 

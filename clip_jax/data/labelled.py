@@ -9,11 +9,13 @@ from typing import Any, NamedTuple, Protocol
 from clip_jax.config import kind_named
 from clip_jax.data.captions import parse_metadata
 from clip_jax.data.folder_source import FolderSource
+from clip_jax.data.patterns import expand
 from clip_jax.data.records import MAX_FILE_BYTES, MAX_METADATA_BYTES, Record, RecordError, Source
-from clip_jax.data.storage import Storage, StorageError, absolute, digest, expand, is_remote, state_of
+from clip_jax.data.storage import Storage, StorageError
 from clip_jax.data.tar_index import IMAGES, members, read_at, sample_key
 from clip_jax.data.tfds_source import TfdsSource
 from clip_jax.errors import UserError
+from clip_jax.files import absolute, digest, is_remote, state_of
 
 _LONGEST_LABEL = 1 << 12
 
@@ -158,7 +160,7 @@ class ClassTars:
         """Looks through the shards.
 
         Args:
-          shards: paths or URLs, see `clip_jax.data.storage.expand`.
+          shards: paths or URLs, see `clip_jax.data.patterns.expand`.
           label_key: `cls`, or `json.key`.
 
         Raises:

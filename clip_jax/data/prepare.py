@@ -28,11 +28,11 @@ from clip_jax.data.captions import CaptionFields
 from clip_jax.data.filters import Filter
 from clip_jax.data.prepare_inputs import Part
 from clip_jax.data.prepare_shard import OutputError, ShardReport, ShardSettings, ShardTask, find_report, process_shard
-from clip_jax.data.storage import alone, appearing, local_path, sweep, sync
 from clip_jax.data.tfds_files import FEATURES, dataset_info, shard_name
 from clip_jax.data.tfds_source import datasets_root
 from clip_jax.data.workers import cores, run
 from clip_jax.errors import UserError
+from clip_jax.files import alone, appearing, local_path, sweep, sync
 
 _NAME, _SPLIT, _VERSION = re.compile(r"[a-zA-Z]\w*"), re.compile(r"[a-z]\w*"), re.compile(r"\d+\.\d+\.\d+")
 _OPTION = re.compile(r"config\.data\.(\w+)")
@@ -48,7 +48,7 @@ class Job:
     Attributes:
       name: of the dataset, letters, digits and underscores.
       data_dir: folder of prepared TFDS datasets; empty means TFDS's default.
-      tars: tar shards, paths or URLs; see `clip_jax.data.storage.expand`.
+      tars: tar shards, paths or URLs; see `clip_jax.data.patterns.expand`.
       folder: of images, with captions in `.txt` or `.json` files beside them; folders below it count too.
       table: CSV, TSV or Parquet files, patterns too.
       image_key: of a table, column of paths, or of encoded images.

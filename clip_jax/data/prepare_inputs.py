@@ -16,12 +16,14 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from clip_jax.data.captions import CaptionFields, parse_metadata
 from clip_jax.data.folder_source import beside, images_below, with_captions
+from clip_jax.data.patterns import expand
 from clip_jax.data.records import UNREACHABLE, Record, RecordError, read_image_file
-from clip_jax.data.storage import Stat, Storage, StorageError, absolute, digest, expand, is_remote, state_of
+from clip_jax.data.storage import Stat, Storage, StorageError
 from clip_jax.data.table_source import TableSource
 from clip_jax.data.tar_index import index_samples, members, read_at
 from clip_jax.data.tar_source import TarBlock, read_ranges
 from clip_jax.errors import UserError
+from clip_jax.files import absolute, digest, is_remote, state_of
 
 _READ_AT_ONCE = 64
 _COPIED_AT_ONCE = 8 << 20
@@ -189,7 +191,7 @@ class TablePart:
 
 
 def tar_parts(shards: str, retry_s: float) -> list[Part]:
-    """Returns a part for every shard that the patterns name; see `clip_jax.data.storage.expand`.
+    """Returns a part for every shard that the patterns name; see `clip_jax.data.patterns.expand`.
 
     Raises:
       UserError: there is none, or one cannot be read.

@@ -21,9 +21,10 @@ from clip_jax.data.filters import Filter
 from clip_jax.data.images import ImageError, decode_jpeg, encode_jpeg, jpeg_size
 from clip_jax.data.prepare_inputs import Part, Sample
 from clip_jax.data.records import UNREACHABLE, Record, RecordError
-from clip_jax.data.storage import StorageError, appearing
+from clip_jax.data.storage import StorageError
 from clip_jax.data.tfds_files import RecordWriter, serialize
 from clip_jax.errors import UserError
+from clip_jax.files import appearing
 
 
 class OutputError(UserError):

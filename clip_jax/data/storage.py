@@ -7,28 +7,22 @@ Local paths are read with `pread`, once: shares try again themselves. Everything
 goes through fsspec; the Hugging Face Hub's files (`hf://datasets/owner/name/file`) by HTTP, whose ranges are exact.
 """
 
-import contextlib
 import errno
-import fcntl
 import functools
-import glob
-import hashlib
 import itertools
 import logging
 import os
 import random
 import re
-import resource
-import tempfile
 import threading
 import time
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import unquote
 
 from clip_jax.errors import OutageError, UserError, did_you_mean, one_line
+from clip_jax.files import appearing, is_remote
 
 T = TypeVar("T")
 
@@ -42,12 +36,8 @@ _NEVER_RETRIED = (FileNotFoundError, PermissionError, IsADirectoryError, ImportE
 # it at once may be told of none: they ask again, but not for long.
 _MISTAKES = frozenset({"ParamValidationError", "PartialCredentialsError", "ProfileNotFound"})
 _NO_CREDENTIALS, _CREDENTIALS_S = "NoCredentialsError", 10.0
-_URL = re.compile(r"[a-z0-9+]+://")
 _HUB = "hf://"
 _HUB_FILE = re.compile(r"hf://(?:(dataset|space)s/)?([^/]+/[^/@]+)(?:@([^/]+))?/(.+)")
-_WILD = "*?["
-_BRACES = re.compile(r"\{([^{}]*)\}")
-_RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _COUNTING = threading.Lock()
 _requests = 0
 
@@ -218,6 +208,23 @@ def file_system(path: str) -> tuple[Any, str]:
     return system, system._strip_protocol(path)
 
 
+def matches(pattern: str) -> list[str]:
+    """Returns the URLs that a URL with `*`, `?` or `[` stands for.
+
+    Raises:
+      UserError: the store cannot be asked; an OutageError where it does not answer.
+    """
+    protocol = pattern.partition("://")[0]
+    try:
+        listed = _system(pattern).glob(pattern)
+    except UserError:
+        raise
+    except Exception as error:  # stores have their own
+        kind = OutageError if _may_pass(error) else UserError
+        raise kind(f"{pattern} cannot be listed: {one_line(error)}") from None
+    return [path if is_remote(path) else f"{protocol}://{path}" for path in listed]
+
+
 def find(system: Any, root: str) -> dict[str, Stat]:
     """Returns the files below a path of a file system, by their paths from there; a file itself, as ""."""
     found = system.find(root, detail=True).items()
@@ -235,111 +242,6 @@ def bring(system: Any, files: Mapping[str, Path]) -> None:
     system.get([*files], [*map(str, files.values())])
 
 
-@contextlib.contextmanager
-def appearing(path: Path) -> Iterator[Path]:
-    """Yields another path to write to; what is there at the end is put in place whole, and is on disk before that.
-
-    Where writing fails, nothing is left.
-    """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        yield temporary
-        sync(temporary)
-        os.replace(temporary, path)
-        sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def folder_appearing(folder: Path) -> Iterator[Path]:
-    """Yields another folder to write into, which takes the name of `folder` at the end, whole.
-
-    Where writing fails, nothing is left.
-
-    Raises:
-      OSError: it cannot be made, or `folder` has come meanwhile and holds something.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
-        partial = Path(temporary) / folder.name
-        partial.mkdir()
-        yield partial
-        partial.rename(folder)
-
-
-def steps_in(folder: Path) -> list[int]:
-    """Returns the numbers that are names of a folder's directories, largest first; whole checkpoints or not."""
-    names = [path.name for path in folder.glob("*") if path.is_dir()]
-    return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
-
-
-def take_lock(file: IO[str], without: str, *, wait: bool = False) -> None:
-    """Keeps other processes out of what a file stands for, until it is closed or its last holder is gone.
-
-    Args:
-      file: in the folder that is kept.
-      without: what to say where its file system has no locks, such as Lustre's without the option `flock`.
-      wait: for another process that has it.
-
-    Raises:
-      BlockingIOError: another process has it, and it is not waited for.
-    """
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        raise
-    except OSError as error:
-        _LOG.warning("%s has no locks (%s): %s", Path(file.name).parent, error.strerror, without)
-
-
-@contextlib.contextmanager
-def alone(path: Path, *, busy: str, without: str, mode: str = "w") -> Iterator[int]:
-    """Keeps other processes out of what a file stands for, while the `with` lasts; yields the file's descriptor.
-
-    Args:
-      path: of the file, which is made unless `mode` is another.
-      busy: what to say where another process has it.
-      without: as for `take_lock`.
-      mode: in which it is opened, for writing.
-
-    Raises:
-      UserError: another process has it.
-      OSError: it cannot be opened.
-    """
-    with path.open(mode) as file:
-        try:
-            take_lock(file, without)
-        except BlockingIOError:
-            raise UserError(busy) from None
-        yield file.fileno()
-
-
-def sweep(folder: Path) -> None:
-    """Removes what processes that are gone had begun to write by `appearing`."""
-    for left_over in folder.glob(".*.tmp"):
-        with contextlib.suppress(OSError):
-            left_over.unlink()
-
-
-def allow_open_files(number: int) -> None:
-    """Lets this process open so many files more than its soft limit says, 1,024 on most systems; as far as it may."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY:
-        wanted = soft + number if hard == resource.RLIM_INFINITY else min(soft + number, hard)
-        with contextlib.suppress(ValueError, OSError):  # a system may have a limit below the hard one
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-def sync(path: Path) -> None:
-    """Returns when a local file or folder is on disk."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def requests_made() -> int:
     """Returns how many requests this process has made to remote stores, those that failed too."""
     return _requests
@@ -354,115 +256,6 @@ def _count_request() -> None:
     global _requests
     with _COUNTING:
         _requests += 1
-
-
-def is_remote(path: str) -> bool:
-    """Whether a path is a URL."""
-    return _URL.match(path) is not None
-
-
-def local_path(given: str, path: str) -> Path:
-    """Returns where something lies that is neither read from stores nor written to them.
-
-    Args:
-      given: as what the path was, such as `--workdir`.
-      path: that was; may begin with `~`, which shells leave as it is behind a `=`.
-
-    Raises:
-      UserError: a URL, of which `Path` would make a folder `gs:` on each host.
-    """
-    if is_remote(path):
-        raise UserError(
-            f"{given}={path}: it must be on a disk, or on a share that every process sees (NFS, Filestore, a bucket "
-            "mounted by gcsfuse), and is a URL"
-        )
-    return Path(os.path.expanduser(path))
-
-
-def digest(*values: object) -> str:
-    """Returns what changes when one of the values does: 32 hexadecimal digits."""
-    return hashlib.sha256(repr(tuple(map(str, values))).encode()).hexdigest()[:32]
-
-
-def named_after(*texts: str) -> str:
-    """Returns a file's name for texts such as paths, in whatever encoding these are: 32 hexadecimal digits."""
-    return hashlib.sha256("\n".join(texts).encode("utf-8", "surrogateescape")).hexdigest()[:32]
-
-
-def state_of(root: Path, files: Iterable[str]) -> str:
-    """Returns a digest of local files' names, sizes and times of change; of one that is not there, of its name."""
-    return digest(*((file, *_size_and_time(root / file)) for file in files))
-
-
-def absolute(path: str) -> str:
-    """Returns a local path from the root on, and a URL as it is."""
-    return path if is_remote(path) else os.path.abspath(path)
-
-
-def expand(patterns: str) -> list[str]:
-    """Returns the files that patterns name, in order: `{000..999}`, `{a,b}`, `*` and `?`; several are joined by `::`.
-
-    Raises:
-      UserError: nothing is found, or a store cannot be asked; an OutageError where it does not answer.
-    """
-    paths = []
-    for pattern in patterns.split("::"):
-        if not pattern:
-            raise UserError(f"{patterns}: before and behind :: there must be a path")
-        if pattern.startswith("pipe:"):
-            raise UserError(f"{pattern}: commands are not run; name the files themselves, such as s3://bucket/0.tar")
-        found = _expand_braces(pattern)
-        if "~" in pattern:
-            found = map(os.path.expanduser, found)
-        if _is_wild(pattern):
-            found = itertools.chain.from_iterable(map(_glob, found))
-        paths += found
-    return paths
-
-
-def _is_wild(pattern: str) -> bool:
-    wild = _WILD.replace("?", "") if pattern.startswith(("http://", "https://")) else _WILD  # of a query
-    return any(letter in pattern for letter in wild)
-
-
-def _glob(pattern: str) -> list[str]:
-    if not _is_wild(pattern):
-        return [pattern]
-    if not is_remote(pattern):
-        found = glob.glob(pattern)
-    else:
-        protocol = pattern.partition("://")[0]
-        try:
-            listed = _system(pattern).glob(pattern)
-        except UserError:
-            raise
-        except Exception as error:  # stores have their own
-            kind = OutageError if _may_pass(error) else UserError
-            raise kind(f"{pattern} cannot be listed: {one_line(error)}") from None
-        found = [path if is_remote(path) else f"{protocol}://{path}" for path in listed]
-    if not found:
-        raise UserError(f"no file is called {pattern}")
-    return sorted(found)
-
-
-def _expand_braces(pattern: str) -> Iterator[str]:
-    """Yields the paths of a pattern; half a million in a second, for that many shards there are."""
-    texts = _BRACES.split(pattern)
-    for place in range(1, len(texts), 2):
-        if not _alternatives(texts[place]):
-            raise UserError(f"{pattern}: the range {{{texts[place]}}} is empty; write the smaller number first")
-    choices = [_alternatives(text) if place % 2 else [text] for place, text in enumerate(texts)]
-    return map("".join, itertools.product(*choices))
-
-
-def _alternatives(inner: str) -> list[str]:
-    """Returns what stands for a pair of braces."""
-    numbers = _RANGE.fullmatch(inner)
-    if numbers is None:
-        return inner.split(",")
-    ends = numbers.groups()
-    digits = max(map(len, ends)) if any(end[0] == "0" != end for end in ends) else 1  # as shells write them
-    return [f"{number:0{digits}d}" for number in range(int(ends[0]), int(ends[1]) + 1)]
 
 
 def _located(path: str) -> tuple[Any, str]:
@@ -578,14 +371,6 @@ def _read_range(path: str, start: int, length: int) -> bytes:
         return b"".join(parts)
     finally:
         os.close(descriptor)
-
-
-def _size_and_time(path: Path) -> tuple[int, ...]:
-    try:
-        about = path.stat()
-        return about.st_size, about.st_mtime_ns
-    except OSError:
-        return ()
 
 
 def _local(path: str, call: Callable[[], T]) -> T:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from clip_jax.data.records import Record, RecordError, decode_caption, read_image_file
-from clip_jax.data.storage import state_of
 from clip_jax.errors import UserError, did_you_mean, one_line
+from clip_jax.files import state_of
 
 _READING = threading.Lock()
 _TEXT = frozenset({"string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null"})

@@ -9,8 +9,9 @@ from concurrent.futures import Executor
 
 import numpy as np
 
-from clip_jax.data.storage import Stat, Storage, StorageError, absolute, is_remote, named_after
+from clip_jax.data.storage import Stat, Storage, StorageError
 from clip_jax.errors import UserError
+from clip_jax.files import absolute, is_remote, named_after
 
 _MOST_REMOTE_TO_INDEX = 256
 

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from clip_jax.data.storage import Stat, Storage, StorageError, absolute, is_remote, named_after
+from clip_jax.data.storage import Stat, Storage, StorageError
+from clip_jax.files import absolute, is_remote, named_after
 
 _LOG = logging.getLogger(__name__)
 

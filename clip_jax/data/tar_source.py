@@ -20,8 +20,9 @@ import numpy as np
 
 from clip_jax.data.captions import CaptionFields, parse_metadata
 from clip_jax.data.filters import Filter
+from clip_jax.data.patterns import expand
 from clip_jax.data.records import MAX_FILE_BYTES, UNREACHABLE, Record, RecordError
-from clip_jax.data.storage import FAILURES, Storage, StorageError, expand, is_remote, state_of
+from clip_jax.data.storage import FAILURES, Storage, StorageError
 from clip_jax.data.tar_counts import find_counts, remembered_in
 from clip_jax.data.tar_index import (
     BLOCK,
@@ -34,6 +35,7 @@ from clip_jax.data.tar_index import (
     sample_key,
 )
 from clip_jax.errors import OutageError, UserError
+from clip_jax.files import is_remote, state_of
 
 _LOG = logging.getLogger(__name__)
 _GAP = 256 << 10
@@ -68,7 +70,7 @@ class TarSource:
         """Finds the shards and how many samples each has.
 
         Args:
-          shards: paths or URLs, see `clip_jax.data.storage.expand`.
+          shards: paths or URLs, see `clip_jax.data.patterns.expand`.
           index_dir: folder of the sidecars.
           counts: JSON file {name or path of a shard: samples}; empty means `sizes.json` beside the shards, or
             img2dataset's `_stats.json`, or what the sidecars say.

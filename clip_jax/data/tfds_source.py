@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from clip_jax.data.records import UNREACHABLE, Record, RecordError, decode_caption
-from clip_jax.data.storage import OUTAGES, allow_open_files, local_path, state_of
+from clip_jax.data.storage import OUTAGES
 from clip_jax.data.tfds_files import FILE_FORMAT
 from clip_jax.errors import UserError, one_line
+from clip_jax.files import allow_open_files, local_path, state_of
 
 OWN_DATASETS = ("digits",)
 """Datasets that this package can prepare itself (`clip-jax data build`)."""

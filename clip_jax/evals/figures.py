@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from clip_jax.data.storage import appearing
 from clip_jax.errors import UserError
+from clip_jax.files import appearing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from clip_jax.data.storage import appearing
 from clip_jax.errors import UserError, did_you_mean
 from clip_jax.evals.published import published
+from clip_jax.files import appearing
 
 FILE_NAME = "benchmark_{dataset}_{pretrained}_{model}_{language}_{task}.json"
 

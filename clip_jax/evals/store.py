@@ -22,8 +22,9 @@ import pyarrow
 from pyarrow import parquet
 
 from clip_jax.config import describe_diff, diff
-from clip_jax.data.storage import FAILURES, Storage, StorageError, is_remote
+from clip_jax.data.storage import FAILURES, Storage, StorageError
 from clip_jax.errors import UserError, one_line
+from clip_jax.files import is_remote
 
 Kind = Literal["images", "texts"]
 KINDS: tuple[Kind, ...] = ("images", "texts")

@@ -13,8 +13,9 @@ import urllib.request
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from clip_jax.data.storage import Storage, appearing, bring, digest, file_system, find, folder_appearing, take_lock
+from clip_jax.data.storage import Storage, bring, file_system, find
 from clip_jax.errors import UserError, one_line
+from clip_jax.files import appearing, digest, folder_appearing, take_lock
 from clip_jax.interop.weights import file_sha256
 
 HUB_PREFIX = "hf-hub:"

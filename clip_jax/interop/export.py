@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from clip_jax.data.images import normalize
-from clip_jax.data.storage import folder_appearing
 from clip_jax.errors import UserError, did_you_mean, one_line
+from clip_jax.files import folder_appearing
 from clip_jax.interop import judges
 from clip_jax.interop.hugging_face import read_hugging_face, write_hugging_face
 from clip_jax.interop.model_card import write_model_card

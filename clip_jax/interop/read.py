@@ -7,8 +7,8 @@ from pathlib import Path
 import jax
 
 from clip_jax.config import describe_diff, model_diff
-from clip_jax.data.storage import is_remote
 from clip_jax.errors import UserError, did_you_mean
+from clip_jax.files import is_remote
 from clip_jax.interop import hugging_face, open_clip
 from clip_jax.interop.download import HUB_PREFIX, download_hub, download_openai, download_url
 from clip_jax.interop.hugging_face import read_hugging_face

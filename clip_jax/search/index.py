@@ -20,9 +20,9 @@ import numpy as np
 import pyarrow
 
 from clip_jax.console import plain_table
-from clip_jax.data.storage import folder_appearing
 from clip_jax.errors import UserError, one_line
 from clip_jax.evals.store import Kind, VectorStore, vectors_of
+from clip_jax.files import folder_appearing
 
 EXACT_LIMIT = 100_000
 """Up to so many vectors are searched exactly."""
