@@ -36,7 +36,7 @@ from clip_jax.interop.open_clip import (
 )
 from clip_jax.interop.openai import infer_config, read_openai, write_openai
 from clip_jax.interop.read import read_weights
-from clip_jax.interop.torch_file import write_torch_file
+from clip_jax.interop.torch_write import write_torch_file
 from clip_jax.interop.weights import Weights, facts, read_safetensors, write_safetensors
 from clip_jax.models.clip import CLIP, init_variables
 from clip_jax.models.variants import VARIANTS, ModelConfig, ResNetConfig, TextConfig, ViTConfig, model_config

@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 from references import import_open_clip
 
-from clip_jax.interop import torch_file
-from clip_jax.interop.torch_file import TorchFileError, read_torch_file, write_torch_file
+from clip_jax.interop import torch_file, torch_pickle, torch_write
+from clip_jax.interop.torch_file import TorchFileError, read_torch_file
+from clip_jax.interop.torch_write import write_torch_file
 
 DTYPES = ["float32", "float16", "bfloat16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool", "complex64"]
 NEWER_DTYPES = ["uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e5m2"]  # saved on untyped storages
@@ -284,7 +285,7 @@ def record_begins(path):
 
 @pytest.mark.parametrize("zip64_from", [1 << 30, 16])
 def test_records_begin_at_multiples_of_64_bytes(torch, tmp_path, monkeypatch, zip64_from):
-    monkeypatch.setattr(torch_file, "_ZIP64_FROM", zip64_from)
+    monkeypatch.setattr(torch_write, "_ZIP64_FROM", zip64_from)
     tensors = {f"{'x' * index}": np.arange(float(index)) for index in range(12)}
     write_torch_file(tmp_path / "model.pt", tensors)
     begins = record_begins(tmp_path / "model.pt")
@@ -302,7 +303,7 @@ def test_the_bytes_depend_on_the_tensors_alone(tmp_path):
 
 def test_sizes_beyond_four_bytes_are_written_as_torch_writes_them():
     for value in (0, 1, 255, (1 << 31) - 1, 1 << 31, 1 << 40):
-        assert pickle.loads(b"\x80\x02" + torch_file._pickled_int(value) + b".") == value
+        assert pickle.loads(b"\x80\x02" + torch_write._pickled_int(value) + b".") == value
 
 
 def test_what_torch_has_no_dtype_for_is_refused_by_name(tmp_path):
@@ -321,7 +322,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch_file, "_pickle", full)
+    monkeypatch.setattr(torch_write, "_pickle", full)
     with pytest.raises(TorchFileError, match="cannot be written: No space left on device"):
         write_torch_file(path, {"a": np.zeros(3)})
     assert path.read_bytes() == before
@@ -343,7 +344,8 @@ sys.modules["torch"] = None
 def hook(event, arguments):
     if event == "pickle.find_class" or event == "import" and arguments[0] == "torch":
         raise AssertionError(event)
-from clip_jax.interop.torch_file import read_torch_file, write_torch_file
+from clip_jax.interop.torch_file import read_torch_file
+from clip_jax.interop.torch_write import write_torch_file
 from pathlib import Path
 import pickle
 sys.addaudithook(hook)
@@ -745,7 +747,7 @@ def test_a_list_that_holds_itself_is_no_state_dict(tmp_path):
 
 
 def test_endless_operations_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch_file, "_MAX_OPERATIONS", 1000)
+    monkeypatch.setattr(torch_pickle, "_MAX_OPERATIONS", 1000)
     refused(hostile(tmp_path, b"N" * 1001), "more than 1000 operations")
 
 

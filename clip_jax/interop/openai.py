@@ -12,7 +12,8 @@ from typing import Any
 from clip_jax.data.images import preprocess_of
 from clip_jax.interop.names import Tensors, WeightsError, from_torch, to_torch
 from clip_jax.interop.open_clip import CONFIG, TORCH
-from clip_jax.interop.torch_file import is_training_checkpoint, read_torch_file, write_torch_file
+from clip_jax.interop.torch_file import is_training_checkpoint, read_torch_file
+from clip_jax.interop.torch_write import write_torch_file
 from clip_jax.interop.weights import HEAD_WIDTH, WIDEST_VIT, Weights, checked_model, default_heads
 from clip_jax.models.variants import Activation, ModelConfig
 
