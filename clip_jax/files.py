@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
-from clip_jax.errors import UserError
+from clip_jax.errors import UserError, one_line
 
 _LOG = logging.getLogger(__name__)
 _URL = re.compile(r"[a-z0-9+]+://")
@@ -78,6 +78,22 @@ def folder_appearing(folder: Path) -> Iterator[Path]:
         partial.mkdir()
         yield partial
         partial.rename(folder)
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yields a folder to write into, as `folder_appearing`, for one that a user has named.
+
+    Raises:
+      UserError: it exists, or cannot be written.
+    """
+    if folder.exists():
+        raise UserError(f"{folder} exists, and nothing is written over; name another folder, or remove it")
+    try:
+        with folder_appearing(folder) as partial:
+            yield partial
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {one_line(error)}; nothing was kept") from error
 
 
 def sweep(folder: Path) -> None:

@@ -511,7 +511,7 @@ def test_exports_refuse_what_they_cannot_hold(tmp_path):
             export(wrong, tmp_path / "new", "openai", source="here")
     with pytest.raises(UserError, match=r"no layout 'openclip'; did you mean 'open_clip'\?"):
         export(weights, tmp_path / "new", "openclip", source="here")
-    with pytest.raises(UserError, match="exists; an export never overwrites"):
+    with pytest.raises(UserError, match="exists, and nothing is written over"):
         export(weights, tmp_path, "open_clip", source="here")
     classes = Classes(("a",), np.eye(1, 24))
     with pytest.raises(UserError, match="open_clip has no place for classes"):

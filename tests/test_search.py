@@ -257,7 +257,7 @@ def test_index_from_the_command_line(vectors, tmp_path, capsys):
     assert "recall@10" in printed
     assert f"{GOOD} images, ivf_sq8, nprobe" in printed
     for arguments, message in (
-        ([str(vectors), str(tmp_path / "index")], "exists; name another folder for the index"),
+        ([str(vectors), str(tmp_path / "index")], "exists, and nothing is written over; name another folder"),
         ([str(vectors), str(tmp_path / "other"), "--recall=2"], "--recall is 2.0; it must be over 0"),
     ):
         with pytest.raises(SystemExit):

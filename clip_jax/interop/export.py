@@ -4,8 +4,7 @@ The comparison runs both sides on one fixed input: ours as read back and, where 
 layout is for. The folder appears whole, with its model card, or not at all.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ import numpy as np
 
 from clip_jax.data.images import normalize
 from clip_jax.errors import UserError, did_you_mean, one_line
-from clip_jax.files import folder_appearing
+from clip_jax.files import new_folder
 from clip_jax.interop import judges
 from clip_jax.interop.hugging_face import read_hugging_face, write_hugging_face
 from clip_jax.interop.model_card import write_model_card
@@ -80,7 +79,7 @@ def export(
         raise UserError(f"no layout {layout!r}{did_you_mean(layout, LAYOUTS)} (layouts: {', '.join(LAYOUTS)})")
     if classes is not None and layout != "stablehlo":
         raise UserError(f"the layout {layout} has no place for classes; only stablehlo has")
-    with _appearing(folder) as partial:
+    with new_folder(folder) as partial:
         LAYOUTS[layout].write(partial, weights, classes)
         comparisons = _compare(weights, partial, LAYOUTS[layout])
         write_model_card(partial, weights, layout=layout, source=source, comparisons=comparisons)
@@ -136,18 +135,6 @@ def _fixed_input(weights: Weights, *, batch: int = 2) -> _Input:
     for row, end in zip(tokens, rng.integers(1, text.context, batch), strict=True):
         row[end], row[end + 1 :] = text.vocab_size - 1, 0
     return _Input(rng.integers(0, 256, (batch, size, size, 3), np.uint8), tokens)
-
-
-@contextmanager
-def _appearing(folder: Path) -> Iterator[Path]:
-    """Yields a new folder beside `folder` that takes its name at the end, and vanishes where something failed."""
-    if folder.exists():
-        raise UserError(f"{folder} exists; an export never overwrites: choose another folder or remove it")
-    try:
-        with folder_appearing(folder) as partial:
-            yield partial
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error}; nothing was kept") from error
 
 
 def _write_stablehlo(folder: Path, weights: Weights, classes: Classes | None) -> None:

@@ -12,7 +12,6 @@ judged against an exact search with queries that are not themselves in the way.
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -22,7 +21,7 @@ import pyarrow
 from clip_jax.console import plain_table
 from clip_jax.errors import UserError, one_line
 from clip_jax.evals.store import Kind, VectorStore, vectors_of
-from clip_jax.files import folder_appearing
+from clip_jax.files import new_folder
 
 EXACT_LIMIT = 100_000
 """Up to so many vectors are searched exactly."""
@@ -162,7 +161,7 @@ def build_index(
     count = manifest["rows"].get(kind, 0)
     if kind in manifest["kinds"] and not count:
         raise UserError(f"{vectors} holds no {kind}; records that were rejected: {manifest['rejected'] or 'none'}")
-    with _appears_whole(Path(folder).expanduser()) as partial:
+    with new_folder(Path(folder).expanduser()) as partial:
         began = time.monotonic()
         index, found = _build(store, kind, count, exact=count <= exact_limit, items=partial / "items.arrow")
         found |= {"build_seconds": round(time.monotonic() - began, 2)}
@@ -307,22 +306,6 @@ def exact_neighbours(queries: np.ndarray, blocks: Iterator[np.ndarray], *, top: 
         first += len(block)
         seconds += time.monotonic() - began
     return numbers, seconds / len(queries) * 1_000
-
-
-@contextmanager
-def _appears_whole(folder: Path) -> Iterator[Path]:
-    """Gives a folder to write into, which is renamed to `folder` in the end, or removed.
-
-    Raises:
-      UserError: `folder` exists, or cannot be made.
-    """
-    if folder.exists():
-        raise UserError(f"{folder} exists; name another folder for the index, or remove it")
-    try:
-        with folder_appearing(folder) as partial:
-            yield partial
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {one_line(error)}") from None
 
 
 def _write_faiss(index: Any, path: Path) -> None:
