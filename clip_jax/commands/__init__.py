@@ -1,0 +1,1 @@
+"""The commands, by subject: the flags of each beside what it does, which imports only what it needs."""
