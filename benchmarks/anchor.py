@@ -40,9 +40,9 @@ from clip_jax.console import print_table
 from clip_jax.data.digits.captions import CLASSES, UNSEEN_TEMPLATES
 from clip_jax.data.images import normalize, preprocess_of
 from clip_jax.data.loader import open_part, open_source, parts_data
-from clip_jax.data.pipeline import EvalTransform
 from clip_jax.data.tfds_source import TfdsSource
 from clip_jax.data.tokenizer import Tokenizer
+from clip_jax.data.transforms import EvalTransform
 from clip_jax.evals import figures
 from clip_jax.evals.zero_shot import class_weights, classify
 from clip_jax.interop.names import to_torch

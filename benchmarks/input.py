@@ -31,11 +31,12 @@ from clip_jax.data.augment import Augment
 from clip_jax.data.bench import waiting_share
 from clip_jax.data.images import Preprocess
 from clip_jax.data.order import FullShuffle
-from clip_jax.data.pipeline import TrainTransform, train_batches
+from clip_jax.data.pipeline import train_batches
 from clip_jax.data.reading import Part
 from clip_jax.data.records import Record
 from clip_jax.data.tar_source import TarSource
 from clip_jax.data.tokenizer import Tokenizer
+from clip_jax.data.transforms import TrainTransform
 from clip_jax.models.flops import pair_flops
 from clip_jax.models.variants import model_config
 from tests.references import import_open_clip

@@ -26,10 +26,11 @@ from clip_jax.console import print_table
 from clip_jax.data.augment import Augment
 from clip_jax.data.images import Preprocess
 from clip_jax.data.order import WindowShuffle
-from clip_jax.data.pipeline import TrainTransform, train_batches
+from clip_jax.data.pipeline import train_batches
 from clip_jax.data.reading import Part
 from clip_jax.data.tar_source import TarSource
 from clip_jax.data.tokenizer import Tokenizer
+from clip_jax.data.transforms import TrainTransform
 
 BATCH = 256
 TRANSFORM = TrainTransform(Preprocess(), Tokenizer(), augment=Augment())

@@ -91,11 +91,12 @@ def _epoch(shard, index_dir, counts) -> dict[str, np.ndarray]:
     from clip_jax.data.augment import Augment
     from clip_jax.data.images import ImageError, Preprocess, eval_image
     from clip_jax.data.order import WindowShuffle
-    from clip_jax.data.pipeline import TrainTransform, train_batches
+    from clip_jax.data.pipeline import train_batches
     from clip_jax.data.reading import Part
     from clip_jax.data.records import RecordError
     from clip_jax.data.tar_source import TarSource
     from clip_jax.data.tokenizer import tokenize
+    from clip_jax.data.transforms import TrainTransform
 
     tars = TarSource(shard, index_dir=index_dir, counts=counts)
     transform = TrainTransform(Preprocess(size=8), tokenize, context=16, augment=Augment())

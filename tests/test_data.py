@@ -22,13 +22,14 @@ from clip_jax.data import tfds_source
 from clip_jax.data.augment import Augment
 from clip_jax.data.images import ImageError, Preprocess, decode, encode_jpeg, eval_image
 from clip_jax.data.order import FullShuffle, shuffled_index
-from clip_jax.data.pipeline import EvalTransform, TrainTransform, eval_batches, train_batches
+from clip_jax.data.pipeline import eval_batches, train_batches
 from clip_jax.data.reading import Part
 from clip_jax.data.records import REASONS, UNREACHABLE, Record, RecordError
 from clip_jax.data.synthetic import SyntheticSource, synthetic_batches
 from clip_jax.data.tfds_files import FEATURES, RecordWriter, dataset_info, serialize, shard_name
 from clip_jax.data.tfds_source import OWN_DATASETS, TfdsSource, find_dataset, prepare_command
 from clip_jax.data.tokenizer import Tokenizer
+from clip_jax.data.transforms import EvalTransform, TrainTransform
 from clip_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -561,7 +562,8 @@ def test_training_reads_without_tensorflow(digits_dir):
     script = """
 from clip_jax.data.images import Preprocess
 from clip_jax.data.order import FullShuffle
-from clip_jax.data.pipeline import TrainTransform, train_batches
+from clip_jax.data.pipeline import train_batches
+from clip_jax.data.transforms import TrainTransform
 from clip_jax.data.reading import Part
 from clip_jax.data.tfds_source import TfdsSource
 from clip_jax.data.tokenizer import Tokenizer
@@ -611,7 +613,8 @@ def test_workers_ignore_sigterm_and_die_with_their_parent(tmp_path):
 import multiprocessing, os, signal, sys, time
 from clip_jax.data.images import Preprocess
 from clip_jax.data.order import FullShuffle
-from clip_jax.data.pipeline import TrainTransform, train_batches
+from clip_jax.data.pipeline import train_batches
+from clip_jax.data.transforms import TrainTransform
 from clip_jax.data.reading import Part
 from clip_jax.data.synthetic import SyntheticSource
 from clip_jax.data.tokenizer import Tokenizer

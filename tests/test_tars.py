@@ -30,13 +30,14 @@ from clip_jax.data.labelled import open_labelled
 from clip_jax.data.loader import open_part, open_tars
 from clip_jax.data.order import FullShuffle, WindowShuffle
 from clip_jax.data.patterns import expand
-from clip_jax.data.pipeline import TrainTransform, check_batches, eval_batches, train_batches
+from clip_jax.data.pipeline import check_batches, eval_batches, train_batches
 from clip_jax.data.reading import Part, WindowReader
 from clip_jax.data.records import REASONS, UNREACHABLE, RecordError
 from clip_jax.data.storage import Storage
 from clip_jax.data.tar_index import Sidecars, members, read_at
 from clip_jax.data.tar_source import TarSource
 from clip_jax.data.tokenizer import Tokenizer
+from clip_jax.data.transforms import TrainTransform
 from clip_jax.errors import ConfigError, OutageError, UserError
 
 TRANSFORM = TrainTransform(Preprocess(size=8), Tokenizer(), context=16, augment=Augment())

@@ -20,10 +20,10 @@ from clip_jax.config import RunConfig, data_sources
 from clip_jax.console import plain_table
 from clip_jax.data.images import ImageError, open_image
 from clip_jax.data.loader import Batches, open_part, parts_batches, transform_of
-from clip_jax.data.pipeline import Example, TrainTransform
 from clip_jax.data.reading import Part
 from clip_jax.data.records import REASONS, Record, RecordError
 from clip_jax.data.storage import requests_made
+from clip_jax.data.transforms import Example, TrainTransform
 from clip_jax.errors import UserError, did_you_mean
 from clip_jax.models.flops import pair_flops
 

@@ -10,9 +10,10 @@ import numpy as np
 
 from clip_jax.config import RunConfig, data_sources
 from clip_jax.data.loader import Batches, open_part
-from clip_jax.data.pipeline import Example, Tokenize, train_batches
+from clip_jax.data.pipeline import train_batches
 from clip_jax.data.records import REASONS, Record
 from clip_jax.data.tokenizer import Tokenizer
+from clip_jax.data.transforms import Example, Tokenize
 from clip_jax.errors import UserError
 from clip_jax.models.flops import grouped_text_flops, text_flops
 from clip_jax.models.text_groups import groups_of

@@ -16,13 +16,14 @@ from clip_jax.data.filters import Filter
 from clip_jax.data.folder_source import FolderSource
 from clip_jax.data.images import preprocess_of
 from clip_jax.data.order import FullShuffle, Mixture, WindowShuffle
-from clip_jax.data.pipeline import FixedTransform, TrainTransform, Transform, check_batches, train_batches
+from clip_jax.data.pipeline import check_batches, train_batches
 from clip_jax.data.reading import Part, where
 from clip_jax.data.records import Records, Source
 from clip_jax.data.synthetic import SyntheticSource, synthetic_batches
 from clip_jax.data.table_source import TableSource
 from clip_jax.data.tar_source import TarSource
 from clip_jax.data.tfds_source import TfdsSource
+from clip_jax.data.transforms import FixedTransform, TrainTransform, Transform
 from clip_jax.errors import UserError
 from clip_jax.files import is_remote, local_path
 

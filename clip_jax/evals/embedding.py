@@ -9,8 +9,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from clip_jax.data.images import Preprocess, normalize, preprocess_of
-from clip_jax.data.pipeline import EvalTransform, eval_batches
+from clip_jax.data.pipeline import eval_batches
 from clip_jax.data.records import Records
+from clip_jax.data.transforms import EvalTransform
 from clip_jax.errors import OutageError
 from clip_jax.models.clip import CLIP, Variables, image_features, probe_features, text_features
 from clip_jax.partition import place_rows, replicated

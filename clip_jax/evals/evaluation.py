@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from clip_jax.config import RunConfig
 from clip_jax.data.images import preprocess_of
 from clip_jax.data.loader import check_same
-from clip_jax.data.pipeline import EvalTransform
+from clip_jax.data.transforms import EvalTransform
 from clip_jax.evals.embedding import Embedder, ImageFeatures
 from clip_jax.evals.job import EvalJob
 from clip_jax.evals.prompts import templates
