@@ -131,6 +131,7 @@ def test_a_model_behind_one_of_its_sizes_is_refused():
     ("values", "message"),
     [
         ({"batch": 0}, "config.batch is 0; it must be positive"),
+        ({"batch": 1}, "config.batch is 1, and the softmax loss of one pair is 0"),
         ({"seed": -1}, "config.seed is -1; it must not be negative"),
         ({"seed": 2**32}, r"config.seed is 4294967296; it must be less than 2\*\*32"),
         (

@@ -195,6 +195,10 @@ def _batch(config: RunConfig) -> Iterator[tuple[bool, str]]:
 
 def _loss(config: RunConfig) -> Iterator[tuple[bool, str]]:
     yield (
+        config.loss.kind == "softmax" and config.batch == 1,
+        "config.batch is 1, and the softmax loss of one pair is 0, whatever the model; use at least 2",
+    )
+    yield (
         config.model.logit_bias and config.loss.kind == "softmax",
         "config.model.logit_bias is true and config.loss.kind 'softmax', which no bias can change; use "
         "config.loss.kind=sigmoid, or no bias",
