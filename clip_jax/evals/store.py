@@ -24,7 +24,7 @@ from pyarrow import parquet
 from clip_jax.config import describe_diff, diff
 from clip_jax.data.storage import FAILURES, Storage, StorageError
 from clip_jax.errors import UserError, one_line
-from clip_jax.files import is_remote
+from clip_jax.files import is_remote, sweep
 
 Kind = Literal["images", "texts"]
 KINDS: tuple[Kind, ...] = ("images", "texts")
@@ -98,8 +98,7 @@ class VectorStore:
         """Writes `manifest.json`, and removes what processes that were killed left half written."""
         self._write("manifest.json", _json(manifest))
         if not is_remote(self.folder):
-            for left in Path(self.folder).glob("*.tmp"):
-                left.unlink(missing_ok=True)
+            sweep(Path(self.folder))
 
     def read_manifest(self) -> dict[str, Any]:
         """Returns the manifest.

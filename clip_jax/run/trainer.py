@@ -24,6 +24,7 @@ from clip_jax.data.skips import Skips, batches_between
 from clip_jax.errors import OutageError, RestartError, UserError, one_line
 from clip_jax.evals.evaluation import Evaluated, Evaluation, scalars
 from clip_jax.evals.held_out import HeldOut
+from clip_jax.files import appearing
 from clip_jax.models.clip import count_parameters
 from clip_jax.models.variants import variant_name
 from clip_jax.processes.preemption import PreemptedError, Preemption
@@ -331,9 +332,8 @@ def prepare_workdir(workdir: Path, config: RunConfig) -> None:
         return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        temporary = workdir / "config.json.tmp"
-        temporary.write_text(json.dumps(as_json(config), indent=2) + "\n")
-        temporary.replace(workdir / "config.json")
+        with appearing(workdir / "config.json") as temporary:
+            temporary.write_text(json.dumps(as_json(config), indent=2) + "\n")
     except OSError as error:
         raise unwritable(workdir, error) from None
 
