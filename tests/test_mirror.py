@@ -155,6 +155,19 @@ def test_what_is_damaged_or_deleted_here_is_kept_there_and_comes_back(tmp_path, 
     assert_same_bits(restored.state, STATES[2])
 
 
+@pytest.mark.parametrize("lost", ["state", "record"])
+def test_a_copy_does_not_follow_a_checkpoint_here_that_lost_files(tmp_path, store, lost):
+    """Nobody reads an older checkpoint's arrays while the run goes on."""
+    workdir = trained(tmp_path / "run", store, steps=(1, 2))
+    shutil.rmtree(workdir / "checkpoints" / "1" / lost)
+    with Mirror(store, workdir):
+        pass
+    shutil.rmtree(workdir)
+    with Mirror(store, workdir) as mirror:
+        assert mirror.fetch() == [f"brought from {store}/run: checkpoints 1, 2"]
+    assert_same_bits(Checkpoints(workdir, CheckpointConfig()).restore(1, target_of(STATES[1])).state, STATES[1])
+
+
 def test_an_old_checkpoint_goes_from_the_copy_when_a_newer_one_is_there(tmp_path, store, monkeypatch):
     """A machine may be lost while it sends, and a store may fail."""
     memory, workdir = fsspec.filesystem("memory"), tmp_path / "run"

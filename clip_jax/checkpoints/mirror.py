@@ -163,10 +163,11 @@ class Mirror:
     def _is_another(self, step: int, here: Mapping[int, dict[str, Any]]) -> bool:
         """Whether a checkpoint there is not the run's any more: another of its step is here, or the run went back.
 
-        What is missing here otherwise, as what was damaged or deleted, may have its only good copy there.
+        Its record tells. What is missing here otherwise, as what was damaged or deleted, be it some files, may have its
+        only good copy there.
         """
         if step in here:
-            return self._listed(step) != here[step]
+            return here[step]["record"] not in ("", self._listed(step)["record"])
         return self._listed(step) in map(_list_of, self._local.glob(f"abandoned-{step}*"))
 
     def _send(self, step: int, listed: dict[str, Any]) -> bool:
