@@ -601,6 +601,12 @@ def test_runs_are_compared(three_arms, tmp_path):
         assert (np.abs(pixels - rgb).max(axis=-1) <= 2).sum() > 50
 
 
+def test_a_step_that_was_skipped_is_in_no_loss(three_arms):
+    with (three_arms / "base/seed0/metrics.jsonl").open("a") as file:
+        file.write('{"step": 19.5, "loss": NaN, "pairs": 32.0}\n{"step": 19.6, "loss": 0.0, "pairs": 0.0}\n')
+    assert compare([three_arms]).arms[0].results["loss"] == {0: 2.0, 1: 2.1, 2: 2.2}
+
+
 def test_evaluations_of_other_data_are_not_compared(tmp_path):
     """Pairs are held out of what a run reads; images and classes are those of the dataset that it names."""
     tars = DataConfig(source="tars", shards="/a/{0..9}.tar")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -77,9 +78,13 @@ class FinishedRun:
             return ""
 
     def results(self) -> dict[str, float]:
-        """Returns final numbers: `loss`, the mean over the last twentieth of the run, and its last evaluation's."""
-        last = [row["loss"] for row in self.rows if "loss" in row and row["step"] > 0.95 * self.steps]
-        found = {"loss": sum(last) / len(last)} if last else {}
+        """Returns final numbers: `loss`, the mean over the last twentieth of the run, and its last evaluation's.
+
+        A step that was skipped, whose loss is no number or is of no pair, does not count.
+        """
+        of_steps = [row for row in self.rows if "loss" in row and row["step"] > 0.95 * self.steps]
+        last = [row["loss"] for row in of_steps if math.isfinite(row["loss"]) and row.get("pairs", 1)]
+        found = {"loss": sum(last) / len(last) if last else math.nan} if of_steps else {}
         return found | {name: value for name, value in self.rows[-1].items() if name.startswith(EVALUATIONS)}
 
 
