@@ -110,6 +110,11 @@ class Topology:
         return self.chips * self.chip.per_chip
 
     @property
+    def hosts(self) -> int:
+        """All hosts of all slices, no two of which share one."""
+        return self.slices * -(-self.devices // self.slices // self.chip.per_host)
+
+    @property
     def peak(self) -> float:
         """Bfloat16 operations a second of all of them; 0 means unknown."""
         return self.chip.peak * self.devices
@@ -128,12 +133,12 @@ class Topology:
     def bandwidth(self, *, across: bool) -> float:
         """Bytes a second that a device sends in a collective, `across` slices or within one; 0 where it is not known.
 
-        GPUs of several hosts send through all of a host's network cards at once, each a part.
+        A slice's GPUs on several hosts send through all of a host's network cards at once, each a part.
         """
         chip = self.chip
         if across:
             return chip.far
-        if chip.platform == "gpu" and self.devices > chip.per_host:
+        if chip.platform == "gpu" and self.devices // self.slices > chip.per_host:
             return min(chip.near, chip.far * chip.per_host)
         return chip.near
 

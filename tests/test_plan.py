@@ -348,6 +348,16 @@ def test_a_chip_of_two_devices_is_paid_once():
         assert line in text
 
 
+def test_hosts_and_links_are_those_of_a_slice():
+    """Four chips of v5e are half of a host, and eight GPUs have NVLink among them, in each of several slices too."""
+    halves = plan_of(topology=parse_topology("v5e:2x2", slices=4), step_flops=16 * 197e12 * 0.4 * 2)
+    text = " ".join(report(halves, mfu=0.4, memory=0, images_per_core=4.0).split())
+    assert "each of 4 host(s) 4 images/s, 1.0 cores at 4" in text
+    one, four = (parse_topology("a100:8", slices=slices) for slices in (1, 4))
+    assert one.bandwidth(across=False) == four.bandwidth(across=False) == 300e9
+    assert parse_topology("a100:16", slices=2).bandwidth(across=False) == 200e9
+
+
 def test_the_first_lever_is_what_holds_most():
     state = {"parameters": 3 * 2**30, "optimizer state": 6 * 2**30, "total": 10 * 2**30}
     assert lever(plan_of(memory=state)).startswith("try mesh.fsdp=4 ")

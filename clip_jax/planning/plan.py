@@ -243,7 +243,7 @@ def _time_rows(plan: Plan, *, mfu: float, images_per_core: float) -> list[tuple[
     seconds, topology = plan.step_seconds(mfu), plan.topology
     if not seconds:
         return []
-    rate, hosts = plan.config.batch / seconds, -(-topology.devices // topology.chip.per_host)
+    rate, hosts = plan.config.batch / seconds, topology.hosts
     days = seconds * plan.config.steps / DAY
     each, cores = rate / hosts, rate / hosts / images_per_core
     exchange, exposed = plan.exchange_seconds(), plan.exchange_seconds(hidden=False)
