@@ -19,7 +19,7 @@ LEVERS = {
     "scan": {"model.scan_layers": "true"},
     "scan, remat block": {"model.scan_layers": "true", "model.remat": "block"},
     "first moment bfloat16": {"optim.mu_dtype": "bfloat16"},
-    "micro-batches of a quarter": {"micro_batch": "256", "model.bn_group": "16"},
+    "micro-batches of 256": {"micro_batch": "256", "model.bn_group": "16"},
 }
 
 

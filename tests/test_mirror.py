@@ -2,9 +2,11 @@
 
 import dataclasses
 import shutil
+import time
 from threading import Event
 
 import fsspec
+import jax
 import pytest
 from states import assert_same_bits, small_state, target_of
 from test_checkpoint import save
@@ -125,6 +127,20 @@ def test_copying_is_asked_for_when_checkpoints_come_and_go(tmp_path):
             checkpoints.wait()
         checkpoints.restore_before(2, target_of(STATES[1]))
     assert asked == [[1], [2, 1], [1]]
+
+
+def test_of_several_processes_the_first_copies_without_waiting_for_the_next_checkpoint(tmp_path, monkeypatch):
+    """Whether a write failed they hear of together at the next one; what is whole by then could be lost."""
+    asked = []
+    with Checkpoints(tmp_path, CheckpointConfig(), on_change=lambda: asked.append(checkpoints.steps())) as checkpoints:
+        save(checkpoints, 1, STATES[1])
+        while checkpoints._manager.is_saving_in_progress():
+            time.sleep(0.01)
+        with monkeypatch.context() as patched:
+            patched.setattr(jax, "process_count", lambda: 2)
+            for step in (2, 3):
+                assert not checkpoints.save(step, STATES[2], position=0, config=TINY, data={})
+            assert asked == [[1]]
 
 
 def test_what_a_run_went_back_over_is_not_in_the_copy(tmp_path, store):

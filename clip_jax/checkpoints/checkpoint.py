@@ -97,7 +97,7 @@ class Checkpoints:
     Args:
       workdir: the run's folder; the checkpoints lie in `workdir/checkpoints`, made at the first `save`.
       config: when they are written, and when old ones go.
-      on_change: called when one was written, or when others were abandoned for it.
+      on_change: called when one was written, or may have been, or when others were abandoned for it.
     """
 
     def __init__(
@@ -108,6 +108,7 @@ class Checkpoints:
         self._on_change = on_change
         self._open_manager: ocp.CheckpointManager | None = None
         self._writing: int | None = None
+        self._is_told = False
         self._failure: UserError | None = None
 
     def __enter__(self) -> "Checkpoints":
@@ -286,7 +287,7 @@ class Checkpoints:
         except (OSError, ValueError) as error:
             self._failed(step, error)
             return False
-        self._writing = step
+        self._writing, self._is_told = step, False
         return True
 
     def wait(self) -> None:
@@ -334,12 +335,18 @@ class Checkpoints:
     def _settle(self, *, wait: bool) -> None:
         """Hears of a background write that has ended, which Orbax keeps to itself until it is asked.
 
-        Several processes hear of it only at the next write, when all of them wait.
+        Several processes hear only at the next write, when all of them wait, whether it failed.
         """
         if self._writing is None or self._open_manager is None:
             return
-        if not wait and (jax.process_count() > 1 or self._open_manager.is_saving_in_progress()):
-            return
+        if not wait:
+            if self._open_manager.is_saving_in_progress():
+                return
+            if jax.process_count() > 1:
+                if not self._is_told:
+                    self._is_told = True
+                    self._on_change()
+                return
         step, self._writing = self._writing, None
         error: Exception | None = None
         try:
