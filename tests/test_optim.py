@@ -198,6 +198,10 @@ def test_multipliers_scale_the_update_and_the_first_regex_wins():
             {"lr_multipliers": ("imag=1", "text/pro/=2")},
             r"'text/pro/' is found .*; did you mean 'text/proj/kernel'",
         ),
+        (
+            {"lr_multipliers": ("^image/=0.1", "^image/ln/=2")},
+            r"lr_multipliers: '\^image/ln/=2' is never used, since .* an earlier one",
+        ),
         ({"freeze": ("image", "e")}, r"freeze is \('image', 'e'\), which leaves nothing that is trained"),
     ],
 )

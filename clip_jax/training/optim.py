@@ -56,7 +56,8 @@ def is_schedule(node: Any) -> bool:
 def make_optimizer(config: OptimConfig, *, steps: int) -> optax.GradientTransformation:
     """Returns AdamW over float32 parameters, with the config's clipping, freezing and multipliers.
 
-    Its `init` raises a ConfigError where a regex of the config is found in no parameter's path, or all are frozen.
+    Its `init` raises a ConfigError where a regex of the config is found in no parameter's path, or only behind earlier
+    ones, or all are frozen.
 
     Args:
       config: the recipe.
@@ -156,6 +157,14 @@ def _checked(config: OptimConfig, optimizer: optax.GradientTransformation) -> op
                 raise ConfigError(
                     f"config.optim.{key}: {regex!r} is found in no parameter's path{did_you_mean(regex, paths)} "
                     f"(paths are such as {paths[0]} and {paths[-1]})"
+                )
+        rates = [regex for key, regex in regexes if key == "lr_multipliers"]
+        taken = {next((i for i, regex in enumerate(rates) if re.search(regex, path)), None) for path in paths}
+        for i, rule in enumerate(config.lr_multipliers):
+            if i not in taken:
+                raise ConfigError(
+                    f"config.optim.lr_multipliers: {rule!r} is never used, since all parameters that it is for are "
+                    "found by an earlier one; put it before that"
                 )
         if all(jax.tree.leaves(frozen(config, params))):
             raise ConfigError(f"config.optim.freeze is {config.freeze}, which leaves nothing that is trained")
