@@ -114,16 +114,18 @@ def test_a_folder_with_several_captions_an_image(model, model_dir, captioned):
 
 
 def test_lines_beside_an_image_in_tar_shards_are_captions(model, model_dir, tmp_path, monkeypatch):
-    """As CLIP_benchmark exports them: the same figures as the same captions in a folder; training sees one text."""
+    """As CLIP_benchmark exports them: the same figures as the same captions in a folder, or in rows of a table that
+    name an image three times; training sees one text.
+    """
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         for number in range(5):
             add(tar, f"{number}.png", picture(number))
             add(tar, f"{number}.txt", f"picture {number}\n\n another of {number}\r\nthe last\n".encode())
             add(tar, f"{number}.json", json.dumps({"caption": "not this one"}).encode())
+    captions = [[f"picture {number}", f" another of {number}", "the last"] for number in range(5)]
     for number in range(5):
-        captions = [f"picture {number}", f" another of {number}", "the last"]
         (tmp_path / f"{number}.png").write_bytes(picture(number))
-        (tmp_path / f"{number}.json").write_text(json.dumps({"caption": captions}))
+        (tmp_path / f"{number}.json").write_text(json.dumps({"caption": captions[number]}))
     evaluator = Evaluator(model, str(model_dir), batch=8, threads=2)
     monkeypatch.setenv("HOME", str(tmp_path))  # where the shard's index goes
     shards = str(tmp_path / "0.tar")
@@ -131,6 +133,11 @@ def test_lines_beside_an_image_in_tar_shards_are_captions(model, model_dir, tmp_
     in_folder = evaluate(evaluator, EvalJob(str(tmp_path), task="zeroshot_retrieval"))
     assert (in_shards.details["images"], in_shards.details["texts"]) == (5, 15)
     assert in_shards.metrics == in_folder.metrics
+    rows = [f"{number}.png,{captions[number][line]}" for line in range(3) for number in range(5)]
+    (tmp_path / "pairs.csv").write_text("\n".join(["image,caption", *rows]))
+    in_rows = evaluate(evaluator, EvalJob(str(tmp_path / "pairs.csv"), task="zeroshot_retrieval"))
+    assert (in_rows.details["images"], in_rows.details["texts"]) == (5, 15)
+    assert in_rows.metrics == in_folder.metrics
     [whole] = open_named(shards, RunConfig(model.config))[3].captions
     assert whole == "picture 3\n\n another of 3\r\nthe last\n"
 

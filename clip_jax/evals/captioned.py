@@ -11,6 +11,7 @@ from clip_jax.config import DataConfig, RunConfig
 from clip_jax.data.loader import open_named, open_source
 from clip_jax.data.reading import name_record
 from clip_jax.data.records import Record, RecordError, Source
+from clip_jax.data.table_source import TableSource
 from clip_jax.evals.evaluator import Evaluator
 from clip_jax.evals.job import EvalJob
 
@@ -50,6 +51,9 @@ def open_captioned(job: EvalJob, config: RunConfig) -> Source:
 def embed_captioned(evaluator: Evaluator, source: Source) -> Captioned:
     """Embeds all images and all their captions; collective over processes.
 
+    Rows of a table that name the same file are one image with a caption from each, as the tables of COCO and Flickr30k
+    have them.
+
     Raises:
       RecordError: names a record that cannot be read, or has no caption.
     """
@@ -64,29 +68,40 @@ def embed_captioned(evaluator: Evaluator, source: Source) -> Captioned:
 
 
 class _Remembering:
-    """A source that remembers the captions of what was read from it."""
+    """Images of a source, which remembers the captions of those that were read."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
+        self._records: Sequence[Sequence[int]] = _of_each_image(source)
         self.captions: dict[int, Sequence[str]] = {}
 
     def __len__(self) -> int:
-        return len(self._source)
+        return len(self._records)
 
     def __str__(self) -> str:
         return str(self._source)
 
     def __getitem__(self, index: int) -> Record:
-        record = self._source[index]
-        texts = [text for text in record.captions if text.strip()]
+        records = [self._source[number] for number in self._records[index]]
+        texts = [text for record in records for text in record.captions if text.strip()]
         if not texts:
             raise RecordError("caption_missing", "there is no caption")
         self.captions[index] = texts
-        return record
+        return records[0]
 
     def where(self, index: int) -> str:
         """Returns what to call a record in messages."""
-        return name_record(self._source, index)
+        return name_record(self._source, self._records[index][0])
+
+
+def _of_each_image(source: Source) -> list[list[int]]:
+    """Returns the numbers of each image's records."""
+    if not isinstance(source, TableSource):
+        return [[number] for number in range(len(source))]
+    found: dict[str, list[int]] = {}
+    for number in range(len(source)):
+        found.setdefault(source.key(number), []).append(number)
+    return list(found.values())
 
 
 def _from_all(tokens: np.ndarray, image_of_text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
