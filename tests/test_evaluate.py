@@ -535,6 +535,30 @@ def test_class_names_lie_beside_shards_or_above_also_by_a_relative_path(tmp_path
     assert asked == [f"{store.url}/classnames.txt", f"{store.url}/zeroshot_classification_templates.txt"]
 
 
+def test_names_and_templates_beside_shards_that_are_not_utf8_are_refused(tmp_path):
+    """The set `photo` was taken instead, without a word."""
+    shard, file = str(labelled_shard(tmp_path)), "zeroshot_classification_templates.txt"
+    (tmp_path / file).write_bytes("une photo d'été de {c}".encode("latin-1"))
+    with pytest.raises(UserError, match=rf"{file} is not UTF-8: invalid continuation byte"):
+        open_labelled(shard)
+
+
+def test_a_key_that_comes_again_in_a_shard_is_another_sample(tmp_path):
+    """As where the classes' folders were put into one shard by the names of their files."""
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for label in range(3):
+            for name, content in (("jpg", picture(label)), ("cls", b"%d" % label)):
+                add(tar, f"0000.{name}", content)
+    source = open_labelled(str(tmp_path / "0.tar"))
+    found = [source[i] for i in range(len(source))]
+    assert [(record.image, record.label) for record in found] == [(picture(label), label) for label in range(3)]
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name, content in (("jpg", picture(0)), ("cls", b"0"), ("png", picture(1))):
+            add(tar, f"0000.{name}", content)
+    with pytest.raises(UserError, match="0000 in .* has no class"):
+        open_labelled(str(tmp_path / "0.tar"))
+
+
 def test_a_label_is_found_in_json_of_any_length(tmp_path):
     assert open_labelled(str(labelled_shard(tmp_path, exif="x" * 10_000)), label_key="json.y")[0].label == 1
 
@@ -549,6 +573,19 @@ def test_folders_called_by_numbers_are_in_their_order(folders, tmp_path):
     (tmp_path / "2").rename(tmp_path / "two")
     assert ClassFolders(tmp_path).classes == ("10", "9", "two")
     assert source.fingerprint["order"] == "by number"
+
+
+def test_a_class_without_images_is_in_the_fingerprint(folders, tmp_path):
+    """It moves the labels behind it, and the features that `--cache` keeps have labels."""
+    shutil.copytree(folders, tmp_path / "val")
+    whole = ClassFolders(tmp_path / "val").fingerprint
+    found = [whole]
+    for name in ("!", "~"):
+        (tmp_path / "val" / name).mkdir()
+        found.append(ClassFolders(tmp_path / "val").fingerprint)
+        (tmp_path / "val" / name).rmdir()
+    assert found[0] != found[1] != found[2] != found[0]
+    assert ClassFolders(tmp_path / "val").fingerprint == whole
 
 
 def test_no_prompt_is_made_of_imagenets_numbers(folders, tmp_path):

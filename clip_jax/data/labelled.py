@@ -103,6 +103,8 @@ class ClassFolders:
         self.fingerprint: dict[str, Any] = self._images.fingerprint | {"name": root.name}
         if self.classes != tuple(names):
             self.fingerprint["order"] = "by number"  # kept features hold labels
+        if set(self._labels) != set(range(len(names))):
+            self.fingerprint["classes"] = digest(*self.classes)  # the paths of images do not name the empty ones
 
     @property
     def state(self) -> str:
@@ -223,12 +225,16 @@ class ClassTars:
         file = read_at(self._storage, path, size)
         is_json = label_key.startswith("json.")
         label_file, longest = ("json", MAX_METADATA_BYTES) if is_json else (label_key, _LONGEST_LABEL)
-        samples: dict[str, dict[str, tuple[int, int]]] = {}
+        samples: list[tuple[str, dict[str, tuple[int, int]]]] = []
+        latest: dict[str, dict[str, tuple[int, int]]] = {}
         for member in members(file):
-            extension = member.name.rpartition("/")[2].partition(".")[2].lower()
+            key, extension = sample_key(member.name), member.name.rpartition("/")[2].partition(".")[2].lower()
             part = "image" if extension in IMAGES else extension
-            samples.setdefault(sample_key(member.name), {})[part] = (member.data, member.size)
-        for key, parts in samples.items():
+            if part in latest.get(key, (part,)):  # a key that comes again is another sample
+                latest[key] = {}
+                samples.append((key, latest[key]))
+            latest[key][part] = (member.data, member.size)
+        for key, parts in samples:
             if "image" not in parts:
                 continue
             start, size = parts.get(label_file, (0, 0))
@@ -246,8 +252,10 @@ class ClassTars:
                 continue  # above a bucket or a server there is none
             try:
                 text = self._storage.read_whole(f"{where}/{name}").decode("utf-8-sig")
-            except (StorageError, UnicodeDecodeError):
+            except StorageError:
                 continue
+            except UnicodeDecodeError as error:
+                raise UserError(f"{where}/{name} is not UTF-8: {error.reason}") from None
             return [line.strip() for line in text.splitlines() if line.strip()]
         return []
 
