@@ -135,6 +135,7 @@ def test_a_training_checkpoint_gives_its_model_alone_without_the_wrappers_prefix
     optimizer = torch.optim.AdamW(module.parameters())
     module(torch.ones(1, 3)).sum().backward()
     optimizer.step()
+    optimizer.param_groups[0]["lr"] = np.cos(1.0) * 1e-3  # NumPy's, as of older versions of open_clip
     state = {f"{wrapped}{name}": tensor for name, tensor in module.state_dict().items()}
     checkpoint = {"epoch": 3, "name": "run", "state_dict": state, "optimizer": optimizer.state_dict()}
     extras = {"device": torch.device("cpu"), "dtype": torch.float16, "size": torch.Size([2])}

@@ -282,6 +282,8 @@ def _build(machine: _Machine, _: None) -> None:
     """Sets a module's attributes; what torch hangs on an OrderedDict, versions of modules, is dropped."""
     state = machine.pop()
     target = machine.top()
+    if isinstance(target, Inert):
+        return
     if type(state) is not dict or not isinstance(target, dict | Module):
         raise bad_pickle("sets the state of what is no module")
     if isinstance(target, Module):
@@ -416,4 +418,9 @@ _REBUILD: dict[str, Callable[[str, tuple[Any, ...]], Any]] = {
     "torch.jit._pickle.build_intlist": _inert,
     "torch.jit._pickle.build_tensorlist": _inert,
     "torch.jit._pickle.restore_type_tag": _inert,
+    # NumPy's numbers, such as the learning rate by the cosine of older versions of open_clip.
+    "numpy.core.multiarray.scalar": _inert,
+    "numpy._core.multiarray.scalar": _inert,
+    "numpy.dtype": _inert,
+    "_codecs.encode": _inert,
 }
