@@ -8,6 +8,7 @@ import os
 import re
 import resource
 import tempfile
+import time
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -96,11 +97,12 @@ def new_folder(folder: Path) -> Iterator[Path]:
         raise UserError(f"{folder} cannot be written: {one_line(error)}; nothing was kept") from error
 
 
-def sweep(folder: Path) -> None:
-    """Removes what processes that are gone had begun to write by `appearing`."""
+def sweep(folder: Path, *, seconds: float = 0.0) -> None:
+    """Removes what processes that are gone had begun to write by `appearing`, and not touched for so many seconds."""
     for left_over in folder.glob(".*.tmp"):
         with contextlib.suppress(OSError):
-            left_over.unlink()
+            if not seconds or time.time() - left_over.stat().st_mtime > seconds:
+                left_over.unlink()
 
 
 def sync(path: Path) -> None:

@@ -130,6 +130,11 @@ def test_what_is_there_is_not_made_again_and_what_is_damaged_is(pictures, model,
     (tmp_path / "00003.json").unlink()
     assert run(source, tmp_path, model).shards == 2
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == whole
+    for name in ("left", "begun"):
+        (tmp_path / f".{name}.tmp").touch()
+    os.utime(tmp_path / ".left.tmp", (0, 0))
+    assert run(source, tmp_path, model).shards == 0
+    assert {path.name for path in tmp_path.iterdir()} == {*whole, ".begun.tmp"}  # another process's
 
 
 @pytest.mark.parametrize(
@@ -225,6 +230,8 @@ def test_killed_and_continued_is_uninterrupted(model_dir, tmp_path):
     with pytest.raises(UserError, match="not complete; run the same clip-jax embed again"):
         VectorStore(str(tmp_path / "out")).read_manifest()
     (tmp_path / "out" / "images-00029.parquet.1.2.tmp").write_bytes(b"left over")
+    for left_over in (tmp_path / "out").glob("*.tmp"):
+        os.utime(left_over, (0, 0))
 
     cli.main(command[3:])
     assert all(path.stat().st_mtime_ns == before for path, before in made.items())

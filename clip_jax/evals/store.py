@@ -30,6 +30,7 @@ Kind = Literal["images", "texts"]
 KINDS: tuple[Kind, ...] = ("images", "texts")
 FORMAT = 1
 _CONNECTIONS = 16
+_LEFT_S = 3_600.0
 
 
 class VectorStore:
@@ -95,10 +96,10 @@ class VectorStore:
             return list(pool.map(self.read_shard, shards))
 
     def write_manifest(self, manifest: Mapping[str, Any]) -> None:
-        """Writes `manifest.json`, and removes what processes that were killed left half written."""
+        """Writes `manifest.json`, and removes what killed processes left half written, an hour ago or more."""
         self._write("manifest.json", _json(manifest))
         if not is_remote(self.folder):
-            sweep(Path(self.folder))
+            sweep(Path(self.folder), seconds=_LEFT_S)  # younger ones another process may be writing
 
     def read_manifest(self) -> dict[str, Any]:
         """Returns the manifest.
