@@ -4,7 +4,7 @@ import importlib.metadata
 import importlib.util
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Literal, NamedTuple
 
 from clip_jax.config import DistributedConfig, RunConfig
@@ -89,6 +89,8 @@ def _devices(config: RunConfig | None) -> Iterator[Finding]:
         mesh = make_mesh(config.mesh, devices=devices)
         check_batch("batch", config.batch, mesh)
         check_micro_batch(config, mesh)
+        if config.eval.metrics:
+            check_batch("eval.batch", config.eval.batch, mesh)
         check_overlap(config.mesh, mesh)
         yield Finding("ok", "mesh here", " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items()))
     except UserError as error:
@@ -120,11 +122,24 @@ def _host() -> Iterator[Finding]:
 
 
 def _data(config: RunConfig) -> Iterator[Finding]:
+    from clip_jax.data.held_out import open_held_out
     from clip_jax.data.loader import open_training_data
+    from clip_jax.evals.classification import open_classes
+    from clip_jax.evals.evaluation import job_of
 
+    def labelled() -> str:
+        source, classes = open_classes(job_of(config))
+        return f"{source}: {len(source):,} images of {len(classes):,} classes"
+
+    yield _opened("data", lambda: open_training_data(config).description)
+    if config.eval.dataset:
+        yield _opened("zero-shot", labelled)
+    if config.eval.held_out:
+        yield _opened("held out", lambda: open_held_out(config).description)
+
+
+def _opened(what: str, describe: Callable[[], str]) -> Finding:
     try:
-        data = open_training_data(config)
+        return Finding("ok", what, describe())
     except UserError as error:
-        yield Finding("wrong", "data", str(error))
-    else:
-        yield Finding("ok", "data", data.description)
+        return Finding("wrong", what, str(error))

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 from tiny import TINY
 
-from clip_jax.config import MeshConfig, override, to_config_dict
+from clip_jax.config import EvalConfig, MeshConfig, override, to_config_dict
 from clip_jax.doctor import examine
 
 LAUNCH = Path(__file__).parent.parent / "launch"
@@ -141,6 +142,20 @@ def test_the_doctor_names_devices_that_cannot_overlap():
     verdict, text = verdicts(examine(asks, {}))["mesh here"]
     assert verdict == "wrong"
     assert text.startswith("config.mesh.overlap is true, and the devices are cpu; it is for TPU v5p and v6e")
+
+
+def test_the_doctor_opens_what_is_evaluated(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "0.png")
+    asked = EvalConfig(dataset=str(tmp_path), held_out="source=synthetic", batch=8)
+    found = verdicts(examine(dataclasses.replace(TINY, eval=asked), {}))
+    assert found["zero-shot"] == ("ok", f"{tmp_path}: 2 images of 2 classes")
+    assert found["held out"] == ("ok", f"{TINY.batch} synthetic pairs")
+    asked = EvalConfig(dataset=f"{tmp_path}/none.tar", held_out=f"source=table,table={tmp_path}/none.csv", batch=7)
+    found = verdicts(examine(dataclasses.replace(TINY, eval=asked), {}))
+    assert [found[what][0] for what in ("zero-shot", "held out", "mesh here")] == ["wrong"] * 3
+    assert found["mesh here"][1].startswith("config.eval.batch is 7")
 
 
 def test_the_doctor_names_half_set_schedulers():

@@ -62,15 +62,7 @@ class Evaluation:
         from clip_jax.evals.classification import open_classes
 
         check_batch("eval.batch", config.eval.batch, mesh)
-        evaluation = config.eval
-        job = EvalJob(
-            evaluation.dataset,
-            split=evaluation.split,
-            data_dir=config.data.data_dir,
-            image_key=evaluation.image_key,
-            label_key=evaluation.label_key,
-            classes=evaluation.classes,
-        )
+        evaluation, job = config.eval, job_of(config)
         self.templates = {name: templates(name, dataset=job.called) for name in evaluation.template_sets}
         self._mesh = mesh
         preprocess = preprocess_of(config.model, config.data)
@@ -117,6 +109,19 @@ class Evaluation:
             return np.stack([[self._transform(self._source[int(i)])["image"] for i in row] for row in index])
 
         return RetrievalSheet(captions, images, labels == np.arange(len(classes))[:, None])
+
+
+def job_of(config: RunConfig) -> EvalJob:
+    """Returns what `config.eval` names, as `clip-jax eval` has it."""
+    evaluation = config.eval
+    return EvalJob(
+        evaluation.dataset,
+        split=evaluation.split,
+        data_dir=config.data.data_dir,
+        image_key=evaluation.image_key,
+        label_key=evaluation.label_key,
+        classes=evaluation.classes,
+    )
 
 
 def scalars(evaluated: Evaluated) -> dict[str, float]:
