@@ -333,6 +333,15 @@ def test_resnet_contradictions(key, text, message):
         overridden(("model", "RN50"), (key, text))
 
 
+def test_groups_of_one_value_are_refused():
+    sizes = (("model", "RN50"), ("image_size", "32"))
+    assert overridden(*sizes, ("bn_group", "2")).model.bn_group == 2
+    with pytest.raises(
+        ConfigError, match="bn_group is 1, and of an image of 32 pixels the last stage leaves one value"
+    ):
+        overridden(*sizes, ("bn_group", "1"))
+
+
 def test_a_missing_key_is_named():
     values = base().to_dict()
     del values["model"]["text"]["width"]
