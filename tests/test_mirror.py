@@ -229,6 +229,14 @@ def test_a_store_that_is_not_known(tmp_path, url, message):
         Mirror(url, tmp_path / "run")
 
 
+@pytest.mark.parametrize("url", ["{0}", "file://{0}/", "{0}/run", "{0}/link/copies"])
+def test_a_copy_in_the_workdir_itself_is_refused(tmp_path, url):
+    """It would be copied too, into itself, until the disk is full."""
+    (tmp_path / "link").symlink_to("run")
+    with pytest.raises(UserError, match="^config.checkpoint.mirror=.*: the copy would lie in --workdir .*/run itself"):
+        Mirror(url.format(tmp_path), tmp_path / "run")
+
+
 def test_a_store_that_cannot_be_written_is_refused_at_the_start(tmp_path):
     (tmp_path / "file").touch()
     with Mirror("", tmp_path) as none:

@@ -41,7 +41,7 @@ class Mirror:
       workdir: the run's folder.
 
     Raises:
-      UserError: an unknown protocol, or one whose package is not installed.
+      UserError: an unknown protocol, or one whose package is not installed; or a folder within the workdir.
     """
 
     def __init__(self, url: str, workdir: Path) -> None:
@@ -59,6 +59,11 @@ class Mirror:
                 self._system, self._root = file_system(self._url)
             except UserError as error:
                 raise UserError(f"{_KEY}: {error}") from None
+            here, there = self._workdir.resolve(), Path(self._root).resolve()
+            if "file" in self._system.protocol and here in (there, *there.parents):
+                raise UserError(
+                    f"{_KEY}={url}: the copy would lie in --workdir {workdir} itself; name a folder elsewhere"
+                )
             self._thread = ThreadPoolExecutor(1, "mirror")
 
     def __enter__(self) -> "Mirror":
