@@ -470,6 +470,22 @@ def test_a_window_is_dropped_when_all_of_it_was_read(shards, tmp_path, start):
     reader.close()
 
 
+@pytest.mark.parametrize("ahead", [16, 48])
+def test_a_window_is_opened_once_though_a_thread_is_ahead(shards, tmp_path, ahead):
+    """It opens the next window, or has read all of it, before the one before it is half read."""
+    tars = source(shards, tmp_path)
+    reader = WindowReader(
+        tars, WindowShuffle(tars.counts, seed=0, streams=4, block=4, window=2), start=0, connections=2
+    )
+    for begin in range(0, 96, 2 * ahead):
+        for position in (*range(begin + ahead, begin + 2 * ahead), *range(begin, begin + ahead)):
+            reader.read(position)
+    for opened in reader._windows.values():
+        assert len(opened) == 1
+        assert opened[0].left == sum(each >= 96 for each in range(opened[0].window.begin, opened[0].window.end, 4))
+    reader.close()
+
+
 def test_a_mixture_has_both_sources_in_proportion(shards, tmp_path):
     other = write_shards(tmp_path / "other", [9])
     first, second = windowed(source(shards, tmp_path))[0], source(other, tmp_path)

@@ -99,7 +99,6 @@ class _OpenWindow:
 
     def __init__(self, window: Window, blocks: list[Future], left: int) -> None:
         self.window, self.blocks, self.left = window, blocks, left
-        self.next_opened = False
 
 
 class WindowReader:
@@ -120,6 +119,7 @@ class WindowReader:
         self._pool = ThreadPoolExecutor(connections, thread_name_prefix="blocks")
         self._lock = threading.Lock()
         self._windows: dict[int, list[_OpenWindow]] = {}
+        self._ends: dict[int, int] = {}  # of each stream's last window that was opened
 
     def read(self, position: int) -> Reading:
         """Returns what stands at a position."""
@@ -137,17 +137,18 @@ class WindowReader:
         self._source.close()
 
     def _consume(self, position: int) -> _OpenWindow:
-        streams = self._windows.setdefault(position % self._order.streams, [])
-        found = next((each for each in streams if each.window.begin <= position < each.window.end), None)
+        stream = position % self._order.streams
+        windows = self._windows.setdefault(stream, [])
+        found = next((each for each in windows if each.window.begin <= position < each.window.end), None)
         if found is None:
             found = self._open(position)
-            streams.append(found)
+            windows.append(found)
         found.left -= 1
-        if 2 * found.left <= len(found.window.records) and not found.next_opened:
-            found.next_opened = True
-            streams.append(self._open(found.window.end))
+        # A thread that is ahead may have opened the next one, and read all of it: nobody would read another one of it.
+        if 2 * found.left <= len(found.window.records) and self._ends[stream] == found.window.end:
+            windows.append(self._open(found.window.end))
         if found.left == 0:
-            streams.remove(found)
+            windows.remove(found)
         return found
 
     def _open(self, position: int) -> _OpenWindow:
@@ -155,6 +156,8 @@ class WindowReader:
         first = self._start + (position - self._start) % self._order.streams
         skipped = window.slot(first) if first > window.begin else 0
         blocks = [self._pool.submit(self._source.read_block, *piece) for piece in window.pieces.tolist()]
+        stream = position % self._order.streams
+        self._ends[stream] = max(self._ends.get(stream, 0), window.end)
         return _OpenWindow(window, blocks, len(window.records) - skipped)
 
 
