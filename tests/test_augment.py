@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageEnhance
 from sklearn.datasets import load_sample_image
 
-from clip_jax.data.augment import Augment, random_crop, resized_crop, square_crop
+from clip_jax.data.augment import Augment, _random_box, random_crop, resized_crop, square_crop
 from clip_jax.data.images import ImageError, Preprocess, eval_image
 
 SIDES = st.integers(1, 60)
@@ -65,6 +65,19 @@ def test_resized_crop_keeps_to_its_scale_and_ratio(height, width, seed):
     assert 3 / 4 * 0.95 < w / h < 4 / 3 * 1.05
 
 
+def test_boxes_are_drawn_as_torchvisions():
+    """Area uniform, aspect log-uniform, and every place of the image reached."""
+    rng, augment = np.random.default_rng(0), Augment(scale=(0.2, 0.4))
+    boxes = np.array([_random_box(1_000, 1_000, rng, augment) for _ in range(3_000)])
+    shares, aspects = boxes[:, 2] * boxes[:, 3] / 1e6, np.log(boxes[:, 2] / boxes[:, 3])
+    assert abs(shares.mean() - 0.3) < 0.004
+    assert abs(aspects.mean()) < 0.01  # a uniform aspect's is 0.027
+    small = np.array([_random_box(9, 9, rng, augment) for _ in range(300)])
+    for begin, length in ((0, 2), (1, 3)):
+        places = small[:, begin], small[:, begin] + small[:, length]
+        assert (places[0].min(), places[1].max()) == (0, 9)
+
+
 def test_resized_crop_of_everything_is_the_resized_image():
     pixels = noise(30, 30)
     augment = Augment(scale=(1.0, 1.0), ratio=(1.0, 1.0), resize="exact")
@@ -87,6 +100,21 @@ def test_a_strip_that_would_grow_beyond_the_cap_is_refused(crop):
 
 
 # The fast resize
+
+
+@pytest.mark.parametrize(("height", "width", "size"), [(20, 40, 30), (40, 20, 30), (300, 300, 12)])
+def test_what_grows_or_shrinks_by_much_is_resized_by_pil(height, width, size):
+    pixels, aspect = noise(height, width), width / height
+    fast, exact = (
+        resized_crop(
+            pixels,
+            Preprocess(size=size),
+            np.random.default_rng(0),
+            Augment(scale=(1.0, 1.0), ratio=(aspect, aspect), resize=how),
+        )
+        for how in ("fast", "exact")
+    )
+    np.testing.assert_array_equal(fast, exact)
 
 
 def photo(width, height):
@@ -155,6 +183,8 @@ def test_jpegs_much_larger_than_needed_are_decoded_at_part_of_their_size(monkeyp
     assert sizes[0][0] < 2000
     assert sizes[0][0] >= 4 * 224
     assert sizes[1] == (2000, 2500, 3)
+    random_crop(encoded, Preprocess(), np.random.default_rng(0), Augment(crop="resized", scale=(0.1, 0.1)))
+    assert sizes[2] == (2000, 2500, 3), "a small part of the image has none to spare"
 
 
 # Colours
@@ -178,6 +208,28 @@ def test_brightness_is_a_factor_within_its_strength():
     assert min(found) >= 69
     assert max(found) <= 130
     assert max(found) - min(found) > 50
+    more = Augment(color_jitter=(2.0, 0.0, 0.0, 0.0), color_jitter_prob=1.0)
+    dark = [random_crop(pixels, SMALL, np.random.default_rng(seed), more)[0, 0, 0] < 5 for seed in range(200)]
+    assert np.mean(dark) < 0.1, "a factor below 0"
+
+
+def test_colours_change_in_any_order_and_hues_both_ways(monkeypatch):
+    calls = []
+
+    def recorded(name):
+        enhancer = getattr(ImageEnhance, name)
+        monkeypatch.setattr(ImageEnhance, name, lambda image: calls.append(name) or enhancer(image))
+
+    for name in ("Brightness", "Contrast", "Color"):
+        recorded(name)
+    red, hues = np.full((12, 12, 3), (200, 50, 50), np.uint8), set()
+    for seed in range(60):
+        random_crop(red, SMALL, np.random.default_rng(seed), Augment(color_jitter=(0.1,) * 4, color_jitter_prob=1.0))
+        hue = Augment(color_jitter=(0.0, 0.0, 0.0, 0.1), color_jitter_prob=1.0)
+        _, green, blue = random_crop(red, SMALL, np.random.default_rng(seed), hue)[0, 0].astype(int)
+        hues.add(np.sign(green - blue))
+    assert len({tuple(calls[i : i + 3]) for i in range(0, len(calls), 3)}) == 6
+    assert {-1, 1} <= hues
 
 
 def test_colours_change_for_their_share_of_the_images():
