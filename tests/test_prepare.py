@@ -668,6 +668,7 @@ def test_a_worker_that_dies_is_one_line():
         (("--table=s3://bucket/a.csv",), "local disks only"),
         (("--table=a.csv", "--captions", "txt"), "--captions has no meaning with --table"),
         (("--tars=ok.tar", "--image-key=x"), "--image-key has no meaning with --tars"),
+        (("--tars=ok.tar", "--per-shard=5"), "--per-shard has no meaning with --tars"),
         (("--tars=ok.tar", "--captions", "text"), "--captions holds 'text'"),
         (("--tars=ok.tar", "--filters", "a=3"), "--filters holds 'a=3'"),
         (("--tars=ok.tar", "--uids=absent.npy"), "--uids=.*absent.npy"),

@@ -86,7 +86,11 @@ class Job:
 
 _NOT_SETTINGS = ("name", "data_dir", "tars", "folder", "table", "retry_s")
 _OF_TABLES = ("image_key", "caption_key", "image_root")
-_NOT_OF_TABLES = ("captions", "filters", "uids")
+_MEANINGLESS = {
+    "tars": (*_OF_TABLES, "per_shard"),
+    "folder": _OF_TABLES,
+    "table": ("captions", "filters", "uids"),
+}
 
 
 def prepare(job: Job, *, runner: str = "pool", workers: int = 0, address: str = "") -> Path:
@@ -135,7 +139,7 @@ def _check(job: Job) -> None:
     if len(given) != 1:
         raise UserError(f"name one input: --tars, --folder or --table{' and not ' * bool(given)}{' and '.join(given)}")
     values, defaults = _flat(job), _flat(Job(""))
-    for option in _OF_TABLES if given != ["table"] else _NOT_OF_TABLES:
+    for option in _MEANINGLESS[given[0]]:
         if values[option] != defaults[option]:
             raise UserError(f"{_option(option)} has no meaning with --{given[0]}")
     for option, pattern in (("name", _NAME), ("split", _SPLIT), ("version", _VERSION)):
