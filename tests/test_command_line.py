@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 import clip_jax
-from clip_jax.cli import main
+from clip_jax.cli import _parser, main
 from clip_jax.command_line import load_config, take_overrides
 from clip_jax.errors import ConfigError
+from clip_jax.evals.store import VectorStore
 
 ROOT = Path(__file__).parent.parent
 DEMO = "--config=configs/demo.py"
@@ -107,6 +108,9 @@ def test_a_home_is_found_where_the_shell_leaves_it(tmp_path, monkeypatch, capsys
     main(["sweep", "expand", "configs/sweeps/demo_loss.py", "--out=~/expanded", "--runs=~/runs"])
     assert f"--workdir={tmp_path}/runs/" in (tmp_path / "expanded/demo_loss.sh").read_text()
     assert not (ROOT / "~").exists()
+    assert VectorStore("~/features").folder == f"{tmp_path}/features"  # of --cache
+    for command in ("eval x --suite=~/file", "search x --image=~/file", "export x y --layout=z --classes=~/file"):
+        assert tmp_path / "file" in vars(_parser().parse_args(command.split())).values()
     capsys.readouterr()
 
 

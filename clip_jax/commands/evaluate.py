@@ -3,7 +3,6 @@
 import argparse
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 from clip_jax.commands.flags import MODEL, add_path
@@ -17,7 +16,7 @@ def add(commands: Any) -> None:
     evaluate.add_argument(
         "--dataset", default="", help="a TFDS name, a folder or tar shards such as '/data/{0..9}.tar'"
     )
-    evaluate.add_argument("--suite", type=Path, help="TOML file with an [[evaluation]] for each of many datasets")
+    add_path(evaluate, "--suite", help="TOML file with an [[evaluation]] for each of many datasets")
     evaluate.add_argument("--task", help="zeroshot_classification (the default), zeroshot_retrieval, … (see docs)")
     evaluate.add_argument("--name", help="what results call the dataset (default: as it is given)")
     evaluate.add_argument("--split", help="of a TFDS dataset (test)")

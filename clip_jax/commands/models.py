@@ -1,7 +1,6 @@
 """Commands about weights: what they are, in other layouts, between two models."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from clip_jax.commands.flags import MODEL, add_path, make_folder_of, number, read_lines
@@ -49,7 +48,7 @@ def _add_export(commands: Any) -> None:
     export.add_argument("source", help=MODEL)
     add_path(export, "folder", help="where to; must not exist")
     export.add_argument("--layout", required=True, help="openai, open_clip, hugging_face or stablehlo")
-    export.add_argument("--classes", type=Path, help="stablehlo: a text file of class names, one a line")
+    add_path(export, "--classes", help="stablehlo: a text file of class names, one a line")
     export.add_argument("--prompts", help="stablehlo: template set for the classes (photo)")
     export.add_argument("--activation", choices=("quick_gelu", "gelu"), help="of a .pt file, which does not say it")
     export.add_argument("--image-size", type=int, help="resize positions for images of this side in pixels")

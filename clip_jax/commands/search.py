@@ -149,7 +149,7 @@ def _add_search(commands: Any) -> None:
     search = commands.add_parser("search", help="find images or captions by a text or an image")
     add_path(search, "index", help="folder of clip-jax index")
     search.add_argument("text", nargs="?", help='such as "red car at night"')
-    search.add_argument("--image", type=Path, help="ask with this image instead")
+    add_path(search, "--image", help="ask with this image instead")
     search.add_argument("--model", help=_DEFAULT_MODEL)
     search.add_argument("--top", type=int, default=12, help="how many (default: 12)")
     search.add_argument("--nprobe", type=int, help="cells that are searched (default: what the index was tuned to)")

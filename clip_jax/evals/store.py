@@ -12,6 +12,7 @@ Every file appears whole or not at all, so a shard is there when its JSON is. Th
 import hashlib
 import io
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -37,11 +38,11 @@ class VectorStore:
     """Reads and writes such a folder.
 
     Args:
-      folder: local or remote.
+      folder: local or remote; may begin with `~`, which shells leave as it is behind a `=`.
     """
 
     def __init__(self, folder: str) -> None:
-        self.folder = folder.rstrip("/")
+        self.folder = os.path.expanduser(folder.rstrip("/"))
         self._storage = Storage()
 
     def begin(self, job: Mapping[str, Any]) -> None:
