@@ -98,6 +98,12 @@ def test_one_who_cannot_read_is_not_fooled(plates):
     assert found.metrics["accuracy_drop"] == found.metrics["taken_for_the_word"] == 0
 
 
+def test_of_one_class_there_is_no_wrong_word(plates, half_blind, tmp_path):
+    (tmp_path / "apple").symlink_to(plates / "apple")
+    with pytest.raises(UserError, match="has one class; what is written on its images must be another's name"):
+        typographic(half_blind, EvalJob(str(tmp_path), task="typographic"))
+
+
 def test_words_fit_on_their_strip():
     pixels = np.full((64, 64, 3), 90, np.uint8)
     for word in ("x", "banana", "an exceedingly long name of a class"):

@@ -38,6 +38,8 @@ def typographic(evaluator: Evaluator, job: EvalJob) -> Found:
     what is written on them (`taken_for_the_word`). All sizes are in the details.
     """
     source, classes = open_classes(job)
+    if len(classes) < 2:
+        raise UserError(f"{source} has one class; what is written on its images must be another's name")
     words = prompts.class_names(job.words, dataset=job.called) if job.words else classes
     if len(words) != len(classes):
         raise UserError(
