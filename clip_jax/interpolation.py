@@ -48,7 +48,7 @@ def interpolate(first: Weights, second: Weights, alpha: float) -> Weights:
 
 
 def evaluate_curve(first: Weights, second: Weights, alphas: Sequence[float], config: RunConfig) -> Curve:
-    """Evaluates the models at each alpha as a run of that config would.
+    """Evaluates the models at each alpha as a run of that config would, with the pixels that they were trained with.
 
     Args:
       first: as in `interpolate`.
@@ -60,7 +60,8 @@ def evaluate_curve(first: Weights, second: Weights, alphas: Sequence[float], con
       UserError: the config names no evaluation, or its dataset is not there.
     """
     model = dataclasses.replace(first.config, dtype=config.model.dtype)
-    config, mesh = dataclasses.replace(config, model=model), make_mesh(config.mesh)
+    data = dataclasses.replace(config.data, mean=first.preprocess.mean, std=first.preprocess.std)
+    config, mesh = dataclasses.replace(config, model=model, data=data), make_mesh(config.mesh)
     evaluation = Evaluation.open(config, CLIP(model), mesh=mesh)
     if evaluation is None:
         raise UserError("config.eval.dataset is empty; a curve needs what the models are evaluated on")

@@ -52,11 +52,12 @@ def test_models_that_cannot_be_mixed():
 
 
 def test_the_curve_evaluates_what_lies_there(digits_dir, tmp_path):
-    first, second = weights_of(0), weights_of(1)
+    pixels = Preprocess(size=16, mean=(0.9, 0.1, 0.2), std=(0.1, 0.1, 0.1))  # not the config's
+    first, second = (dataclasses.replace(weights_of(seed), preprocess=pixels) for seed in (0, 1))
     data = dataclasses.replace(TINY.data, data_dir=str(digits_dir))
     config = dataclasses.replace(TINY, data=data, eval=EvalConfig(dataset="digits", prompts=("digits",), batch=160))
     curve = evaluate_curve(first, second, [0.0, 0.5, 1.0], config)
-    model = dataclasses.replace(config, model=MODEL)
+    model = dataclasses.replace(config, model=MODEL, data=dataclasses.replace(data, mean=pixels.mean, std=pixels.std))
     evaluation = Evaluation(model, CLIP(MODEL), mesh=make_mesh(config.mesh))
     for alpha, found in curve.items():
         assert found == scalars(evaluation.run(interpolate(first, second, alpha).variables))
