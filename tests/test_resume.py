@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tiny import TINY
 
-from clip_jax.checkpoints.checkpoint import Contents
+from clip_jax.checkpoints.record import Contents
 from clip_jax.checkpoints.resume import check_resumable, describe_resume
 from clip_jax.config import as_json
 from clip_jax.errors import UserError

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from clip_jax.checkpoints.checkpoint import Contents
+from clip_jax.checkpoints.record import Contents
 from clip_jax.config import RunConfig, as_json, describe_diff, diff, from_saved, model_diff
 from clip_jax.errors import ConfigError, UserError
 from clip_jax.training.optim import learning_rate
