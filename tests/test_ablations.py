@@ -599,6 +599,8 @@ def test_runs_are_compared(three_arms, tmp_path):
     for colour in (BLUE, ORANGE):
         rgb = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
         assert (np.abs(pixels - rgb).max(axis=-1) <= 2).sum() > 50
+    write_comparison(compare([three_arms / "base"]), tmp_path / "alone")
+    assert "Differences" not in (tmp_path / "alone/compare.md").read_text()
 
 
 def test_a_step_that_was_skipped_is_in_no_loss(three_arms):
