@@ -19,7 +19,7 @@ from tiny import TINY
 
 from clip_jax import cli
 from clip_jax.config import EvalConfig
-from clip_jax.data import loader
+from clip_jax.data import loader, tar_index
 from clip_jax.data.images import Preprocess
 from clip_jax.data.labelled import ClassFolders, open_labelled
 from clip_jax.data.storage import Storage
@@ -557,6 +557,20 @@ def test_a_key_that_comes_again_in_a_shard_is_another_sample(tmp_path):
             add(tar, f"0000.{name}", content)
     with pytest.raises(UserError, match="0000 in .* has no class"):
         open_labelled(str(tmp_path / "0.tar"))
+
+
+def test_a_remote_shard_is_read_once_for_its_classes(tmp_path, monkeypatch):
+    """The pieces in which headers are read hold the classes too; all of a shard came again for these."""
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for number in range(20):
+            for name, content in (("jpg", picture(number)), ("cls", b"%d" % number)):
+                add(tar, f"{number}.{name}", content)
+    monkeypatch.setattr(tar_index, "_CHUNK", 4_096)
+    with serving(tmp_path) as store:
+        source = open_labelled(f"{store.url}/0.tar")
+        besides = 3  # for its size, and for names and templates that are not there
+        assert store.requests <= besides + (tmp_path / "0.tar").stat().st_size / 4_096
+    assert [place.label for place in source._places] == list(range(20))
 
 
 def test_a_label_is_found_in_json_of_any_length(tmp_path):

@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -144,6 +145,15 @@ class _Place(NamedTuple):
     key: str
 
 
+@dataclass
+class _Sample:
+    """What a shard holds of a sample: first byte and bytes of each file by its extension, and the class."""
+
+    key: str
+    parts: dict[str, tuple[int, int]]
+    label: int | None = None
+
+
 class ClassTars:
     """Samples of tar shards, local or remote, with the number of their class beside the image.
 
@@ -225,23 +235,23 @@ class ClassTars:
         file = read_at(self._storage, path, size)
         is_json = label_key.startswith("json.")
         label_file, longest = ("json", MAX_METADATA_BYTES) if is_json else (label_key, _LONGEST_LABEL)
-        samples: list[tuple[str, dict[str, tuple[int, int]]]] = []
-        latest: dict[str, dict[str, tuple[int, int]]] = {}
+        samples: list[_Sample] = []
+        latest: dict[str, _Sample] = {}
         for member in members(file):
             key, extension = sample_key(member.name), member.name.rpartition("/")[2].partition(".")[2].lower()
             part = "image" if extension in IMAGES else extension
-            if part in latest.get(key, (part,)):  # a key that comes again is another sample
-                latest[key] = {}
-                samples.append((key, latest[key]))
-            latest[key][part] = (member.data, member.size)
-        for key, parts in samples:
-            if "image" not in parts:
+            if key not in latest or part in latest[key].parts:  # a key that comes again is another sample
+                latest[key] = _Sample(key, {})
+                samples.append(latest[key])
+            latest[key].parts[part] = member.data, member.size
+            if part == label_file:  # now, while its piece of a remote shard is at hand
+                latest[key].label = _label(file.read(member.data, min(member.size, longest)), label_key)
+        for sample in samples:
+            if "image" not in sample.parts:
                 continue
-            start, size = parts.get(label_file, (0, 0))
-            label = _label(file.read(start, min(size, longest)), label_key)
-            if label is None:
-                raise UserError(f"{key} in {path} has no class: there must be a number in its .{label_key}")
-            yield _Place(shard, *parts["image"], label, key)
+            if sample.label is None:
+                raise UserError(f"{sample.key} in {path} has no class: there must be a number in its .{label_key}")
+            yield _Place(shard, *sample.parts["image"], sample.label, sample.key)
 
     def _lines(self, name: str) -> list[str]:
         """Returns the lines of a file beside the shards, or in the folder above; none where there is no such file."""
