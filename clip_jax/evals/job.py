@@ -131,7 +131,7 @@ class EvalJob:
         if self.name:
             return self.name
         kind, path = self.kind, Path(self.dataset).expanduser()
-        named = {"photographs": kind, "tars": path.parent.name, "folder": path.resolve().name}
+        named = {"photographs": kind, "tars": path.absolute().parent.name, "folder": path.resolve().name}
         return named.get(kind, self.dataset)
 
 
