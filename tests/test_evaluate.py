@@ -529,6 +529,7 @@ def test_class_names_lie_beside_shards_or_above_also_by_a_relative_path(tmp_path
     monkeypatch.chdir(tmp_path / "test")
     assert open_labelled("0.tar").classes == ("cat", "dog")
     assert EvalJob("0.tar").called == EvalJob("../test/{0..0}.tar").called == "test"
+    assert EvalJob("../0.tar").called == tmp_path.name
     with serving(tmp_path / "test") as store:
         asked, read = [], Storage.read_whole
         monkeypatch.setattr(Storage, "read_whole", lambda self, path: asked.append(path) or read(Storage(0.0), path))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_jax.config import kind_named
+from clip_jax.data.storage import absolute
 from clip_jax.errors import UserError, did_you_mean
 from clip_jax.evals.prompts import OPEN_CLIP, TEMPLATES
 from clip_jax.evals.results import Target, parse_target
@@ -131,7 +132,7 @@ class EvalJob:
         if self.name:
             return self.name
         kind, path = self.kind, Path(self.dataset).expanduser()
-        named = {"photographs": kind, "tars": path.absolute().parent.name, "folder": path.resolve().name}
+        named = {"photographs": kind, "tars": Path(absolute(str(path))).parent.name, "folder": path.resolve().name}
         return named.get(kind, self.dataset)
 
 
