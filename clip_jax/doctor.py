@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Literal, NamedTuple
 
 from clip_jax.config import DistributedConfig, RunConfig
+from clip_jax.data.workers import cores
 from clip_jax.errors import UserError, one_line
 from clip_jax.processes.distributed import SLURM, detect, free_port, half_set
 
@@ -116,7 +117,7 @@ def _kernels() -> Iterator[Finding]:
 
 def _host() -> Iterator[Finding]:
     page, pages = os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_PHYS_PAGES")
-    yield Finding("ok", "host", f"{len(os.sched_getaffinity(0))} cores, {page * pages / 2**30:,.1f} GiB")
+    yield Finding("ok", "host", f"{cores()} cores, {page * pages / 2**30:,.1f} GiB")
     free = shutil.disk_usage(".").free / 2**30
     yield Finding("ok" if free >= 1 else "wrong", "disk here", f"{free:,.1f} GiB free")
 

@@ -1,6 +1,7 @@
 """The launch files as far as they can be checked without a cluster, and the doctor."""
 
 import dataclasses
+import os
 import re
 import subprocess
 import sys
@@ -135,6 +136,13 @@ def test_the_doctor_finds_nothing_wrong_with_a_run_that_works():
     assert found["devices here"] == ("ok", "8 x cpu")
     assert found["data"] == ("ok", "synthetic pairs")
     assert int(found["free port"][1]) > 0
+
+
+def test_the_doctor_of_a_mac_counts_its_cores(monkeypatch):
+    """Which has no sched_getaffinity."""
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert verdicts(examine(None, {}))["host"][1].startswith(f"{os.cpu_count()} cores, ")
 
 
 def test_the_doctor_names_devices_that_cannot_overlap():
