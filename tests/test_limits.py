@@ -113,6 +113,8 @@ def test_words_fit_on_their_strip():
             np.testing.assert_array_equal(written[: 64 - strip], pixels[: 64 - strip])
             inside = written[64 - strip :, 1:-1]
             assert inside.min() < 128  # something is written
+            inked = np.nonzero((inside < 128).any(axis=(1, 2)))[0]
+            assert abs(inked[0] - (strip - 1 - inked[-1])) <= 1  # in the middle of its height
             assert len(word) > 20 or written[64 - strip :, [0, -1]].min() > 128  # and nothing cut
     np.testing.assert_array_equal(write_word(pixels, "", size=0.25)[48:], np.full((16, 64, 3), 255))
     assert pixels.min() == pixels.max() == 90
@@ -127,6 +129,15 @@ def test_the_word_is_never_the_right_one_and_always_the_same(plates):
     assert set(attacks) == set(range(5))
     assert attacks == [written.attack(index, index % 5) for index in range(200)]
     np.testing.assert_array_equal(written[3].image, written[3].image)
+
+    def other(**changed):
+        given = {"words": NAMES, "preprocess": PREPROCESS, "size": 0.2, "kind": "wrong"} | changed
+        return Written(open_labelled(str(plates)), **given)
+
+    assert attacks != [other(seed=1).attack(index, index % 5) for index in range(200)]
+    changes = ({}, {"seed": 1}, {"size": 0.3}, {"kind": "blank"}, {"words": NAMES[::-1]})
+    kept_by = [str(other(**changed).fingerprint) for changed in changes]  # features of one are none of another
+    assert len(set(kept_by)) == len(kept_by)
 
 
 def halves(pixels):

@@ -467,6 +467,7 @@ def test_a_window_is_dropped_when_all_of_it_was_read(shards, tmp_path, start):
         for opened in reader._windows.values():
             assert len(opened) <= 2
             assert all(each.left > 0 and each.window.end > position - 4 for each in opened)
+            assert len(opened) == 1 + (2 * opened[0].left <= len(opened[0].window.records)), "the next one is fetched"
     reader.close()
 
 
