@@ -42,6 +42,12 @@ def test_they_are_what_is_defined():
         assert checksums({"wide": jnp.asarray(wide)}) == {"wide": by_definition(wide)}
 
 
+def test_numpy_arrays_are_each_processs_own_and_whole(monkeypatch):
+    """As weights are that a run of several processes starts from; each may read them when it likes."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert checksums(LEAVES) == {name: by_definition(leaf) for name, leaf in LEAVES.items()}
+
+
 @pytest.mark.parametrize("devices", [2, 8])
 def test_they_are_the_same_on_every_mesh(devices):
     assert checksums(small_state(0, devices)) == checksums(small_state(0))

@@ -26,18 +26,19 @@ def describe_leaves(tree: Any) -> dict[str, dict[str, Any]]:
 
 
 def checksums(tree: Any) -> dict[str, str]:
-    """Returns path -> checksum, 16 hexadecimal digits; collective over processes.
+    """Returns path -> checksum, 16 hexadecimal digits; of JAX's arrays collective over processes.
 
     Without a collective operation among devices: each shard is summed on its own device, replicas once, and the sums
     are added on the host.
 
     Args:
-      tree: arrays, on any mesh; or NumPy arrays.
+      tree: arrays, on any mesh; or NumPy arrays, of which each process has the whole.
     """
-    pieces = [_sums_of_shards(leaf) for leaf in jax.tree.leaves(tree)]
+    leaves = jax.tree.leaves(tree)
+    pieces = [_sums_of_shards(leaf) for leaf in leaves]
     own = [np.sum([np.zeros(2, np.uint32), *sums], axis=0, dtype=np.uint32) for sums in jax.device_get(pieces)]
     total = np.reshape(own, (-1, 2))
-    if jax.process_count() > 1:
+    if jax.process_count() > 1 and any(isinstance(leaf, jax.Array) for leaf in leaves):
         total = np.asarray(multihost_utils.process_allgather(total)).sum(axis=0, dtype=np.uint32)
     return {path: f"{lanes[0]:08x}{lanes[1]:08x}" for path, lanes in zip(leaf_paths(tree), total, strict=True)}
 
