@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from clip_jax.config import kind_named
-from clip_jax.data.storage import absolute
 from clip_jax.errors import UserError, did_you_mean
 from clip_jax.evals.prompts import OPEN_CLIP, TEMPLATES
 from clip_jax.evals.results import Target, parse_target
+from clip_jax.files import absolute
 
 TASKS = (
     "zeroshot_classification",
