@@ -157,7 +157,7 @@ def test_what_cannot_be_used_has_its_reason(folder):
 def test_what_is_no_such_table_is_refused(folder):
     path = folder / "pairs.csv"
     path.write_text("filepath,title\nimages/0.jpg,x\n")
-    with pytest.raises(UserError, match="no column 'image'.*it has filepath, title.*config.data.image_key"):
+    with pytest.raises(UserError, match="no column 'image'.*filepath.*config.data.image_key, .*,image_key=…$"):
         TableSource(path)
     path.write_text("image,caption,other,caption,other\nimages/0.jpg,x,y,z,u\n")
     parquet.write_table(pyarrow.table([["a"]] * 3, names=["image", "caption", "caption"]), folder / "pairs.parquet")

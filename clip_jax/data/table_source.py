@@ -135,7 +135,7 @@ class TableSource:
             if key not in names:
                 raise UserError(
                     f"{self._path} has no column {key!r}{did_you_mean(key, names)} (it has {', '.join(names)}); set "
-                    f"config.data.{config_key}"
+                    f"config.data.{config_key}, or give eval and embed source=table,table={self._path},{config_key}=…"
                 )
             if (count := names.count(key)) > 1:
                 raise UserError(
