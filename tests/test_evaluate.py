@@ -576,7 +576,10 @@ def test_a_remote_shard_is_read_once_for_its_classes(tmp_path, monkeypatch):
 
 
 def test_a_label_is_found_in_json_of_any_length(tmp_path):
-    assert open_labelled(str(labelled_shard(tmp_path, exif="x" * 10_000)), label_key="json.y")[0].label == 1
+    shard = str(labelled_shard(tmp_path, exif="x" * 10_000, uid=1 << 40))
+    assert open_labelled(shard, label_key="json.y")[0].label == 1
+    with pytest.raises(UserError, match=r"a in .* has no class: .* a number in its \.json\.uid, under 1,048,576"):
+        open_labelled(shard, label_key="json.uid")
 
 
 def test_folders_called_by_numbers_are_in_their_order(folders, tmp_path):

@@ -19,6 +19,7 @@ from clip_jax.errors import UserError
 from clip_jax.files import absolute, digest, is_remote, state_of
 
 _LONGEST_LABEL = 1 << 12
+_MOST_CLASSES = 1 << 20
 
 
 class LabelledSource(Source, Protocol):
@@ -250,7 +251,10 @@ class ClassTars:
             if "image" not in sample.parts:
                 continue
             if sample.label is None:
-                raise UserError(f"{sample.key} in {path} has no class: there must be a number in its .{label_key}")
+                raise UserError(
+                    f"{sample.key} in {path} has no class: there must be a number in its .{label_key}, under "
+                    f"{_MOST_CLASSES:,}"
+                )
             yield _Place(shard, *sample.parts["image"], sample.label, sample.key)
 
     def _lines(self, name: str) -> list[str]:
@@ -277,6 +281,7 @@ def _label(content: bytes, label_key: str) -> int | None:
             value = parse_metadata(content).get(label_key.removeprefix("json."))
         except RecordError:
             return None
-        return value if type(value) is int and value >= 0 else None
-    text = content.decode("ascii", "replace").strip()
-    return int(text) if text.isdecimal() else None
+    else:
+        text = content.decode("ascii", "replace").strip()
+        value = int(text) if text.isdecimal() else None
+    return value if type(value) is int and 0 <= value < _MOST_CLASSES else None
