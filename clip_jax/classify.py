@@ -33,11 +33,27 @@ def label_weights(model: Pretrained, labels: Sequence[str], templates: Sequence[
     if len(set(labels)) < len(labels):
         twice = next(label for label in labels if labels.count(label) > 1)
         raise UserError(f"the label {twice!r} is there twice")
+    return classifier(model, labels, templates)
+
+
+def classifier(model: Pretrained, names: Sequence[str], templates: Sequence[str]) -> np.ndarray:
+    """Returns the zero-shot classifier of classes, float [c, e] of unit length; see `label_weights`.
+
+    Args:
+      model: its text tower, by which a few prompts are embedded at a time.
+      names: of c classes; two may have the same, as of ImageNet's.
+      templates: prompts with `{}` for the name.
+
+    Raises:
+      UserError: a template without its `{}`.
+    """
 
     def embed(texts: Sequence[str]) -> np.ndarray:
-        return np.asarray(model.encode_text(model.tokenize(list(texts)), normalize=True))
+        tokens = model.tokenize(texts)
+        rows = (tokens[first : first + _AT_ONCE] for first in range(0, len(tokens), _AT_ONCE))
+        return np.concatenate([np.asarray(model.encode_text(part, normalize=True)) for part in rows])
 
-    return class_weights(embed, labels, checked(tuple(templates), "templates"))
+    return class_weights(embed, names, checked(tuple(templates), "templates"))
 
 
 def probabilities(model: Pretrained, features: np.ndarray, weights: np.ndarray) -> np.ndarray:

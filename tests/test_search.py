@@ -268,7 +268,10 @@ def test_index_from_the_command_line(vectors, tmp_path, capsys):
 def test_probabilities_by_definition(model, pictures, monkeypatch):
     monkeypatch.setattr(classify, "_AT_ONCE", 1)
     paths, labels = [pictures / "even/000.png", pictures / "odd/001.png"], ["a cat", "a dog", "a {} of braces"]
+    asked, encode = [], model.encode_text
+    monkeypatch.setattr(model, "encode_text", lambda rows, **how: asked.append(len(rows)) or encode(rows, **how))
     shares = classify_images(model, paths, labels, templates=("{}", "a photo of {}."))
+    assert asked == [1] * 6  # ImageNet's 80,000 prompts need not fit in memory
     images = np.asarray(model.encode_image(model.preprocess(paths), normalize=True), np.float64)
     for image, row in zip(images, shares, strict=True):
         logits = []

@@ -58,7 +58,7 @@ def _add_export(commands: Any) -> None:
 def _export(arguments: argparse.Namespace) -> None:
     if arguments.prompts is not None and arguments.classes is None:
         raise UserError("--prompts has no meaning without --classes")
-    from clip_jax.classify import label_weights
+    from clip_jax.classify import classifier
     from clip_jax.evals.prompts import templates
     from clip_jax.interop.export import Classes, export
     from clip_jax.interop.read import read_weights
@@ -68,7 +68,7 @@ def _export(arguments: argparse.Namespace) -> None:
     classes = None
     if arguments.classes is not None:
         names, chosen = read_lines(arguments.classes), templates(arguments.prompts or "photo", where="--prompts")
-        classes = Classes(tuple(names), label_weights(Pretrained(weights), names, chosen))
+        classes = Classes(tuple(names), classifier(Pretrained(weights), names, chosen))
     compared = export(weights, arguments.folder, arguments.layout, source=arguments.source, classes=classes)
     for reader, difference in compared:
         print(f"read by {reader}: unit features differ by {difference:.1e}")
