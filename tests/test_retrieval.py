@@ -6,8 +6,10 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 from devices import outputs, start_script
+from pyarrow import parquet
 from search_fixtures import picture, write_pictures
 from tars import add
 
@@ -135,9 +137,12 @@ def test_lines_beside_an_image_in_tar_shards_are_captions(model, model_dir, tmp_
     assert in_shards.metrics == in_folder.metrics
     rows = [f"{number}.png,{captions[number][line]}" for line in range(3) for number in range(5)]
     (tmp_path / "pairs.csv").write_text("\n".join(["image,caption", *rows]))
-    in_rows = evaluate(evaluator, EvalJob(str(tmp_path / "pairs.csv"), task="zeroshot_retrieval"))
-    assert (in_rows.details["images"], in_rows.details["texts"]) == (5, 15)
-    assert in_rows.metrics == in_folder.metrics
+    columns = {"image": [picture(int(row[0])) for row in rows], "caption": [row[6:] for row in rows]}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "pairs.parquet")
+    for table in ("pairs.csv", "pairs.parquet"):
+        in_rows = evaluate(evaluator, EvalJob(str(tmp_path / table), task="zeroshot_retrieval"))
+        assert (in_rows.details["images"], in_rows.details["texts"]) == (5, 15)
+        assert in_rows.metrics == in_folder.metrics
     [whole] = open_named(shards, RunConfig(model.config))[3].captions
     assert whole == "picture 3\n\n another of 3\r\nthe last\n"
 

@@ -1,5 +1,6 @@
 """Images and captions that a table names: CSV, TSV or Parquet, beside a folder of images."""
 
+import hashlib
 import os
 import threading
 from pathlib import Path
@@ -87,6 +88,15 @@ class TableSource:
         """Returns the path of a row's image, or the row's number where the table holds the image itself."""
         image = self._image(index)
         return image if image and isinstance(image, str) else str(index)
+
+    def by_image(self) -> list[list[int]]:
+        """Returns the rows of each image: those that name the same file, or hold the same bytes."""
+        found: dict[str | bytes | int, list[int]] = {}
+        for index in range(len(self)):
+            image = self._image(index) or index
+            own = hashlib.blake2b(image, digest_size=16).digest() if isinstance(image, bytes) else image
+            found.setdefault(own, []).append(index)
+        return list(found.values())
 
     def _image(self, index: int) -> str | bytes | None:
         """Returns what stands in the column of images: a path, or an encoded image."""

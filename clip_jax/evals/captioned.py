@@ -51,8 +51,8 @@ def open_captioned(job: EvalJob, config: RunConfig) -> Source:
 def embed_captioned(evaluator: Evaluator, source: Source) -> Captioned:
     """Embeds all images and all their captions; collective over processes.
 
-    Rows of a table that name the same file are one image with a caption from each, as the tables of COCO and Flickr30k
-    have them.
+    Rows of a table with the same image are one image with a caption from each, as the tables of COCO and Flickr30k have
+    them.
 
     Raises:
       RecordError: names a record that cannot be read, or has no caption.
@@ -72,7 +72,8 @@ class _Remembering:
 
     def __init__(self, source: Source) -> None:
         self._source = source
-        self._records: Sequence[Sequence[int]] = _of_each_image(source)
+        one_each = [[number] for number in range(len(source))]
+        self._records = source.by_image() if isinstance(source, TableSource) else one_each
         self.captions: dict[int, Sequence[str]] = {}
 
     def __len__(self) -> int:
@@ -92,16 +93,6 @@ class _Remembering:
     def where(self, index: int) -> str:
         """Returns what to call a record in messages."""
         return name_record(self._source, self._records[index][0])
-
-
-def _of_each_image(source: Source) -> list[list[int]]:
-    """Returns the numbers of each image's records."""
-    if not isinstance(source, TableSource):
-        return [[number] for number in range(len(source))]
-    found: dict[str, list[int]] = {}
-    for number in range(len(source)):
-        found.setdefault(source.key(number), []).append(number)
-    return list(found.values())
 
 
 def _from_all(tokens: np.ndarray, image_of_text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
