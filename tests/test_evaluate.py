@@ -25,7 +25,7 @@ from clip_jax.data.labelled import ClassFolders, open_labelled
 from clip_jax.data.storage import Storage
 from clip_jax.data.tfds_source import TfdsSource
 from clip_jax.errors import UserError
-from clip_jax.evals import prompts
+from clip_jax.evals import classification, prompts
 from clip_jax.evals.classification import open_classes
 from clip_jax.evals.command import run_jobs
 from clip_jax.evals.evaluation import Evaluation, scalars
@@ -607,7 +607,7 @@ def test_a_class_without_images_is_in_the_fingerprint(folders, tmp_path):
     assert ClassFolders(tmp_path / "val").fingerprint == whole
 
 
-def test_no_prompt_is_made_of_imagenets_numbers(folders, tmp_path):
+def test_no_prompt_is_made_of_imagenets_numbers(folders, tmp_path, monkeypatch):
     """As open_clip's --imagenet-val has them: a photo of a n01440764 is found in no picture, without a word."""
     val, names = tmp_path / "val", tmp_path / "names.txt"
     shutil.copytree(folders / "0", val / "n01440764")
@@ -616,6 +616,11 @@ def test_no_prompt_is_made_of_imagenets_numbers(folders, tmp_path):
     with pytest.raises(UserError, match=r"val are called n01440764, n01443537 and the like, .* --classes .*open_clip"):
         open_classes(EvalJob(str(val)))
     assert open_classes(EvalJob(str(val), classes=str(names)))[1] == ("tench", "goldfish")
+    thousand = SimpleNamespace(classes=tuple(f"n{number:08d}" for number in range(1_000)))
+    monkeypatch.setattr(classification, "open_job", lambda job: thousand)
+    with pytest.raises(UserError, match="are called n00000000, n00000999 and the like"):
+        open_classes(EvalJob(str(val)))
+    monkeypatch.undo()
     probed = EvalJob(str(val), task="linear_probe", train=str(val))
     assert open_classes(probed)[1] == ("n01440764", "n01443537")
 

@@ -39,7 +39,7 @@ def open_classes(job: EvalJob) -> tuple[LabelledSource, tuple[str, ...]]:
     named = job.classes or prompts.default_classes(job.called)
     given = prompts.class_names(named, dataset=job.called, language=job.language) if named else ()
     classes = named_classes(given, source)
-    numbers = r"\d+" if len(classes) == 1_000 else r"n\d{8}"  # of ImageNet-V2's folders, and of ImageNet's
+    numbers = r"n\d{8}|\d+" if len(classes) == 1_000 else r"n\d{8}"  # of ImageNet's folders, and of ImageNet-V2's
     if job.task != "linear_probe" and all(re.fullmatch(numbers, name) for name in classes):
         raise UserError(
             f"the classes of {source} are called {classes[0]}, {classes[-1]} and the like, of which no model knows; "
