@@ -1,6 +1,7 @@
 """`clip-jax data bench`: what is wanted, by arithmetic; what is measured, by counting; who waits, by our own clock."""
 
 import dataclasses
+import itertools
 import tarfile
 
 import numpy as np
@@ -104,6 +105,59 @@ def test_requests_of_a_store_are_counted(tmp_path):
         assert 1 / 16 < speed.requests < 1 / 2, "a block of 8 is a request"
 
 
+def test_the_cores_and_requests_of_workers_are_counted(run, monkeypatch):
+    """Those of what is measured: a process's count goes on from before."""
+    config = dataclasses.replace(run, data=dataclasses.replace(run.data, workers=1, prefetch=2))
+
+    def batches(*_):
+        for n in itertools.count():
+            rows = [(7.0, 10.0 * n, 4.0 * n), (7.0, 10.0 * n + 5, 4.0 * n + 2)]  # process, seconds, requests
+            yield {"bad": np.zeros(2, int), "cost": np.ones((2, 3)), "process": np.array(rows)}
+
+    monkeypatch.setattr(bench, "_batches", batches)
+    speed = measure(config, [], seconds=0.0)
+    assert (speed.pairs, speed.transform, speed.bytes) == (2, 2, 2)
+    assert speed.cpu == pytest.approx(5, abs=1)
+    assert speed.requests == (4 * 3 + 2) / 8, "of four batches"
+    monkeypatch.setattr(bench, "requests_made", lambda: 10)
+    here = dataclasses.replace(config, data=dataclasses.replace(config.data, workers=0))
+    assert measure(here, [], seconds=0.0).requests == (4 * 3 + 2 - 10) / 8
+
+
+@pytest.mark.parametrize(("order", "most"), [("full", 3), ("window", 2)])
+def test_a_host_is_measured_as_one_of_several_processes(run, monkeypatch, order, most):
+    """With as many workers as it has cores, or rows or streams to give them."""
+    config = dataclasses.replace(run, data=dataclasses.replace(run.data, order=order, streams=4, workers=3))
+    asked, waited = [], []
+
+    def measured(config, parts, *, seconds, processes):
+        asked.append((config.data.workers, config.batch, processes))
+        return Speed(config.data.workers, 100 * len(asked), 1.0, 1.0, 0.5, 0.1, 1e3, bench.Counter(), None)
+
+    def batches(config, parts, processes):
+        waited.append((config.data.workers, processes))
+        yield None
+
+    monkeypatch.setattr(bench, "measure", measured)
+    monkeypatch.setattr(bench, "_batches", batches)
+    monkeypatch.setattr(bench, "waiting_share", lambda batches, *, pairs, **_: waited.append(pairs) or next(batches))
+    monkeypatch.setattr(bench.os, "sched_getaffinity", lambda _: range(3), raising=False)
+    monkeypatch.setattr(bench, "_report", lambda *_: "")
+    monkeypatch.setattr(bench, "_levers", lambda *_: ())
+    examine(config, demand_of(config, accelerators=1, chip="", mfu=1.0, rate=1.0), seconds=1.0, processes=2)
+    assert asked == [(workers, config.batch, 2) for workers in range(most + 1)]
+    assert waited == [config.batch // 2, (most, 2)], "with the fastest"
+
+
+def test_numbers_of_workers_and_rows_that_are_tried(run):
+    assert bench._worker_counts(6, 3, most=100) == [0, 1, 2, 3, 4, 6]
+    assert bench._worker_counts(6, 3, most=2) == [0, 1, 2]
+    large, parts = dataclasses.replace(run, batch=32_768), [open_part(run, run.data)]
+    for workers, processes, batch in ((0, 1, 256), (16, 1, 512), (16, 2, 1_024)):
+        tried = bench._with_workers(large, parts, workers, processes=processes)
+        assert (tried.batch, tried.data.workers) == (batch, workers), "no more than is needed to keep all at work"
+
+
 def config_file(tmp_path, config):
     file = tmp_path / "mine.py"
     file.write_text(f"from clip_jax.config import *\nfrom clip_jax.models.variants import *\nRUN = {config!r}\n"
@@ -145,6 +199,11 @@ def test_the_levers_are_those_that_would_help(run, monkeypatch):
     starts = ["config.data.workers=2 (it is 1)", "the cores wait for the storage", "config.data.resize=fast"]
     starts += ["shards prepared with a shorter side of about 9 px (it is 16", "5.0 cores like these"]
     assert [line[: len(start)] for line, start in zip(said, starts, strict=True)] == starts
+    busy = dataclasses.replace(fast, cpu=1.6)
+    said = list(bench._levers(config, parts, bench.Findings([slow, busy], 0.8, []), demand, 2))
+    assert not any("the cores wait" in line for line in said)
+    said = list(bench._levers(run, parts, bench.Findings([slow, fast], 0.8, []), demand, 2))
+    assert not any("shards prepared" in line for line in said), "the images have the model's size"
     enough = bench.Findings([slow, fast], 0.0, [])
     assert list(bench._levers(config, parts, enough, demand, 2)) == starts[:1]
 
