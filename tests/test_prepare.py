@@ -29,7 +29,7 @@ from clip_jax.cli import main
 from clip_jax.data import prepare as prepare_module
 from clip_jax.data import prepare_inputs
 from clip_jax.data.captions import CaptionFields
-from clip_jax.data.images import decode
+from clip_jax.data.images import decode, encode_jpeg
 from clip_jax.data.loader import open_training_data
 from clip_jax.data.prepare import Job, prepare
 from clip_jax.data.prepare_shard import OutputError, ShardSettings, process_shard
@@ -153,7 +153,8 @@ def test_large_images_are_made_smaller_and_small_ones_kept(tmp_path, inline, res
         Image.fromarray(pixels).save(tmp_path / "images" / name)
         (tmp_path / "images" / name).with_suffix(".txt").write_text(name)
     prepare(job(data_dir=str(tmp_path), folder=str(tmp_path / "images"), short_side=100, resize=resize))
-    images = {record.captions[0]: decode(record.image) for record in map(open_prepared(tmp_path).__getitem__, range(3))}
+    files = {record.captions[0]: record.image for record in map(open_prepared(tmp_path).__getitem__, range(3))}
+    images = {name: decode(file) for name, file in files.items()}
     assert {name: image.shape for name, image in images.items()} == {
         "large.png": (100, 125, 3),
         "small.png": (30, 40, 3),
@@ -161,6 +162,7 @@ def test_large_images_are_made_smaller_and_small_ones_kept(tmp_path, inline, res
     }
     expected = np.asarray(Image.fromarray(smooth).resize((125, 100), Image.Resampling.BICUBIC))
     assert np.abs(images["large.png"].astype(int) - expected).mean() < 2
+    assert (files["large.png"] == encode_jpeg(expected, 95)) == (resize == "exact")
 
 
 def test_a_jpeg_that_is_small_enough_keeps_its_bytes_and_its_pixels_are_not_turned(tmp_path, inline):
@@ -172,10 +174,10 @@ def test_a_jpeg_that_is_small_enough_keeps_its_bytes_and_its_pixels_are_not_turn
         Image.new("RGB", (2 * side, side)).save(buffer, "JPEG", exif=exif)
         (tmp_path / f"{side}.jpg").write_bytes(buffer.getvalue())
         (tmp_path / f"{side}.txt").write_text("turned")
-    prepare(job(data_dir=str(tmp_path / "out"), folder=str(tmp_path), short_side=50))
+    prepare(job(data_dir=str(tmp_path / "out"), folder=str(tmp_path), short_side=30))
     small, large = (open_prepared(tmp_path / "out")[number].image for number in range(2))  # 20.jpg, 200.jpg
     assert small == (tmp_path / "20.jpg").read_bytes()
-    assert decode(large).shape == (50, 100, 3)
+    assert decode(large).shape == (30, 60, 3)
 
 
 def test_a_small_jpeg_whose_scan_is_cut_is_not_kept(tmp_path, inline):
@@ -496,9 +498,10 @@ def test_done_shards_are_not_made_again_unless_they_are_damaged(shards, tmp_path
     (asked.unfinished / "work" / "00003.done.json").write_text("{")
     marker = asked.unfinished / "work" / "00002.done.json"
     marker.write_text(json.dumps(json.loads(marker.read_text()) | {"digest": "of another input"}))
+    (asked.unfinished / "work" / "00000.rejects.jsonl").unlink()
     made.clear()
     folder = prepare(asked)
-    assert made == ["00001", "00002", "00003"]
+    assert made == ["00000", "00001", "00002", "00003"]
     assert len(open_prepared(tmp_path)) == 32
     before = tree(folder)
     made.clear()
