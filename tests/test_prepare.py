@@ -524,9 +524,19 @@ def test_other_settings_or_another_input_are_refused_by_name(shards, tmp_path, i
             prepare(dataclasses.replace(asked, tars=f"{tmp_path}/shards/{{00000..00002}}.tar"))
         if state == "unfinished":
             prepare(asked)
-    write_shard(tmp_path / "shards" / "00001.tar", range(5))
+    monkeypatch.chdir(tmp_path)
+    prepare(dataclasses.replace(asked, tars=os.path.relpath(shards)))  # the same ones
+    of_its_size, table = tmp_path / "shards" / "00001.tar", tmp_path / "pairs.csv"
+    os.utime(of_its_size, (0, 0))
     with pytest.raises(UserError, match="files that changed since"):
         prepare(asked)
+    table.write_text("image,caption\na.jpg,a\n")
+    digests = set()
+    for change in (0, 1):
+        os.utime(table, (change, change))
+        (part,) = prepare_inputs.table_parts(str(table), 10, image_key="image", caption_key="caption", image_root="")
+        digests.add(part.digest)
+    assert len(digests) == 2
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".txt", ".json"])
