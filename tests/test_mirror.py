@@ -204,6 +204,23 @@ def test_an_old_checkpoint_goes_from_the_copy_when_a_newer_one_is_there(tmp_path
     ]
 
 
+def test_a_checkpoint_that_goes_before_it_is_copied_is_said_and_leaves_nothing(tmp_path, store, monkeypatch, caplog):
+    """As where a store is slower than checkpoints are written and deleted; then there might never be a copy."""
+    memory, workdir = fsspec.filesystem("memory"), trained(tmp_path / "run", "", steps=(1, 2))
+    put = type(memory).put
+
+    def slow(self, sources, targets):
+        put(self, sources[:1], targets[:1])
+        shutil.rmtree(workdir / "checkpoints" / "1", ignore_errors=True)
+        put(self, sources, targets)
+
+    monkeypatch.setattr(type(memory), "put", slow)
+    with Mirror(store, workdir):
+        pass
+    assert "checkpoint 1 was deleted in the workdir before all of it was copied" in caplog.text
+    assert {path.split("/")[4] for path in memory.find(f"/{tmp_path.name}/run/checkpoints")} == {"2"}
+
+
 def test_another_checkpoint_of_the_same_step_takes_the_place_of_the_first(tmp_path, store):
     """A run that went back comes to a step again, and the copy may not have been made meanwhile."""
     workdir = trained(tmp_path / "run", store, steps=(1, 2))

@@ -12,6 +12,7 @@ import logging
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +177,7 @@ class Mirror:
         return self._listed(step) in map(_list_of, self._local.glob(f"abandoned-{step}*"))
 
     def _send(self, step: int, listed: dict[str, Any]) -> bool:
-        """Copies a checkpoint, unless Orbax removes it meanwhile; returns whether it is there."""
+        """Copies a checkpoint, unless Orbax removes it meanwhile, which is said; returns whether it is there."""
         source, target, names = self._local / str(step), self._there(step), listed["bytes"]
         try:
             self._system.put([str(source / name) for name in names], [f"{target}/{name}" for name in names])
@@ -187,6 +188,15 @@ class Mirror:
         if is_whole:
             self._system.pipe_file(f"{target}/{LIST}", json.dumps(listed).encode())
             self._lists[step] = listed
+        elif names:
+            _LOG.warning(
+                "checkpoint %d was deleted in the workdir before all of it was copied to %s; where that goes on, raise "
+                "config.checkpoint.keep or every",
+                step,
+                self._url,
+            )
+            with suppress(FileNotFoundError):
+                self._system.rm(target, recursive=True)
         return is_whole
 
     def _remove(self, step: int) -> None:
