@@ -76,6 +76,21 @@ def test_what_is_not_whole_there_is_not_brought(tmp_path, store, caplog):
     assert not list((workdir / "checkpoints").iterdir())
 
 
+def test_a_list_that_was_cut_off_there_is_of_nothing(tmp_path, store, caplog):
+    """As a machine that loses its power leaves it on a disk; the checkpoint is then copied anew."""
+    workdir = trained(tmp_path / "run", store)
+    fsspec.filesystem("memory").pipe_file(f"/{tmp_path.name}/run/checkpoints/3/files.json", b"")
+    other = tmp_path / "elsewhere" / "run"
+    with Mirror(store, other) as mirror:
+        assert mirror.fetch() == [f"brought from {store}/run: checkpoints 2"]
+    assert "/run/checkpoints/3 is not what was copied there; it is passed over" in caplog.text
+    with Mirror(store, workdir):
+        pass
+    shutil.rmtree(other)
+    with Mirror(store, other) as mirror:
+        assert mirror.fetch() == [f"brought from {store}/run: checkpoints 2, 3"]
+
+
 def test_an_older_workdir_gets_the_newer_checkpoints(tmp_path, store):
     """As where a run went on elsewhere, and comes back to the first machine."""
     first = trained(tmp_path / "a" / "run", store, steps=(1, 2))

@@ -130,8 +130,9 @@ class Mirror:
         source, target = self._there(step), self._local / f"{step}{_UNFINISHED}"
         listed, present = self._listed(step), find(self._system, source)
         shutil.rmtree(target, ignore_errors=True)
-        bring(self._system, {f"{source}/{name}": target / name for name in listed["bytes"] if name in present})
-        if _list_of(target) == listed:
+        if wanted := {f"{source}/{name}": target / name for name in listed["bytes"] if name in present}:
+            bring(self._system, wanted)
+        if wanted and _list_of(target) == listed:
             target.rename(self._local / str(step))
             return True
         shutil.rmtree(target, ignore_errors=True)
@@ -220,9 +221,13 @@ class Mirror:
         return {int(path.split("/")[-2]) for path in found}
 
     def _listed(self, step: int) -> dict[str, Any]:
-        """Returns the list of a checkpoint there; it is asked for once."""
+        """Returns the list of a checkpoint there, one of nothing where it was cut off; it is asked for once."""
         if step not in self._lists:
-            self._lists[step] = json.loads(self._system.cat_file(f"{self._there(step)}/{LIST}"))
+            content = self._system.cat_file(f"{self._there(step)}/{LIST}")
+            try:
+                self._lists[step] = json.loads(content)
+            except ValueError:
+                self._lists[step] = {"record": "", "bytes": {}}
         return self._lists[step]
 
     def _there(self, step: int) -> str:
