@@ -538,6 +538,13 @@ def write_run(workdir: Path, config: RunConfig, *, top1: float, loss: float = 1.
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def add_rows(workdir: Path, *rows: dict) -> None:
+    """As if the run had written them between its own."""
+    file = workdir / "metrics.jsonl"
+    found = [*map(json.loads, file.read_text().splitlines()), *rows]
+    file.write_text("".join(json.dumps(row) + "\n" for row in sorted(found, key=lambda row: row["step"])))
+
+
 BASE = dataclasses.replace(TINY, data=DataConfig(source="synthetic"), samples=32 * 20)
 FASTER = dataclasses.replace(BASE, optim=dataclasses.replace(BASE.optim, lr=2e-3))
 SIGMOID = dataclasses.replace(BASE, loss=dataclasses.replace(BASE.loss, kind="sigmoid"))
@@ -604,8 +611,8 @@ def test_runs_are_compared(three_arms, tmp_path):
 
 
 def test_a_step_that_was_skipped_is_in_no_loss(three_arms):
-    with (three_arms / "base/seed0/metrics.jsonl").open("a") as file:
-        file.write('{"step": 19.5, "loss": NaN, "pairs": 32.0}\n{"step": 19.6, "loss": 0.0, "pairs": 0.0}\n')
+    nothing, no_number = {"loss": 0.0, "pairs": 0.0}, {"loss": math.nan, "pairs": 32.0}
+    add_rows(three_arms / "base/seed0", {"step": 19.5, **nothing}, {"step": 19.6, **no_number})
     assert compare([three_arms]).arms[0].results["loss"] == {0: 2.0, 1: 2.1, 2: 2.2}
 
 
@@ -654,8 +661,7 @@ def test_runs_that_have_not_come_to_their_end_are_left_out_and_named(three_arms)
         compare([three_arms / "late"])
     evaluated = dataclasses.replace(BASE, eval=dataclasses.replace(BASE.eval, dataset="digits", prompts=("words",)))
     write_run(three_arms / "unevaluated" / "seed0", evaluated, top1=0.9)
-    with (three_arms / "unevaluated/seed0/metrics.jsonl").open("a") as file:
-        print(json.dumps({"step": 10, "zero_shot/words/top1": 0.9}), file=file)
+    add_rows(three_arms / "unevaluated/seed0", {"step": 10, "zero_shot/words/top1": 0.9})
     assert "unevaluated/seed0: its evaluation at the end (zero_shot/words/top1); the same" in report(
         compare([three_arms])
     )

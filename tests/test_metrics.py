@@ -85,6 +85,15 @@ def test_later_lines_hold_and_steps_are_merged_and_sorted(tmp_path):
     assert metrics.read(tmp_path) == [{"step": 1, "loss": 1.0}, {"step": 3, "loss": 3.5, "top1": 0.5}]
 
 
+def test_steps_behind_one_that_a_run_went_back_to_are_another_runs(tmp_path):
+    """As of a longer run, of whose copy an early checkpoint is cooled down: its end is no end of this one."""
+    lines = [(1, {"loss": 1.0}), (2, {"loss": 2.0}), (9, {"loss": 9.0}), (9, {"top1": 0.9}), (2, {"loss": 2.5})]
+    with MetricWriter(tmp_path, tensorboard=False) as writer:
+        for step, scalars in lines:
+            writer.write(step, scalars)
+    assert metrics.read(tmp_path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.5}]
+
+
 def test_a_torn_line_costs_itself_only(tmp_path):
     (tmp_path / metrics.FILE).write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "lo')
     assert metrics.read(tmp_path) == [{"step": 1, "loss": 1.0}]

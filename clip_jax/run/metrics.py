@@ -233,16 +233,22 @@ class WandbBackend:
 def read(workdir: Path) -> list[dict[str, Any]]:
     """Returns one dict a step, in order, with `step` and every scalar written for it.
 
-    Where a step was written twice, as after a resume, the later line holds. A torn line is passed over.
+    Where a step was written twice, as after a resume, the later line holds. What was written of later steps before a
+    line is of a run that went back since, or of a longer one that this is a copy of, and left out. A torn line is
+    passed over.
     """
     path = workdir / FILE
     by_step: dict[int, dict[str, Any]] = {}
+    last = -1
     for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
             row = json.loads(line)
         except ValueError:
             continue
-        by_step.setdefault(row["step"], {}).update(row)
+        if row["step"] < last:
+            by_step = {step: scalars for step, scalars in by_step.items() if step <= row["step"]}
+        last = row["step"]
+        by_step.setdefault(last, {}).update(row)
     return [by_step[step] for step in sorted(by_step)]
 
 
