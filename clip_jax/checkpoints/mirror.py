@@ -86,7 +86,7 @@ class Mirror:
     def fetch(self) -> list[str]:
         """Brings all checkpoints that only the copy has, and with one newer than the workdir's the run's other files.
 
-        Collective over processes.
+        None that the run went back over. Collective over processes.
 
         Returns:
           A line to print, if something was brought.
@@ -120,7 +120,8 @@ class Mirror:
 
     def _fetch(self) -> list[int]:
         here = steps_in(self._local)
-        brought = [step for step in sorted(self._steps() - {*here}) if self._bring(step)]
+        missing = sorted(step for step in self._steps() - {*here} if not self._is_another(step, {}))
+        brought = [step for step in missing if self._bring(step)]
         if brought and brought[-1] > max(here, default=-1):
             self._bring_others()
         return brought
