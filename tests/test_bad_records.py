@@ -9,10 +9,10 @@ import pytest
 from tars import add, picture, write_shards
 from tiny import TINY
 
-from clip_jax.config import CheckpointConfig, ConfigError, data_sources, from_config_dict, to_config_dict
+from clip_jax.config import CheckpointConfig, data_sources, from_config_dict, to_config_dict
 from clip_jax.data.loader import open_training_data
 from clip_jax.data.records import REASONS, UNREACHABLE
-from clip_jax.errors import OutageError, RestartError, UserError
+from clip_jax.errors import ConfigError, OutageError, RestartError, UserError
 from clip_jax.run.bad_records import BadRecords
 from clip_jax.run.trainer import train
 
