@@ -101,6 +101,28 @@ def test_another_batch_is_explained():
     assert 320 + (planned.steps - 10) * planned.batch == 640
 
 
+def test_a_best_that_is_measured_otherwise_from_here_on_is_said():
+    """The loss on held-out pairs grows with their number, which is a batch's unless told."""
+    best = dataclasses.replace(
+        TINY,
+        checkpoint=dataclasses.replace(TINY.checkpoint, best_metric="held_out/loss", best_mode="min"),
+        eval=dataclasses.replace(TINY.eval, held_out="split=val", every=5),
+    )
+    saved = SAVED._replace(config=as_json(best))
+
+    def said(**changes):
+        found = describe_resume(saved, dataclasses.replace(best, **changes), step=10, data=DATA)
+        return [line for line in found if "held_out/loss" in line and "changed since" not in line]
+
+    assert said(samples=1280) == said(eval=dataclasses.replace(best.eval, dataset="x", batch=8)) == []
+    for changes, keys in (
+        ({"batch": 16}, "batch"),
+        ({"eval": dataclasses.replace(best.eval, held_out_pairs=99)}, "eval.held_out_pairs"),
+    ):
+        (line,) = said(**changes)
+        assert line.startswith(f"held_out/loss is measured otherwise from here on ({keys}): the best checkpoint")
+
+
 def test_a_batch_that_leaves_nothing_to_do_is_refused():
     with pytest.raises(UserError, match=r"config.batch is 64, and was 32.*10 steps now.*config.samples=960 would make"):
         lines(batch=64)

@@ -12,12 +12,16 @@ from typing import Any
 import numpy as np
 
 from clip_jax.checkpoints.record import Contents
-from clip_jax.config import RunConfig, as_json, describe_diff, diff, from_saved, model_diff
+from clip_jax.config import HELD_OUT_METRICS, RunConfig, as_json, describe_diff, diff, from_saved, model_diff
 from clip_jax.errors import ConfigError, UserError
 from clip_jax.training.optim import learning_rate
 
 _ORDER = ("seed", "data.order", "data.streams", "data.block", "data.window", "data.mixture", "data.weight")
 """Keys that decide which pair is at a position, beside the data themselves."""
+
+_OF_HELD_OUT = ("loss.kind", "eval.held_out", "eval.held_out_pairs")
+_OF_ZERO_SHOT = ("eval.dataset", "eval.split", "eval.label_key", "eval.classes")
+"""Keys on which an evaluation's numbers depend, beside the weights."""
 
 
 def check_resumable(saved: Contents, config: RunConfig, *, step: int, where: Path) -> None:
@@ -71,6 +75,12 @@ def describe_resume(saved: Contents, config: RunConfig, *, step: int, data: dict
         was, is_now = _rate(before, step), _rate(config, step)
         if not math.isclose(was, is_now, rel_tol=1e-3):
             lines.append(f"the learning rate goes on at {is_now:.3g}; without these changes it would at {was:.3g}")
+    best = config.checkpoint.best_metric
+    if best and best == before.checkpoint.best_metric and (measured := _measured_by(config, best) & changes.keys()):
+        lines.append(
+            f"{best} is measured otherwise from here on ({', '.join(sorted(measured))}): the best checkpoint until now "
+            "stays until its number is beaten (config.checkpoint.best_metric), though these cannot be compared"
+        )
     other_data = saved.metadata["data"] != json.loads(json.dumps(data))
     if other_data or any(key in changes for key in _ORDER):
         what = "data" if other_data else "order of the data"
@@ -79,6 +89,12 @@ def describe_resume(saved: Contents, config: RunConfig, *, step: int, data: dict
             "come twice or not at all, and once in every later one"
         )
     return lines
+
+
+def _measured_by(config: RunConfig, metric: str) -> set[str]:
+    if metric not in HELD_OUT_METRICS:
+        return {*_OF_ZERO_SHOT}
+    return {*_OF_HELD_OUT} if config.eval.held_out_pairs else {*_OF_HELD_OUT, "batch"}
 
 
 def _saved_config(saved: Contents) -> RunConfig:
