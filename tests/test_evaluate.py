@@ -616,7 +616,8 @@ def test_no_prompt_is_made_of_imagenets_numbers(folders, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"val are called n01440764, n01443537 and the like, .* --classes .*open_clip"):
         open_classes(EvalJob(str(val)))
     assert open_classes(EvalJob(str(val), classes=str(names)))[1] == ("tench", "goldfish")
-    thousand = SimpleNamespace(classes=tuple(f"n{number:08d}" for number in range(1_000)))
+    thousand = ClassFolders(val)
+    thousand.classes = tuple(f"n{number:08d}" for number in range(1_000))
     monkeypatch.setattr(classification, "open_job", lambda job: thousand)
     with pytest.raises(UserError, match="are called n00000000, n00000999 and the like"):
         open_classes(EvalJob(str(val)))
