@@ -306,3 +306,13 @@ def test_behind_the_end_of_a_file_there_is_nothing(store, tmp_path):
     size = (tmp_path / "shards" / "00000.tar").stat().st_size
     url = f"{store.url}/00000.tar"
     assert [len(Storage(60.0).read(url, begin, 100)) for begin in (size - 10, size, size + 1_000)] == [10, 0, 0]
+
+
+def test_which_answers_are_asked_for_again():
+    def passes(status):
+        error = OSError()
+        error.status = status
+        return storage._may_pass(error)
+
+    assert all(map(passes, (408, 425, 429, 500, 503)))
+    assert not any(map(passes, (400, 401, 403, 404, 410, 501)))

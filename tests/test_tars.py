@@ -34,10 +34,10 @@ from clip_jax.data.pipeline import check_batches, eval_batches, train_batches
 from clip_jax.data.reading import Part, WindowReader
 from clip_jax.data.records import REASONS, UNREACHABLE, RecordError
 from clip_jax.data.storage import Storage
-from clip_jax.data.tar_index import Sidecars, members, read_at
-from clip_jax.data.tar_source import TarSource
+from clip_jax.data.tar_index import SAMPLE, Member, Sidecars, index_samples, members, read_at
+from clip_jax.data.tar_source import TarSource, read_ranges
 from clip_jax.data.tokenizer import Tokenizer
-from clip_jax.data.transforms import TrainTransform
+from clip_jax.data.transforms import FixedTransform, TrainTransform
 from clip_jax.errors import ConfigError, OutageError, UserError
 
 TRANSFORM = TrainTransform(Preprocess(size=8), Tokenizer(), context=16, augment=Augment())
@@ -105,6 +105,60 @@ def test_members_are_tarfiles(tmp_path, kind):
         add(tar, "last.txt", b"1" * 512)
     assert own_members(path) == tarfile_members(path)
     assert len(own_members(path)) >= 5
+
+
+def stating(header, size):
+    """A header that states a size in other words, with its checksum."""
+    header = bytearray(header)
+    header[-512 + 124 : -512 + 136], header[-512 + 148 : -512 + 156] = size, b" " * 8
+    header[-512 + 148 : -512 + 156] = b"%06o\0 " % sum(header[-512:])
+    return bytes(header)
+
+
+def test_sizes_in_base_256_and_in_extension_headers_are_read(tmp_path):
+    info = tarfile.TarInfo("0.jpg")
+    info.size, info.pax_headers = 700, {"size": "700"}
+    gnu = stating(info.tobuf(tarfile.GNU_FORMAT), b"\x80" + (700).to_bytes(11, "big"))
+    pax = stating(info.tobuf(tarfile.PAX_FORMAT), b"%011o\0" % 0)
+    path = tmp_path / "a.tar"
+    for header in (gnu, pax):
+        path.write_bytes(header + b"x" * 1024 + bytes(1024))
+        assert own_members(path) == tarfile_members(path) == [("0.jpg", len(header), 700)]
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_sample_begins_with_the_extension_headers_of_its_first_file(tmp_path, kind):
+    with tarfile.open(tmp_path / "a.tar", "w", format=kind) as tar:
+        for name in ("0", "z" * 300):
+            add(tar, f"{name}.jpg", picture(1))
+            add(tar, f"{name}.txt", b"text")
+    tars = source(str(tmp_path / "a.tar"), tmp_path)
+    assert tars.key(1, tars.read_block(1, 1)) == "a/" + "z" * 300
+
+
+def test_files_of_a_sample_are_consecutive_and_in_one_folder(tmp_path):
+    for number, names in enumerate((("a/0.jpg", "b/0.txt"), ("0.jpg", "1.cls", "0.txt"))):
+        path = tmp_path / f"{number}.tar"
+        with tarfile.open(path, "w") as tar:
+            for name in names:
+                add(tar, name, b"content")
+        assert len(Sidecars(Storage(), str(tmp_path / "index")).get(str(path)).samples) == 2
+    (huge,), _ = index_samples(iter([Member("0.jpg", 0, 512, 5 << 30)]))
+    assert huge["image_size"] == 2**32 - 1, "too large to be read, and no error"
+
+
+def test_what_lies_far_apart_is_read_in_pieces():
+    asked = []
+
+    class Asked(Storage):
+        def read(self, path, start, length):
+            asked.append((start, length))
+            return b""
+
+    samples = np.zeros(3, SAMPLE)
+    samples["start"], samples["image"], samples["image_size"] = (0, 100 << 10, 10 << 20), 512, 1000
+    read_ranges(Asked(), "a.tar", samples)
+    assert asked == [(0, (100 << 10) + 1512), (10 << 20, 1512)]
 
 
 def test_files_of_macos_and_names_without_extension_part_no_sample(tmp_path):
@@ -362,6 +416,60 @@ def test_processes_that_see_other_shards_are_refused(tmp_path, monkeypatch):
         loader.check_same("config.data", [cut])
     with pytest.raises(UserError, match=r"process 1 has 7 records, and process 0 as many in other shards"):
         loader.check_same("config.data", [other])
+
+
+def test_filters_judge_a_shard_anew_when_it_changed_and_go_before_stated_sizes(tmp_path):
+    path = tmp_path / "a.tar"
+    (tmp_path / "sizes.json").write_text('{"a.tar": 10}')
+    for good, count in ((lambda number: number % 2, 5), (lambda number: 1, 10)):
+        write_shard(path, range(10), metadata=lambda number, good=good: {"good": good(number)})
+        assert len(source(str(path), tmp_path, keep=Filter(("good==1",)))) == count
+
+
+def test_few_indexes_stay_in_memory(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(tar_source, "_KEPT_INDEXES", 2)
+    tars = source(shards, tmp_path)
+    for record in (0, 7, 0, 17):
+        tars.read_block(record, 1)
+    assert list(tars._shards) == [0, 2], "those that were read last"
+
+
+def test_a_part_is_read_as_its_section_says(shards, tmp_path, monkeypatch):
+    data = DataConfig(
+        source="tars", shards="a.tar::s3://b/0.tar", streams=2, block=3, window=5, weight=2.0, retry_s=7.0
+    )
+    tars = source(shards, tmp_path)
+    part = loader.open_part(dataclasses.replace(TINY, seed=1), data, tars)
+    expected = WindowShuffle(tars.counts, seed=1, streams=2, block=3, window=5)
+    assert part.weight == 2
+    assert [part.order.locate(i) for i in range(32)] == [expected.locate(i) for i in range(32)]
+    full = loader.open_part(dataclasses.replace(TINY, seed=1), dataclasses.replace(data, order="full"), tars)
+    assert [full.order.locate(i) for i in range(32)] == [FullShuffle(32, seed=1).locate(i) for i in range(32)]
+    local = dataclasses.replace(data, shards=shards, index_dir=str(tmp_path / "index"))
+    assert loader.open_tars(local)._storage._retry_s == 7
+    asked = {}
+
+    def reads(parts, **options):
+        asked.update(options)
+        yield {}
+
+    monkeypatch.setattr(loader, "train_batches", reads)
+    how = {"on_bad": "fail", "workers": 3, "threads": 5, "prefetch": 6, "connections": 7}
+    config = dataclasses.replace(TINY, data=dataclasses.replace(local, **how), seed=9)
+    next(loader.parts_batches(config, [part], TRANSFORM, position=32, process_index=1, process_count=2))
+    assert asked.items() >= (how | {"batch": 32, "seed": 9, "position": 32}).items()
+    assert (asked["process_index"], asked["process_count"]) == (1, 2)
+    given = []
+
+    def seen(config, parts, transform):
+        given.append(transform)
+        return loader.synthetic_data(config)
+
+    monkeypatch.setattr(loader, "parts_data", seen)
+    for augmented in (False, True):
+        loader.open_training_data(dataclasses.replace(TINY, data=local), augmented=augmented)
+    assert isinstance(given[0], FixedTransform)
+    assert given[1] is None, "what the run makes of a record"
 
 
 # Through the pipeline
