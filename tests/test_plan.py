@@ -382,7 +382,7 @@ def test_the_first_lever_is_what_holds_most():
     ],
 )
 def test_what_the_levers_offer_is_accepted(sizes, chips, offered):
-    vision = ResNetConfig(image_size=32, width=8, heads=4, layers=(1, 1, 1, 1))
+    vision = ResNetConfig(image_size=64, width=8, heads=4, layers=(1, 1, 1, 1))
     config = to_config_dict(dataclasses.replace(TINY, model=dataclasses.replace(TINY.model, vision=vision)))
     for key, value in sizes.items():
         override(config, key, str(value))

@@ -38,8 +38,8 @@ def contradictions(config: RunConfig) -> Iterator[tuple[bool, str]]:
     """
     yield from _bounds(config)  # first, since what follows divides
     yield from _model(config.model)
-    yield from _vocabulary(config)
     yield from _data(config.data, config.eval)
+    yield from _vocabulary(config)
     yield from _batch(config)
     yield from _loss(config)
     yield from _schedule(config.optim, steps=config.steps)
@@ -120,18 +120,6 @@ def _model(model: ModelConfig) -> Iterator[tuple[bool, str]]:
     )
 
 
-def _vocabulary(config: RunConfig) -> Iterator[tuple[bool, str]]:
-    yield (
-        config.model.text.vocab_size < VOCABULARY and has_captions(config.data, config.eval),
-        f"config.model.text.vocab_size is {config.model.text.vocab_size}; the tokenizer gives {VOCABULARY} ids, and it "
-        "must be at least that (with config.data.source=synthetic alone it can be less)",
-    )
-    yield (
-        config.model.text.vocab_size < 4,
-        f"config.model.text.vocab_size is {config.model.text.vocab_size}; it must hold a token, SOT, EOT and 0 (4)",
-    )
-
-
 def _data(data: DataConfig, evaluation: EvalConfig) -> Iterator[tuple[bool, str]]:
     if data.mixture:
         data_sources(data)
@@ -169,6 +157,18 @@ def _data(data: DataConfig, evaluation: EvalConfig) -> Iterator[tuple[bool, str]
             f"config.eval.held_out is {evaluation.held_out!r}, the pairs that the run is trained on; name others by "
             "split, shards or table",
         )
+
+
+def _vocabulary(config: RunConfig) -> Iterator[tuple[bool, str]]:
+    yield (
+        config.model.text.vocab_size < VOCABULARY and has_captions(config.data, config.eval),
+        f"config.model.text.vocab_size is {config.model.text.vocab_size}; the tokenizer gives {VOCABULARY} ids, and it "
+        "must be at least that (with config.data.source=synthetic alone it can be less)",
+    )
+    yield (
+        config.model.text.vocab_size < 4,
+        f"config.model.text.vocab_size is {config.model.text.vocab_size}; it must hold a token, SOT, EOT and 0 (4)",
+    )
 
 
 def _batch(config: RunConfig) -> Iterator[tuple[bool, str]]:
