@@ -126,13 +126,14 @@ from clip_jax.data.order import rows_of_process
 from clip_jax.data.synthetic import synthetic_batches
 from clip_jax.processes.distributed import processes
 
-workdir, address, index, count = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+workdir, address, index, count, init_from = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
 explicit = DistributedConfig("explicit", address, count, index, address, 120)
 run = dataclasses.replace(
     TINY,
     text_groups=("6:0.5",),
     mesh=MeshConfig(fsdp=2),
     samples=32 * 6,
+    init_from=init_from,
     distributed=explicit if count > 1 else DistributedConfig("off"),
 )
 
@@ -161,26 +162,43 @@ with processes(run.distributed):
 """
 
 
+def long_in_one_process(workdir: Path, *, processes: int, init_from: str | Path = "") -> list[subprocess.Popen]:
+    address = f"127.0.0.1:{free_port()}"
+    return [
+        start_script(LONG_IN_ONE_PROCESS, workdir, address, index, processes, init_from, devices=4 // processes)
+        for index in range(processes)
+    ]
+
+
 @pytest.mark.slow
 def test_captions_that_do_not_fit_in_one_process_hold_up_no_other(tmp_path):
     """In every second step one process of two has only captions of the whole length: all devices take that way, and
     losses are those of one process."""
 
-    def script(name, address, index, count):
-        return start_script(LONG_IN_ONE_PROCESS, tmp_path / name, address, index, count, devices=4 // count)
-
-    address = f"127.0.0.1:{free_port()}"
-    both = [script("two", address, index, 2) for index in range(2)]
-    out = outputs(both, timeout=400)
-    assert [process.returncode for process in both] == [0, 0], out
-    alone = script("one", "", 0, 1)
-    _, errors = alone.communicate(timeout=400)
-    assert alone.returncode == 0, errors
+    for name, processes in (("two", 2), ("one", 1)):
+        started = long_in_one_process(tmp_path / name, processes=processes)
+        out = outputs(started, timeout=400)
+        assert not any(process.returncode for process in started), out
     one, two = ([line for line in lines(tmp_path / name) if "loss" in line] for name in ("one", "two"))
     assert [line["text_groups"] for line in two] == [line["text_groups"] for line in one] == [1, 0] * 3
     difference = np.max([abs(a["loss"] / b["loss"] - 1) for a, b in zip(one, two, strict=True)])
     print(f"largest relative difference of 6 losses, one process against two: {difference:.1e}")
     assert difference <= 1e-6
+
+
+@pytest.mark.slow
+def test_several_processes_start_from_the_weights_of_a_run(tmp_path):
+    """Each reads all of them, and finds the checkpoint whole; losses are those of one process that does."""
+    for name, processes, init_from in (("begun", 1, ""), ("two", 2, "begun"), ("one", 1, "begun")):
+        init_from = init_from and tmp_path / init_from
+        started = long_in_one_process(tmp_path / name, processes=processes, init_from=init_from)
+        out = outputs(started, timeout=400)
+        assert not any(process.returncode for process in started), out
+    begun, one, two = (
+        [line["loss"] for line in lines(tmp_path / name) if "loss" in line] for name in ("begun", "one", "two")
+    )
+    assert one[0] < begun[0]
+    np.testing.assert_allclose(two, one, rtol=1e-6)
 
 
 def test_a_port_in_use_is_one_line(tmp_path):
