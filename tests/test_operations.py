@@ -336,6 +336,7 @@ def little_memory() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")  # to limit the child alone, in a process that may have JAX
 def test_memory_that_is_really_too_little_names_what_to_change(tmp_path):
     """A step that needs ten GiB, in a process that may have six."""
     more = ("--config.batch=65536", "--config.samples=131072", "--config.optim.warmup_steps=0")
