@@ -32,7 +32,7 @@ from clip_jax.checkpoints.record import (
     IncompleteError,
     averages_statistics,
     check_same_leaves,
-    compare,
+    check_sums,
     judged,
     make_metadata,
     make_record,
@@ -132,7 +132,7 @@ class Checkpoints:
           UserError: it holds other leaves than `target`, or cannot be read for a reason outside of it.
         """
         contents, state = self._everywhere(functools.partial(self._read_state, step, target))
-        compare(checksums(state), contents.leaves)
+        check_sums(checksums(state), contents.leaves)
         if "batch_stats" in target.ema and "batch_stats" not in state.ema:
             statistics = jax.tree.map(jnp.copy, state.batch_stats)
             state = state.replace(ema={"params": state.ema, "batch_stats": statistics})
@@ -197,7 +197,7 @@ class Checkpoints:
         found = judged(
             lambda: ocp.PyTreeCheckpointHandler().restore(epath.Path(folder / "state"), args=arguments), folder
         )
-        compare(checksums(found), leaves)
+        check_sums(checksums(found), leaves)
         return from_average(found["ema"]) if ema else found
 
     def save(

@@ -120,7 +120,7 @@ class Mirror:
 
     def _fetch(self) -> list[int]:
         here = steps_in(self._local)
-        missing = sorted(step for step in self._steps() - {*here} if not self._is_another(step, {}))
+        missing = sorted(step for step in self._steps() - {*here} if not self._is_abandoned(step))
         brought = [step for step in missing if self._bring(step)]
         if brought and brought[-1] > max(here, default=-1):
             self._bring_others()
@@ -176,6 +176,10 @@ class Mirror:
         """
         if step in here:
             return here[step]["record"] not in ("", self._listed(step)["record"])
+        return self._is_abandoned(step)
+
+    def _is_abandoned(self, step: int) -> bool:
+        """Whether a checkpoint there is one that the run went back over."""
         return self._listed(step) in map(_list_of, self._local.glob(f"abandoned-{step}*"))
 
     def _send(self, step: int, listed: dict[str, Any]) -> bool:

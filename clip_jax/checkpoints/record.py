@@ -104,7 +104,7 @@ def judged(read: Callable[[], T], where: Path) -> T:
         raise DamagedError(f"cannot be read: {reason(error)}") from error
 
 
-def compare(found: Mapping[str, str], leaves: Mapping[str, Mapping[str, Any]]) -> None:
+def check_sums(found: Mapping[str, str], leaves: Mapping[str, Mapping[str, Any]]) -> None:
     """Raises a DamagedError that names the leaves whose checksums are not those of the record."""
     changed = [path for path, checksum in found.items() if leaves.get(path, {}).get("sum") != checksum]
     if changed:

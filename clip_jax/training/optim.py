@@ -158,10 +158,10 @@ def _checked(config: OptimConfig, optimizer: optax.GradientTransformation) -> op
                     f"config.optim.{key}: {regex!r} is found in no parameter's path{did_you_mean(regex, paths)} "
                     f"(paths are such as {paths[0]} and {paths[-1]})"
                 )
-        rates = [regex for key, regex in regexes if key == "lr_multipliers"]
-        taken = {next((i for i, regex in enumerate(rates) if re.search(regex, path)), None) for path in paths}
-        for i, rule in enumerate(config.lr_multipliers):
-            if i not in taken:
+        numbered = [(rule.rpartition("=")[0], number) for number, rule in enumerate(config.lr_multipliers)]
+        taken = jax.tree.leaves(apply_rules((*numbered, ("", -1)), params, all_used=False))
+        for number, rule in enumerate(config.lr_multipliers):
+            if number not in taken:
                 raise ConfigError(
                     f"config.optim.lr_multipliers: {rule!r} is never used, since all parameters that it is for are "
                     "found by an earlier one; put it before that"
