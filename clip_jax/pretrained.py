@@ -179,9 +179,10 @@ def load(
     """Loads trained weights: OpenAI's, open_clip's, Hugging Face's, or those of a run.
 
     Args:
-      source: a `.pt` file in OpenAI's layout, a folder in open_clip's or Hugging Face's, a run's workdir, a model's
-        name such as `ViT-B/32` (OpenAI's weights, downloaded once), or `hf-hub:owner/name`; a file, folder or run may
-        also be a URL, such as `gs://bucket/runs/b32`. Pickles are read without running them.
+      source: a `.pt` file in OpenAI's layout, a folder in open_clip's or Hugging Face's, a run's workdir or one of its
+        checkpoints (`runs/b32/checkpoints/12000`), a model's name such as `ViT-B/32` (OpenAI's weights, downloaded
+        once), or `hf-hub:owner/name`; a file, folder or run may also be a URL, such as `gs://bucket/runs/b32`. Pickles
+        are read without running them.
       model: refuse any other model than this one of the paper's.
       image_size: side of the images in pixels, where it is to differ; positions are then resized, before `model` is
         compared.

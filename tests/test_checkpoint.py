@@ -11,7 +11,8 @@ import pytest
 from states import assert_same_bits, small_state, target_of
 from tiny import TINY
 
-from clip_jax.checkpoints.checkpoint import Checkpoints, read_run
+from clip_jax.checkpoints.checkpoint import Checkpoints
+from clip_jax.checkpoints.model import read_run
 from clip_jax.config import CheckpointConfig, MeshConfig, as_json
 from clip_jax.data.images import Preprocess
 from clip_jax.models.clip import CLIP

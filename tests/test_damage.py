@@ -19,8 +19,9 @@ from random_weights import random_like
 from states import assert_same_bits, small_state, target_of
 from tiny import TINY
 
-from clip_jax.checkpoints.checkpoint import Checkpoints, read_run
+from clip_jax.checkpoints.checkpoint import Checkpoints
 from clip_jax.checkpoints.checksum import checksums
+from clip_jax.checkpoints.model import read_run
 from clip_jax.config import CheckpointConfig, MeshConfig
 from clip_jax.errors import UserError
 from clip_jax.models.clip import CLIP

@@ -136,7 +136,7 @@ def test_expecting_another_activation_is_refused(loaded):
         pytest.param(ResNetConfig(32, 8, 4, (1, 1, 1, 1)), id="resnet", marks=pytest.mark.slow),
     ],
 )
-def test_a_runs_newest_whole_checkpoint_is_loaded(vision, tmp_path, store):
+def test_a_runs_newest_whole_checkpoint_is_loaded_or_the_one_that_is_named(vision, tmp_path, store):
     run = dataclasses.replace(TINY, model=dataclasses.replace(TINY.model, vision=vision, dtype="bfloat16"))
     mesh, optimizer = make_mesh(MeshConfig(fsdp=2)), make_optimizer(run.optim, steps=run.steps)
     target = abstract_state(CLIP(run.model), optimizer, mesh=mesh)
@@ -160,6 +160,14 @@ def test_a_runs_newest_whole_checkpoint_is_loaded(vision, tmp_path, store):
     upload(workdir, f"{store}/run")
     for a, b in zip(*map(jax.tree.leaves, (read.read_weights(f"{store}/run").variables, expected)), strict=True):
         np.testing.assert_array_equal(a, b)
+    older = jax.device_get(states[0].variables)
+    shutil.copytree(workdir / "checkpoints" / "1", tmp_path / "best")
+    for source in (workdir / "checkpoints" / "1", tmp_path / "best", f"{store}/run/checkpoints/1"):
+        for a, b in zip(*map(jax.tree.leaves, (read.read_weights(source).variables, older)), strict=True):
+            np.testing.assert_array_equal(a, b)
+    shutil.rmtree(tmp_path / "best" / "config")
+    with pytest.raises(UserError, match="checkpoint .*best lacks config; take another one"):
+        clip_jax.load(tmp_path / "best")
 
 
 def test_a_run_without_checkpoint(tmp_path):

@@ -39,14 +39,11 @@ from clip_jax.checkpoints.record import (
     read_contents,
     reason,
 )
-from clip_jax.config import CheckpointConfig, RunConfig, as_json, from_saved
-from clip_jax.data.images import Preprocess
+from clip_jax.config import CheckpointConfig, RunConfig, as_json
 from clip_jax.errors import UserError
 from clip_jax.files import steps_in
-from clip_jax.models.clip import CLIP, Variables, init_variables
-from clip_jax.models.variants import ModelConfig
 from clip_jax.processes.distributed import any_process, from_first
-from clip_jax.training.state import TrainState, from_average, to_average
+from clip_jax.training.state import TrainState
 
 _LOG = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -175,30 +172,6 @@ class Checkpoints:
             self._set_aside(later, "abandoned", why=f"is abandoned for that of step {kept}")
         self._on_change()
         return found
-
-    def read_variables(self, step: int, target: Variables, *, ema: bool) -> Variables:
-        """Reads only the model's variables, as NumPy arrays; writes nothing.
-
-        Args:
-          step: as `latest` gives it.
-          target: their shapes and dtypes.
-          ema: take their average, if it is whole, see `averages_statistics`; else they are taken, with a warning.
-
-        Raises:
-          DamagedError: they are not what was written.
-        """
-        leaves, folder = self.read_contents(step).leaves, self._folder / str(step)
-        if ema and target["batch_stats"] and not averages_statistics(leaves):
-            _LOG.warning("%s averages parameters without BatchNorm's statistics; what was trained is taken", folder)
-            ema = False
-        item = {"ema": to_average(target)} if ema else dict(target)
-        as_numpy = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype), item)
-        arguments = ocp.args.PyTreeRestore(item, restore_args=as_numpy, partial_restore=True)
-        found = judged(
-            lambda: ocp.PyTreeCheckpointHandler().restore(epath.Path(folder / "state"), args=arguments), folder
-        )
-        check_sums(checksums(found), leaves)
-        return from_average(found["ema"]) if ema else found
 
     def save(
         self,
@@ -392,29 +365,3 @@ class Checkpoints:
         if any_process(False):
             raise DamagedError("could not be read by another process")
         return found
-
-
-def read_run(workdir: Path) -> tuple[ModelConfig, Variables, Preprocess]:
-    """Returns the model of a run's newest good checkpoint: sizes, variables as NumPy arrays, preprocessing.
-
-    Where the run keeps an average of its variables, these are it. Newer checkpoints that are not what was written are
-    passed over with a warning; nothing is written.
-
-    Raises:
-      UserError: there is none.
-    """
-    checkpoints = Checkpoints(workdir, CheckpointConfig())
-    for step in checkpoints.steps():
-        try:
-            return _read_model(checkpoints, step)
-        except DamagedError as error:
-            _LOG.warning("checkpoint %d of %s %s; an older one is taken", step, workdir, error)
-    raise UserError(f"{workdir} holds no whole checkpoint yet")
-
-
-def _read_model(checkpoints: Checkpoints, step: int) -> tuple[ModelConfig, Variables, Preprocess]:
-    contents = checkpoints.read_contents(step)
-    run = from_saved(contents.config)
-    shapes = jax.eval_shape(lambda: init_variables(CLIP(run.model), jax.random.key(0)))
-    variables = checkpoints.read_variables(step, shapes, ema=run.optim.ema_decay > 0)
-    return run.model, variables, Preprocess.from_dict(contents.metadata["preprocess"])

@@ -11,7 +11,10 @@ from typing import Any
 from clip_jax.errors import UserError
 from clip_jax.files import local_path
 
-MODEL = "a file, a folder, a run's workdir, a URL of one of these, a model's name or hf-hub:owner/name"
+MODEL = (
+    "a file, a folder, a run's workdir or one of its checkpoints, a URL of one of these, a model's name or "
+    "hf-hub:owner/name"
+)
 
 
 def add_path(parser: argparse.ArgumentParser, name: str, **options: Any) -> None:

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import urllib.request
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from clip_jax.data.storage import Storage, bring, file_system, find
@@ -19,6 +19,8 @@ from clip_jax.files import appearing, digest, folder_appearing, take_lock
 from clip_jax.interop.weights import file_sha256
 
 HUB_PREFIX = "hf-hub:"
+CHECKPOINT = "record/metadata"
+"""The file by which the folder of one of a run's checkpoints is known (`clip_jax.checkpoints.record`)."""
 
 # Config and weights, of which a folder may hold several with the same numbers: the first are taken.
 _LAYOUTS = (
@@ -103,7 +105,7 @@ def download_url(url: str, *, cache: Path | None = None) -> Path:
     Args:
       url: a `.pt` file, by any protocol that fsspec knows; or, by one that lists folders, a folder in open_clip's or
         Hugging Face's layout, or a run (`config.checkpoint.mirror`, or a workdir in a bucket), of which the newest
-        checkpoint is taken.
+        checkpoint is taken, or one of its checkpoints.
       cache: as of `download_openai`.
 
     Raises:
@@ -131,13 +133,15 @@ def download_url(url: str, *, cache: Path | None = None) -> Path:
     return folder / name
 
 
-def _of_weights(names: Iterable[str]) -> list[str]:
-    """Returns which files of a folder are read for the weights in it: one layout's, or a run's newest checkpoint."""
+def _of_weights(names: Collection[str]) -> list[str]:
+    """Returns which files of a folder are read for the weights in it: one layout's, or a checkpoint, a run's newest."""
     above = [name for name in names if "/" not in name]
     for patterns in _LAYOUTS:
         matches = [fnmatch.filter(above, pattern) for pattern in patterns]
         if all(matches):
             return [*itertools.chain(*matches), *fnmatch.filter(above, _PIXELS)]
+    if CHECKPOINT in names:
+        return [*names]
     if not (below := {name for name in names if re.match(r"checkpoints/\d+/", name)}):
         return []
     from clip_jax.checkpoints.mirror import LIST  # Orbax takes a second to import, and only runs need it

@@ -10,7 +10,7 @@ from clip_jax.config import describe_diff, model_diff
 from clip_jax.errors import UserError, did_you_mean
 from clip_jax.files import is_remote
 from clip_jax.interop import hugging_face, open_clip
-from clip_jax.interop.download import HUB_PREFIX, download_hub, download_openai, download_url
+from clip_jax.interop.download import CHECKPOINT, HUB_PREFIX, download_hub, download_openai, download_url
 from clip_jax.interop.hugging_face import read_hugging_face
 from clip_jax.interop.names import WeightsError
 from clip_jax.interop.open_clip import read_open_clip
@@ -33,9 +33,9 @@ def read_weights(
 
     Args:
       source: OpenAI's or another `.pt` file in its layout; a folder in open_clip's or Hugging Face's layout; the
-        workdir of a run of ours, of which the newest whole checkpoint is read; a URL of one of these, such as
-        `gs://bucket/runs/b32`; the name of one of the paper's models, whose weights by OpenAI are downloaded;
-        `hf-hub:owner/name`, or that page's address.
+        workdir of a run of ours, of which the newest whole checkpoint is read, or one of its checkpoints, such as
+        `runs/b32/checkpoints/12000`; a URL of one of these, such as `gs://bucket/runs/b32`; the name of one of the
+        paper's models, whose weights by OpenAI are downloaded; `hf-hub:owner/name`, or that page's address.
       expect: refuse another architecture or activation than this.
       image_size: side of the images in pixels, where it is to differ; image positions are then resized.
       activation: the model's, where the source is a file, which does not say it; see `read_openai`.
@@ -81,15 +81,15 @@ def _read_folder(folder: Path) -> Weights:
     has_weights = any((folder / name).exists() for name in (open_clip.SAFETENSORS, open_clip.TORCH))
     if (folder / open_clip.CONFIG).exists() and (has_weights or not _is_hugging_face(folder)):
         return read_open_clip(folder)
-    if (folder / "checkpoints").is_dir():
-        return _read_run(folder)
+    if (folder / "checkpoints").is_dir() or (folder / CHECKPOINT).exists():
+        return _read_trained(folder)
     if _is_hugging_face(folder):
         return read_hugging_face(folder)
     if (folder / "stablehlo.json").exists():
         raise WeightsError(f"{folder} is a StableHLO export: its run.py loads it, not this")
     raise WeightsError(
         f"{folder} holds no weights: neither {open_clip.CONFIG} (open_clip), nor a {hugging_face.CONFIG} with a "
-        "model_type (Hugging Face), nor checkpoints (a run's workdir)"
+        "model_type (Hugging Face), nor a run's checkpoints, nor is it one of them"
     )
 
 
@@ -98,10 +98,11 @@ def _is_hugging_face(folder: Path) -> bool:
     return config.exists() and "model_type" in read_json(config)
 
 
-def _read_run(workdir: Path) -> Weights:
-    from clip_jax.checkpoints.checkpoint import read_run  # Orbax takes a second to import, and only runs need it
+def _read_trained(folder: Path) -> Weights:
+    """Reads a run, or one checkpoint of it."""
+    from clip_jax.checkpoints.model import read_checkpoint, read_run  # Orbax takes a second to import
 
-    config, variables, preprocess = read_run(workdir)
+    config, variables, preprocess = (read_checkpoint if (folder / CHECKPOINT).exists() else read_run)(folder)
     return Weights(dataclasses.replace(config, dtype="float32"), variables, preprocess)  # a run may compute in less
 
 
