@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import botocore.exceptions
+import fsspec
 import huggingface_hub.constants
 import numpy as np
 import pytest
@@ -110,6 +111,20 @@ def test_want_of_credentials_is_not_waited_for_as_an_outage_is(monkeypatch):
     raised = botocore.exceptions.ParamValidationError(report="Invalid bucket name")
     with pytest.raises(StorageError, match="Invalid bucket name$"):
         Storage(0.5).read("s3://Bucket!/0.tar", 0, 1)
+
+
+def test_stores_behind_a_proxy_are_read_through_it(tmp_path, monkeypatch):
+    host = tmp_path / "http:" / "shards.invalid"  # by what a proxy is asked for
+    write_shards(host, [40])
+    with serving(tmp_path) as proxy:
+        monkeypatch.setenv("HTTP_PROXY", proxy.url)
+        monkeypatch.delenv("NO_PROXY", raising=False)
+        there = source("http://shards.invalid/00000.tar", tmp_path / "remote", retry_s=0.5)
+        assert there[39].captions == source(str(host / "00000.tar"), tmp_path / "local")[39].captions
+    made = []
+    monkeypatch.setattr(fsspec, "filesystem", lambda protocol, **options: made.append(options))
+    storage._file_system.__wrapped__("gs")
+    assert made[0]["session_kwargs"] == {"trust_env": True}
 
 
 def test_a_file_that_is_no_tar_is_called_as_it_was_named(store, tmp_path):

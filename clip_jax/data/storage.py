@@ -36,6 +36,7 @@ _NEVER_RETRIED = (FileNotFoundError, PermissionError, IsADirectoryError, ImportE
 # it at once may be told of none: they ask again, but not for long.
 _MISTAKES = frozenset({"ParamValidationError", "PartialCredentialsError", "ProfileNotFound"})
 _NO_CREDENTIALS, _CREDENTIALS_S = "NoCredentialsError", 10.0
+_SESSION = {"trust_env": True}  # aiohttp's: through HTTPS_PROXY and its like, as other libraries do unasked
 _HUB = "hf://"
 _HUB_FILE = re.compile(r"hf://(?:(dataset|space)s/)?([^/]+/[^/@]+)(?:@([^/]+))?/(.+)")
 _COUNTING = threading.Lock()
@@ -299,6 +300,8 @@ def _file_system(protocol: str) -> Any:
     options: dict[str, Any] = {"use_listings_cache": False}  # a listing kept would hide that a shard changed
     if protocol == "file":
         options["auto_mkdir"] = True
+    if protocol in ("gs", "gcs"):
+        options["session_kwargs"] = _SESSION
     return _http() if protocol in ("http", "https") else fsspec.filesystem(protocol, **options)
 
 
@@ -316,7 +319,7 @@ def _http(headers: Mapping[str, str] | None = None) -> Any:
 
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=_SILENCE_S)
     plain = {"Accept-Encoding": "identity"}  # of what is compressed on the way, neither sizes nor ranges are the file's
-    options = {"timeout": timeout, "headers": plain | dict(headers or {})}
+    options = {"timeout": timeout, "headers": plain | dict(headers or {}), **_SESSION}
     return fsspec.filesystem("http", use_listings_cache=False, client_kwargs=options)
 
 
