@@ -184,7 +184,8 @@ def test_a_finished_run_is_left_as_it_is(finished, tmp_path, capsys):
 
 def test_a_run_with_a_damaged_checkpoint_goes_on_from_the_one_before(finished, tmp_path, caplog):
     with pytest.raises(ConnectionError):
-        train(SYNTHETIC, tmp_path / "broken", data=interrupted(open_training_data(SYNTHETIC), after=11))
+        train(SYNTHETIC, tmp_path / "broken", data=interrupted(open_training_data(SYNTHETIC), after=10))
+    assert max(series(tmp_path / "broken")) == 10  # the line of the step that is saved
     position = tmp_path / "broken" / "checkpoints" / "10" / "data" / "metadata"
     position.write_text(position.read_text().replace("160", "161"))
     resumed = train(SYNTHETIC, tmp_path / "broken")

@@ -2,8 +2,9 @@
 
 Everything that can be refused is refused before anything is written, but for checkpoints that are brought from a copy:
 mesh, batch, data, model, checkpoints of another model. The loop's contract: get a batch, start the step, read the
-metrics of the step before, then evaluate and checkpoint where due. The data position is the number of pairs consumed,
-so that a resumed run goes on with the next. What a run does when something goes wrong is in docs/operations.md.
+metrics of the step before, then evaluate and checkpoint where due, and read those of a step that is saved. The data
+position is the number of pairs consumed, so that a resumed run goes on with the next. What a run does when something
+goes wrong is in docs/operations.md.
 """
 
 import json
@@ -210,6 +211,8 @@ def _steps(run: Run, start: Restored, watch: Watch) -> TrainState:
                 now=step == last or ending,
             )
             if saved:
+                if not ending:
+                    monitor.flush()  # a run that goes on from here writes no metrics of this step
                 monitor.sync()
                 watch.watchdog.progress()
             if ending:
