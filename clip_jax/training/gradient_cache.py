@@ -96,11 +96,13 @@ def cached_gradients(towers: Towers, loss: Loss, batch: Batch, *, parts: int) ->
             return back(of_texts)[0]
 
         of_text_tower = towers.layout(part["tokens"]).apply(pull_text, of_texts)
-        return jax.tree.map(jnp.add, sums, (pull_image(of_images)[0], of_text_tower, means)), None
+        changes = jax.tree.map(jnp.subtract, means, towers.batch_stats)
+        return jax.tree.map(jnp.add, sums, (pull_image(of_images)[0], of_text_tower, changes)), None
 
     zeros = jax.tree.map(jnp.zeros_like, (params["image"], params["text"], towers.batch_stats))
     cotangents = (split_rows(of_features.image, parts, mesh), split_rows(of_features.text, parts, mesh))
     (image, text, sums), _ = jax.lax.scan(pull, zeros, (micro, *cotangents))
     gradients = {"image": image, "text": text, **pull_scalars((of_features.scale, of_features.bias))[0]}
-    batch_stats = jax.tree.map(lambda total: total / parts, sums)
+    # By their changes: a mean of equal numbers need not be that number, and a frozen tower's must stay.
+    batch_stats = jax.tree.map(lambda old, total: old + total / parts, towers.batch_stats, sums)
     return Gradients(output, gradients, batch_stats, None if fits is None else fits.mean())
