@@ -183,6 +183,7 @@ def test_pairs_are_of_different_classes_and_none_is_there_twice():
         pairs = draw_pairs(labels, count=count)
         assert len(set(pairs)) == len(pairs) == min(count, 5_000)
         assert all(labels[pair.left] == pair.left_label != pair.right_label == labels[pair.right] for pair in pairs)
+    assert len(draw_pairs([0] * 990 + [1] * 10, count=500)) == 500
     assert draw_pairs([1, 1], count=5) == []
 
 

@@ -184,13 +184,13 @@ def draw_pairs(labels: Sequence[int], *, count: int, seed: int = 0) -> list[Pair
       count: pairs; fewer where there are no more.
       seed: of the draw.
     """
-    rng, images, drawn = np.random.default_rng(seed), len(labels), {}
-    if images**2 <= 4 * count:
-        order = rng.permutation(images**2).tolist()
-    else:
-        order = rng.integers(images**2, size=8 * count).tolist()
-    for place in order:
-        left, right = divmod(place, images)
-        if labels[left] != labels[right]:
-            drawn[left, right] = Pair(left, right, int(labels[left]), int(labels[right]))
+    classes, rng, images, drawn = np.asarray(labels), np.random.default_rng(seed), len(labels), {}
+    wanted = min(count, images**2 - int(np.sum(np.unique(classes, return_counts=True)[1] ** 2)))
+    while len(drawn) < wanted:
+        few = images**2 <= 4 * count
+        order = rng.permutation(images**2) if few else rng.integers(images**2, size=8 * count)
+        left, right = np.divmod(order, images)
+        unequal = classes[left] != classes[right]
+        for pair in zip(left[unequal].tolist(), right[unequal].tolist(), strict=True):
+            drawn[pair] = Pair(*pair, int(labels[pair[0]]), int(labels[pair[1]]))
     return list(drawn.values())[:count]
