@@ -251,6 +251,12 @@ def test_counts_come_from_where_they_are_known(shards, tmp_path):
         source(shards, tmp_path, counts=str(tmp_path / "mine.json"))
 
 
+def test_what_a_file_states_is_not_remembered(shards, tmp_path):
+    (tmp_path / "mine.json").write_text('{"00001.tar": 3}')  # wrong
+    assert source(shards, tmp_path, counts=str(tmp_path / "mine.json")).counts.tolist() == [7, 3, 1, 14]
+    assert source(shards, tmp_path).counts.tolist() == [7, 10, 1, 14]
+
+
 def test_shards_of_the_same_name_in_several_folders_have_counts_of_their_own(tmp_path):
     for folder, count in (("a", 2), ("b", 5)):
         write_shard(tmp_path / folder / "00000.tar", range(count))

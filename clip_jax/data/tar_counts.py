@@ -51,9 +51,11 @@ def find_counts(
     """
     known = _by_path(_counts_in(storage, file), paths) if all_used and file else {}
     stats: dict[str, Stat | None] = {}
+    looked: dict[str, int] = {}
     if len(known) < len(paths):
         stats = _local_stats(storage, paths, pool)
-        known = _remembered(storage, remembered, stats) | known
+        looked = _remembered(storage, remembered, stats)
+        known = looked | known
     if all_used and len(known) < len(paths):
         folders = _by_folder([path for path in paths if path not in known])
         files = [posixpath.join(folder, "sizes.json") for folder in folders]
@@ -72,9 +74,10 @@ def find_counts(
             "where all processes see it, or name a JSON file {shard: samples} as config.data.counts"
         )
     if unknown:
-        _remember(storage, remembered, known, stats)  # a folder that cannot be written is noticed before all is read
-        known |= dict(zip(unknown, pool.map(count, unknown), strict=True))
-        _remember(storage, remembered, known, stats)
+        _remember(storage, remembered, looked, stats)  # a folder that cannot be written is noticed before all is read
+        looked |= dict(zip(unknown, pool.map(count, unknown), strict=True))
+        _remember(storage, remembered, looked, stats)  # not what files state, which may be wrong and put right
+        known = looked | known
     return np.asarray([known[path] for path in paths], np.int64)
 
 
