@@ -81,6 +81,16 @@ def test_jpeg_decodes_as_pil_does():
     np.testing.assert_array_equal(decode(encoded), expected)
 
 
+def test_a_jpeg_with_colours_in_a_quarter_of_the_rows_is_read():
+    """4:4:1, as a 4:1:1 that was turned has it: the blocks of a 4:2:0, said to lie otherwise."""
+    encoded = bytearray(encode(noise(64, 64), "JPEG", subsampling="4:2:0"))
+    encoded[encoded.index(b"\xff\xc0") + 11] = 0x14
+    expected = np.asarray(Image.open(io.BytesIO(encoded)))
+    np.testing.assert_array_equal(decode(bytes(encoded)), expected)
+    with pytest.raises(ImageError, match="the JPEG cannot be decoded"):
+        decode(bytes(encoded[:-100]))
+
+
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
 def test_grey_becomes_three_equal_channels(kind):
     grey = smooth(20, 30, channels=1)

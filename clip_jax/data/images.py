@@ -207,6 +207,8 @@ def jpeg_size(encoded: bytes) -> tuple[int, int] | None:
 
     try:
         height, width, *_ = simplejpeg.decode_jpeg_header(encoded)
+    except KeyError:  # of colours in a quarter of the rows (4:4:1), which it decodes, and has no name for
+        width, height = _with_pil(encoded, lambda opened: opened.size)
     except ValueError as error:
         raise ImageError(f"the JPEG cannot be decoded: {one_line(error)}") from None
     _check_size(int(width), int(height))
