@@ -154,6 +154,25 @@ def test_what_cannot_be_used_has_its_reason(folder):
         assert caught.value.reason == reason
 
 
+def test_texts_of_parquet_that_are_not_utf_8_cost_their_own_pairs(folder):
+    texts = pyarrow.array([b"images/1.jpg", b"caf\xe9"])
+    unchecked = pyarrow.Array.from_buffers(pyarrow.string(), 2, texts.buffers())
+    several = pyarrow.ListArray.from_arrays(pyarrow.array([0, 1, 2], pyarrow.int32()), unchecked)
+    paths = pyarrow.array(["images/0.jpg"] * 2)
+    for images, captions, reason in (
+        (paths, unchecked, "caption_unreadable"),
+        (paths, several, "caption_unreadable"),
+        (unchecked, paths, "image_missing"),
+    ):
+        parquet.write_table(pyarrow.table({"image": images, "caption": captions}), folder / "pairs.parquet")
+        table = TableSource(folder / "pairs.parquet")
+        assert table[0].captions
+        with pytest.raises(RecordError, match="the (caption|image) is not UTF-8") as caught:
+            table[1]
+        assert caught.value.reason == reason
+        assert sum(map(len, table.by_image())) == 2
+
+
 def test_what_is_no_such_table_is_refused(folder):
     path = folder / "pairs.csv"
     path.write_text("filepath,title\nimages/0.jpg,x\n")

@@ -71,7 +71,7 @@ class TableSource:
           RecordError: it cannot be used.
         """
         image = self._image(index)
-        captions = self._columns[1][index].as_py() if len(self._columns) > 1 else None
+        captions = _value(self._columns[1][index], "caption") if len(self._columns) > 1 else None
         if not image:
             raise RecordError("image_missing", "the row names no image")
         texts = captions if isinstance(captions, list) else [captions]
@@ -93,17 +93,24 @@ class TableSource:
         """Returns the rows of each image: those that name the same file, or hold the same bytes."""
         found: dict[str | bytes | int, list[int]] = {}
         for index in range(len(self)):
-            image = self._image(index) or index
+            try:
+                image = self._image(index) or index
+            except RecordError:  # which says so when it is read
+                image = index
             own = hashlib.blake2b(image, digest_size=16).digest() if isinstance(image, bytes) else image
             found.setdefault(own, []).append(index)
         return list(found.values())
 
     def _image(self, index: int) -> str | bytes | None:
-        """Returns what stands in the column of images: a path, or an encoded image."""
+        """Returns what stands in the column of images: a path, or an encoded image.
+
+        Raises:
+          RecordError: a path that is not UTF-8, in Parquet.
+        """
         with _READING:  # once, for all threads
             if self._columns is None:
                 self._columns = self._read()
-        image = self._columns[0][index].as_py()
+        image = _value(self._columns[0][index], "image")
         if isinstance(image, dict):
             image = image.get("bytes") or image.get("path")
         # Text tables are read as bytes, so that one caption which is not UTF-8 does not cost the table.
@@ -189,6 +196,19 @@ _COLUMNS = (
     ("image_key", _is_image, "paths, of encoded images, or of structs of bytes and path"),
     ("caption_key", _is_caption, "texts, or of lists of texts"),
 )
+
+
+def _value(scalar: Any, role: str) -> Any:
+    """Returns an Arrow value as Python's.
+
+    Raises:
+      RecordError: a text that is not UTF-8, which Parquet's writers may have left unchecked.
+    """
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError as error:
+        reason = "image_missing" if role == "image" else "caption_unreadable"
+        raise RecordError(reason, f"the {role} is not UTF-8: {error.reason}") from None
 
 
 def _encoded(text: Any) -> bytes:
