@@ -194,3 +194,6 @@ def test_what_is_no_such_table_is_refused(folder):
     for name in ("absent.csv", "pairs.txt"):
         with pytest.raises(UserError, match=f"config.data.table=.*{name}"):
             TableSource(folder / name)
+    path.write_bytes(b"image,caption,caf\xe9\nimages/0.jpg,x,y\n")
+    with pytest.raises(UserError, match=r"pairs.csv: it has names of columns that are not UTF-8 .*; save it as UTF-8$"):
+        TableSource(path)

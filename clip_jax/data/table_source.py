@@ -142,6 +142,9 @@ class TableSource:
                 table = csv.read_csv(self._path, parse_options=parse, convert_options=as_text)
             else:
                 raise UserError(f"config.data.table={self._path}: it must be .csv, .tsv or .parquet")
+        except UnicodeDecodeError as error:
+            what = f"names of columns that are not UTF-8 ({error.reason}); save it as UTF-8"
+            raise UserError(f"config.data.table={self._path}: it has {what}") from None
         except (OSError, pyarrow.ArrowException) as error:
             hint = "; is a quotation mark not closed?" if "straddling" in str(error) else ""  # a row of over 1 MiB
             raise UserError(f"config.data.table={self._path}: {one_line(error)}{hint}") from None
