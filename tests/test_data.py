@@ -505,7 +505,7 @@ def test_another_file_format_is_named_with_the_command(digits_dir, tmp_path, fil
     assert str(caught.value).endswith(convert if file_format == "tfrecord" else prepare_command("pairs", tmp_path))
 
 
-@pytest.mark.parametrize("split", ["nope", "train[", "train[:200%]", "train[:0]", ""])
+@pytest.mark.parametrize("split", ["nope", "train[", "train[:200%]", "train[:0]", "train[5:2]", ""])
 def test_an_unknown_split_lists_the_splits(digits_dir, split):
     with pytest.raises(UserError, match=r"no split '.*'; it has train \(8,982\), test \(300\)"):
         TfdsSource("digits", split, data_dir=str(digits_dir))

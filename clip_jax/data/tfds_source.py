@@ -140,7 +140,9 @@ class TfdsSource:
         method = tfds.decode.DeserializeMethod.RAW_BYTES
         try:
             with _missing_module_named(self._directory):
-                return builder.as_data_source(self._split, deserialize_method=method, file_format=FILE_FORMAT)
+                records = builder.as_data_source(self._split, deserialize_method=method, file_format=FILE_FORMAT)
+            len(records)  # a ValueError where a slice ends before it begins
+            return records
         except ValueError:
             counts = ", ".join(f"{name} ({split.num_examples:,})" for name, split in builder.info.splits.items())
             known = f"it has {counts} and slices of these, as in 'train[:50%]'"
