@@ -380,6 +380,8 @@ def test_a_table_beside_the_shard_judges_as_the_samples_own_json(tmp_path, monke
     assert judged("a row less", [failed, *rows[1:]]) > 0
     assert judged("one twice", [*rows, rows[0] | {"uid": None, "similarity": 9.0, "nsfw": "NO"}]) > 0
     assert judged("columns less", [{"key": row["key"]} for row in rows]) > 0
+    nanoseconds = pyarrow.array([1] * 20, pyarrow.timestamp("ns"))
+    assert judged("no value", [row | dict.fromkeys(about[0].keys() | {"uid"}, nanoseconds[0]) for row in rows]) > 0
 
 
 def test_uids_of_datacomp_and_of_text_keep_the_same(tmp_path, monkeypatch):

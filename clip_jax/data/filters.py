@@ -61,7 +61,8 @@ class Filter:
           keys: of the samples, see `key_number`.
 
         Returns:
-          None where the file does not tell: no such table, missing columns or samples, or a key twice.
+          None where the file does not tell: no such table, missing columns or samples, a key twice, or a value that
+          cannot be read, such as a time in nanoseconds or a text that is not UTF-8.
         """
         import pyarrow
         from pyarrow import parquet
@@ -71,7 +72,7 @@ class Filter:
             rows = parquet.read_table(pyarrow.BufferReader(content), columns=["key", *names]).to_pylist()
             verdicts = {key_number(str(row["key"])): self(row) for row in rows}
             return [verdicts[key] for key in keys] if len(verdicts) == len(rows) else None
-        except (pyarrow.ArrowException, OSError, KeyError):
+        except (pyarrow.ArrowException, OSError, KeyError, ValueError):  # of values that Python has none for
             return None
 
     def _is_listed(self, metadata: Mapping[str, Any]) -> bool:
