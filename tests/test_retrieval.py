@@ -116,8 +116,8 @@ def test_a_folder_with_several_captions_an_image(model, model_dir, captioned):
 
 
 def test_lines_beside_an_image_in_tar_shards_are_captions(model, model_dir, tmp_path, monkeypatch):
-    """As CLIP_benchmark exports them: the same figures as the same captions in a folder, or in rows of a table that
-    name an image three times; training sees one text.
+    """As CLIP_benchmark exports them: the same figures as the same captions in a folder, or in rows of a table or
+    samples of a shard that have an image three times; training sees one text.
     """
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         for number in range(5):
@@ -139,8 +139,12 @@ def test_lines_beside_an_image_in_tar_shards_are_captions(model, model_dir, tmp_
     (tmp_path / "pairs.csv").write_text("\n".join(["image,caption", *rows]))
     columns = {"image": [picture(int(row[0])) for row in rows], "caption": [row[6:] for row in rows]}
     parquet.write_table(pyarrow.table(columns), tmp_path / "pairs.parquet")
-    for table in ("pairs.csv", "pairs.parquet"):
-        in_rows = evaluate(evaluator, EvalJob(str(tmp_path / table), task="zeroshot_retrieval"))
+    with tarfile.open(tmp_path / "pairs.tar", "w") as tar:  # as img2dataset makes them of a row for each caption
+        for number, (image, caption) in enumerate(zip(*columns.values(), strict=True)):
+            add(tar, f"{number:02}.png", image)
+            add(tar, f"{number:02}.txt", caption.encode())
+    for several in ("pairs.csv", "pairs.parquet", "pairs.tar"):
+        in_rows = evaluate(evaluator, EvalJob(str(tmp_path / several), task="zeroshot_retrieval"))
         assert (in_rows.details["images"], in_rows.details["texts"]) == (5, 15)
         assert in_rows.metrics == in_folder.metrics
     [whole] = open_named(shards, RunConfig(model.config))[3].captions

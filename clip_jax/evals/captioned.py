@@ -1,5 +1,6 @@
 """Images with captions, for retrieval: both are read once, each process its slice, and every process gets all."""
 
+import hashlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -51,8 +52,8 @@ def open_captioned(job: EvalJob, config: RunConfig) -> Source:
 def embed_captioned(evaluator: Evaluator, source: Source) -> Captioned:
     """Embeds all images and all their captions; collective over processes.
 
-    Rows of a table with the same image are one image with a caption from each, as the tables of COCO and Flickr30k have
-    them.
+    Records with the same image are one image with the captions of each, as COCO and Flickr30k have it in tables, and in
+    tar shards that img2dataset made of them.
 
     Raises:
       RecordError: names a record that cannot be read, or has no caption.
@@ -63,18 +64,21 @@ def embed_captioned(evaluator: Evaluator, source: Source) -> Captioned:
     image_of_text = np.array([index for index, texts in own for _ in texts], np.int32)
     tokens = evaluator.tokenize([text for _, texts in own for text in texts])
     tokens, image_of_text = _from_all(tokens, image_of_text)
+    kept, number = _different(remembered.digests)
+    image_of_text = number[image_of_text]
     order = np.argsort(image_of_text, kind="stable")
-    return Captioned(images.features, evaluator.tokens(tokens[order]), image_of_text[order].astype(np.int64))
+    return Captioned(images.features[kept], evaluator.tokens(tokens[order]), image_of_text[order])
 
 
 class _Remembering:
-    """Images of a source, which remembers the captions of those that were read."""
+    """Images of a source, which remembers the captions and digests, uint32 [n, 4], of those that were read."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
         one_each = [[number] for number in range(len(source))]
         self._records = source.by_image() if isinstance(source, TableSource) else one_each
         self.captions: dict[int, Sequence[str]] = {}
+        self.digests = np.zeros((len(self._records), 4), np.uint32)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -88,11 +92,27 @@ class _Remembering:
         if not texts:
             raise RecordError("caption_missing", "there is no caption")
         self.captions[index] = texts
+        image = records[0].image
+        content = image if isinstance(image, bytes) else image.tobytes()
+        self.digests[index] = np.frombuffer(hashlib.blake2b(content, digest_size=16).digest(), np.uint32)
         return records[0]
 
     def where(self, index: int) -> str:
         """Returns what to call a record in messages."""
         return name_record(self._source, self._records[index][0])
+
+
+def _different(digests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the first record of each image, int64 [k], and the place among these of every record's image, int64 [n].
+
+    Args:
+      digests: uint32 [n, 4], of what this process read; 0 elsewhere.
+    """
+    if jax.process_count() > 1:
+        digests = multihost_utils.process_allgather(digests).max(axis=0)
+    _, first, image = np.unique(digests, axis=0, return_index=True, return_inverse=True)
+    kept = np.sort(first)
+    return kept, np.searchsorted(kept, first[image.reshape(-1)])
 
 
 def _from_all(tokens: np.ndarray, image_of_text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
