@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import re
 import shutil
 import tarfile
 from pathlib import Path
@@ -119,6 +120,17 @@ def test_equal_to_numpy(result, model, scans):
     )
     assert result.details["images"] == SCANS  # the last batch is padded to 16
     assert 0 < result.metrics["acc1"] < result.metrics["acc5"] < 1
+
+
+def test_features_that_are_no_numbers_are_refused(evaluator, folders, monkeypatch):
+    """Of five classes and more each would be among the five best."""
+    broken = jax.tree.map(lambda leaf: leaf * np.nan, evaluator._variables)
+    monkeypatch.setattr(evaluator, "_variables", broken)
+    message = "features that the model gives are not finite numbers; it has diverged"
+    with pytest.raises(UserError, match=f"^2 of 2 {message}"):
+        evaluator.texts(["a", "b"])
+    with pytest.raises(UserError, match=message):
+        evaluator.images(open_labelled(str(folders)))
 
 
 def test_weights_equal_open_clips(model, model_dir, evaluator):
@@ -263,6 +275,11 @@ def test_no_evaluation_replaces_another(result, tmp_path):
         assert again.write(tmp_path) == file
         assert found.write(tmp_path) == file
         assert file.read_text() == content
+
+
+def test_a_dataset_of_many_words_has_a_name_that_a_file_can_have(result, tmp_path):
+    file = dataclasses.replace(result, dataset=f"source=tars,tars={'/deep' * 60}/pairs.tar").write(tmp_path)
+    assert re.fullmatch(r"benchmark_.*_deep_pairs\.tar_small_custom_en_zeroshot_classification\.json", file.name)
 
 
 def test_the_table_has_all_results_of_the_folder(result, tmp_path):

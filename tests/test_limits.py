@@ -221,6 +221,7 @@ def test_the_gap_between_groups(plates, half_blind, tmp_path):
         ("g.txt", "a\nb\n", "has 2 lines, and "),
         ("g.txt", "a\n" * 15, "names one group; a gap needs two"),
         ("g.csv", "image,group\nx,y\n", "must have the columns key and group"),
+        ("g.csv", "key,group\nk,a\nk,a\nk,b\n", "names two groups for the key k: a, b"),
         ("g.csv", "key,group\napple/0.png,a\n", r"has no group for .*/apple/1\.png \(key apple/1\.png\)"),
         ("gone.txt", None, r"gone\.txt cannot be read"),
     ],

@@ -12,7 +12,7 @@ from clip_jax.data.images import Preprocess, normalize, preprocess_of
 from clip_jax.data.pipeline import eval_batches
 from clip_jax.data.records import Records
 from clip_jax.data.transforms import EvalTransform
-from clip_jax.errors import OutageError
+from clip_jax.errors import OutageError, UserError
 from clip_jax.models.clip import CLIP, Variables, image_features, probe_features, text_features
 from clip_jax.partition import place_rows, replicated
 from clip_jax.processes.distributed import any_process
@@ -99,13 +99,18 @@ class Embedder:
         Args:
           variables: of the model, on the mesh.
           batches: this process's rows, as `eval_batches` yields them.
+
+        Raises:
+          UserError: features that are no numbers.
         """
         parts = []
         for batch in batches:
             found = jax.device_get(self._encode_images(variables, place_rows(batch, self._mesh)))
             kept = found["weight"] > 0
             parts.append(tuple(found[name][kept] for name in ImageFeatures._fields))
-        return ImageFeatures(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+        found = ImageFeatures(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+        _check_finite(found.features)
+        return found
 
     def texts(
         self, variables: Variables, texts: Sequence[str], *, progress: Callable[[], None] = lambda: None
@@ -148,7 +153,9 @@ class Embedder:
             padded = self._rows_of_this_process(np.concatenate([chunk, padding]))
             features = encode(variables, place_rows({"rows": padded}, self._mesh)["rows"])
             parts.append(np.asarray(features)[: len(chunk)])
-        return np.concatenate(parts)
+        found = np.concatenate(parts)
+        _check_finite(found)
+        return found
 
     def _rows_of_this_process(self, rows: np.ndarray) -> np.ndarray:
         processes = sorted({device.process_index for device in self._mesh.devices.flat})
@@ -178,6 +185,16 @@ class Embedder:
 
     def _text_features(self, variables: Variables, tokens: jax.Array) -> jax.Array:
         return text_features(self._model, variables, tokens)
+
+
+def _check_finite(features: np.ndarray) -> None:
+    """Refuses features [n, e] that are no numbers: no class is higher than another then, and each is among the best."""
+    wrong = len(features) - int(np.isfinite(features).all(axis=1).sum())
+    if wrong:
+        raise UserError(
+            f"{wrong:,} of {len(features):,} features that the model gives are not finite numbers; it has diverged, or "
+            "its weights are damaged"
+        )
 
 
 class InStep:

@@ -219,7 +219,10 @@ def _read_groups(path: Path, source: LabelledSource) -> Sequence[str]:
     key = getattr(source, "key", str)
     if not rows or not {"key", "group"} <= rows[0].keys():
         raise UserError(f"{path} must have the columns key and group")
-    by_key = {row["key"]: row["group"] for row in rows}
+    by_key: dict[str, str] = {}
+    for row in rows:
+        if by_key.setdefault(row["key"], row["group"]) != row["group"]:
+            raise UserError(f"{path} names two groups for the key {row['key']}: {by_key[row['key']]}, {row['group']}")
     missing = next((number for number in range(len(source)) if not by_key.get(key(number))), None)
     if missing is not None:
         raise UserError(f"{path} has no group for {name_record(source, missing)} (key {key(missing)})")

@@ -3,9 +3,11 @@
 Everything beyond that format is under one more key, `details`.
 """
 
+import functools
 import itertools
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +18,7 @@ from clip_jax.evals.published import published
 from clip_jax.files import appearing
 
 FILE_NAME = "benchmark_{dataset}_{pretrained}_{model}_{language}_{task}.json"
+_LONGEST_NAME = 200  # bytes; file systems take 255, of which a temporary name needs some
 
 
 @dataclass(frozen=True)
@@ -56,14 +59,15 @@ class Result:
 
     @property
     def file_name(self) -> str:
-        """Returns the name of its file, where no other evaluation has it; see `write`."""
-        return FILE_NAME.format(
-            dataset=self.dataset.strip("/").replace("/", "_"),
-            pretrained=Path(self.pretrained).name,
-            model=self.model,
-            language=self.language,
-            task=self.task,
-        )
+        """Returns the name of its file, where no other evaluation has it; see `write`.
+
+        A dataset that is called by many words, such as `source=tars,tars=…`, is cut to what a file system takes.
+        """
+        dataset = self.dataset.strip("/").replace("/", "_")
+        about = {"model": self.model, "language": self.language, "task": self.task}
+        named = functools.partial(FILE_NAME.format, pretrained=Path(self.pretrained).name, **about)
+        too_long = max(0, len(os.fsencode(named(dataset=dataset))) - _LONGEST_NAME)
+        return named(dataset=dataset[too_long:])
 
     def write(self, folder: Path) -> Path:
         """Writes it into a folder, whole or not at all, and returns the file.
