@@ -90,7 +90,7 @@ class Pretrained:
           normalize: give features of unit length.
 
         Raises:
-          UserError: another shape or type.
+          UserError: another shape or type, or ids that the model does not know.
         """
         tokens = self._checked_tokens(tokens)
         return _features(self.model, self.variables, tokens, method="encode_text", normalize=normalize)
@@ -158,13 +158,21 @@ class Pretrained:
         return images
 
     def _checked_tokens(self, tokens: ArrayLike) -> jax.Array:
-        tokens, context = jnp.asarray(tokens), self.config.text.context
-        shape_fits = tokens.ndim == 2 and tokens.shape[1] <= context and len(tokens)
+        tokens, text = jnp.asarray(tokens), self.config.text
+        shape_fits = tokens.ndim == 2 and tokens.shape[1] <= text.context and tokens.size
         if not shape_fits or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise UserError(
-                f"tokens are {tokens.dtype} {list(tokens.shape)}; the model needs integers [b, {context}], as "
+                f"tokens are {tokens.dtype} {list(tokens.shape)}; the model needs integers [b, {text.context}], as "
                 "model.tokenize gives them for one text or several"
             )
+        if not isinstance(tokens, jax.core.Tracer):  # within a program their values are not known
+            ids = np.asarray(tokens)
+            least, most = ids.min(), ids.max()
+            if not 0 <= least <= most < text.vocab_size:
+                raise UserError(
+                    f"tokens are from {least} to {most}, and the model knows 0 to {text.vocab_size - 1}; they are "
+                    "another tokenizer's"
+                )
         return tokens
 
 

@@ -110,6 +110,15 @@ def test_tokens_that_are_none(loaded, tokens):
             encode(tokens)
 
 
+def test_tokens_of_another_tokenizer(loaded):
+    model = loaded[2]
+    most = model.config.text.vocab_size - 1
+    for wrong, found in ((-1, "-1 to 5"), (most + 1, f"3 to {most + 1}")):
+        with pytest.raises(UserError, match=f"tokens are from {found}, and the model knows 0 to {most};"):
+            model.encode_text(np.array([[3, wrong, 5]]))
+    jax.jit(model.encode_text)(np.array([[3, 4, 5]]))
+
+
 def test_a_fingerprint_stays_what_indexes_hold():
     weights = weights_of("vit")
     zeros = jax.tree.map(np.zeros_like, weights.variables)

@@ -131,11 +131,6 @@ def config_from_hugging_face(values: Mapping[str, Any], *, where: object) -> Mod
             f"{where}: hidden_act is {text['hidden_act']!r} in text_config and {vision['hidden_act']!r} in "
             "vision_config; CLIP has one activation"
         )
-    if text["eos_token_id"] not in (END, text["vocab_size"] - 1, 2):  # of 2, transformers makes the row's largest id
-        raise WeightsError(
-            f"{where}: text_config.eos_token_id is {text['eos_token_id']!r}; CLIP's captions end with the tokenizer's "
-            f"{END}, or the largest id"
-        )
     sizes = {
         "embed_dim": values.get("projection_dim", 512),
         "vision": {
@@ -157,7 +152,13 @@ def config_from_hugging_face(values: Mapping[str, Any], *, where: object) -> Mod
         },
         "activation": text["hidden_act"],
     }
-    return checked_model(sizes, where=where)
+    config, end = checked_model(sizes, where=where), text["eos_token_id"]
+    if end not in (END, config.text.vocab_size - 1, 2):  # of 2, transformers makes the row's largest id
+        raise WeightsError(
+            f"{where}: text_config.eos_token_id is {end!r}; CLIP's captions end with the tokenizer's {END}, or the "
+            "largest id"
+        )
+    return config
 
 
 def config_to_hugging_face(config: ModelConfig) -> dict[str, Any]:

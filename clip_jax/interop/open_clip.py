@@ -121,7 +121,7 @@ def config_from_open_clip(values: Mapping[str, Any], *, where: object) -> tuple[
             sizes |= {"logit_bias": True, "initial_bias": float(bias)}
         config = checked_model(sizes, where=where)
         preprocess = _preprocess_from(dict(values.get("preprocess_cfg", {})), config, where)
-    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+    except (LookupError, TypeError, ValueError, ArithmeticError) as error:
         raise WeightsError(f"{where} does not describe a CLIP model: {type(error).__name__} {error}") from None
     for section, rest, neutral in (
         ("model_cfg", model, _NEUTRAL_MODEL),
