@@ -275,8 +275,10 @@ def test_thumbnails_of_every_mode(mode, longest):
 def test_a_thumbnail_of_16_bit_grey_shows_it():
     """The range of 16 bits is scaled, so that what is dark and what is bright can be told apart."""
     grey = np.repeat(np.linspace(0, 65_535, 256, dtype=np.uint16)[None], 64, axis=0)
-    shown = np.asarray(Image.open(io.BytesIO(to_jpeg(Image.fromarray(grey), longest=32))).convert("L"), float)
-    np.testing.assert_allclose(shown.mean(axis=0), np.linspace(4, 251, 32), atol=4)
+    for kind in (np.uint16, np.int32):  # PIL's I;16, and I, which TIFF may hold them as
+        image = Image.fromarray(grey.astype(kind))
+        shown = np.asarray(Image.open(io.BytesIO(to_jpeg(image, longest=32))).convert("L"), float)
+        np.testing.assert_allclose(shown.mean(axis=0), np.linspace(4, 251, 32), atol=4)
 
 
 @pytest.mark.parametrize("use", [lambda image: to_jpeg(image, longest=8), lambda image: eval_image(image, SMALL)])

@@ -21,7 +21,7 @@ from clip_jax.interop.open_clip import write_open_clip
 from clip_jax.interop.read import read_weights
 from clip_jax.interop.weights import Weights
 from clip_jax.pretrained import Pretrained
-from clip_jax.search import sheet
+from clip_jax.search import query, sheet
 from clip_jax.search.index import Item, SearchIndex, build_index, exact_neighbours, perturbed
 from clip_jax.search.query import Hit, open_searcher
 
@@ -345,6 +345,23 @@ def test_a_single_text_or_image_is_a_list_of_one(searcher, model, pictures):
     assert searcher.by_image(path, top=2) == searcher.by_image([path], top=2)
     shares = classify_images(model, path, ["a", "b"])
     np.testing.assert_array_equal(shares, classify_images(model, [path], ["a", "b"]))
+
+
+def test_many_queries_are_embedded_some_at_a_time(searcher, pictures, monkeypatch):
+    texts, images = ["a", "b", "c"], sorted((pictures / "even").glob("*.png"))[:3]
+    at_once = [searcher.by_text(texts, top=2), searcher.by_image(images, top=2)]
+    rows, encode = [], Pretrained.encode_text
+    monkeypatch.setattr(query, "_AT_ONCE", 2)
+    monkeypatch.setattr(
+        Pretrained,
+        "encode_text",
+        lambda self, tokens, **options: rows.append(len(tokens)) or encode(self, tokens, **options),
+    )
+    for one, other in zip([searcher.by_text(texts, top=2), searcher.by_image(images, top=2)], at_once, strict=True):
+        assert [[hit.number for hit in hits] for hits in one] == [[hit.number for hit in hits] for hits in other]
+    assert rows == [2, 1]
+    with pytest.raises(UserError, match="image 2: the image is empty"):
+        searcher.by_image([images[0], images[1], b""], top=1)
 
 
 def test_images_are_decoded_some_at_a_time_and_named_by_their_place(model, pictures, monkeypatch):

@@ -359,7 +359,7 @@ def to_jpeg(image: PILImage, *, longest: int) -> bytes:
     buffer = io.BytesIO()
     with _one_kind_of_error():
         small = image.copy()
-        if small.mode == "P" or small.mode.startswith("I;16"):
+        if small.mode == "P" or small.mode.startswith("I"):
             small = Image.fromarray(_to_rgb(small))
         small.thumbnail((longest, longest))
         _drop_to_rgb(small).save(buffer, "JPEG", quality=85)

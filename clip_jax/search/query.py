@@ -11,6 +11,9 @@ from clip_jax.errors import UserError
 from clip_jax.pretrained import Pretrained, load
 from clip_jax.search.index import Item, SearchIndex
 
+_AT_ONCE = 64
+"""Queries that are embedded at once: thousands need not fit in memory."""
+
 
 class Hit(NamedTuple):
     """Something that was found.
@@ -57,7 +60,11 @@ class Searcher:
         if not all(text.strip() for text in texts):
             raise UserError('the text to search for is blank; write what to look for, such as "red car at night"')
         tokens = self.model.tokenize(texts)
-        return self.nearest(np.asarray(self.model.encode_text(tokens, normalize=True)), top=top)
+        parts = [
+            np.asarray(self.model.encode_text(tokens[first : first + _AT_ONCE], normalize=True))
+            for first in range(0, max(len(tokens), 1), _AT_ONCE)
+        ]
+        return self.nearest(np.concatenate(parts), top=top)
 
     def by_image(self, images: Images, *, top: int) -> list[list[Hit]]:
         """Returns what is nearest to each image, best first; a single image is a list of one.
@@ -65,8 +72,11 @@ class Searcher:
         Raises:
           ImageError: what is no image.
         """
-        pixels = self.model.preprocess(as_list(images))
-        return self.nearest(np.asarray(self.model.encode_image(pixels, normalize=True)), top=top)
+        images, parts = as_list(images), []
+        for first in range(0, max(len(images), 1), _AT_ONCE):
+            pixels = self.model.preprocess(images[first : first + _AT_ONCE], first=first)
+            parts.append(np.asarray(self.model.encode_image(pixels, normalize=True)))
+        return self.nearest(np.concatenate(parts), top=top)
 
     def nearest(self, vectors: np.ndarray, *, top: int) -> list[list[Hit]]:
         """Returns what is nearest to each unit vector of [q, e], best first."""
