@@ -29,7 +29,7 @@ from clip_jax.models.variants import ResNetConfig, model_config
 from clip_jax.partition import AXES, make_mesh, place_rows
 from clip_jax.planning import gpu_compiler
 from clip_jax.planning.hlo import Collective, collectives
-from clip_jax.planning.plan import Plan, lever, levers, make_plan, report
+from clip_jax.planning.plan import Plan, _wanted, lever, levers, make_plan, report
 from clip_jax.planning.utilization import StepFlops
 from clip_jax.training.optim import make_optimizer
 from clip_jax.training.program import make_program
@@ -414,8 +414,8 @@ def test_topologies_that_do_not_exist(text, message):
 DEMO = "--config=configs/demo.py:vision.layers=1,text.layers=1"
 
 
-def plan_command(*arguments):
-    command = [sys.executable, "-m", "clip_jax.cli", "plan", DEMO, *arguments]
+def plan_command(*arguments, config=DEMO):
+    command = [sys.executable, "-m", "clip_jax.cli", "plan", config, *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
@@ -446,6 +446,25 @@ def test_a_plan_for_tpu_slices_that_are_not_there():
     missing = plan_command("--topology=v5p:3x3x3")
     assert missing.returncode == 2
     assert "error: --topology=v5p:3x3x3: there is no such slice: " in missing.stderr
+
+
+@needs_libtpu
+def test_what_tpus_cannot_hold_does_not_fit():
+    """The compiler gives up where the temporaries alone are too many: that is an answer, no failure."""
+    found = plan_command("--topology=v5e:1x1", config="--config=configs/demo.py:batch=131072,samples=409600000")
+    assert found.returncode == 3, found.stderr
+    assert re.search(r"temporaries +\d\d\.\d\d GiB", found.stdout)
+    assert "16.00 GiB: does not fit; try model.remat=dots" in found.stdout
+
+
+def test_what_a_compiler_says_that_it_wants():
+    state = make_program(TINY, devices=jax.devices()[:1]).target
+    assert _wanted("Used 17.51G of 15.75G hbm. Exceeded hbm capacity by 1.76G.", state) == {"total": int(17.51 * 2**30)}
+    found = _wanted("required for HLO temporaries (1.50M) exceeds available HBM (1.00M).", state)
+    assert found.pop("temporaries") == 3 << 19
+    assert found.pop("total") == (3 << 19) + sum(found.values())
+    assert set(found) == {"parameters", "optimizer state"}
+    assert not _wanted("INTERNAL: something else", state)
 
 
 needs_gpu_compiler = pytest.mark.skipif(not gpu_compiler.is_installed(), reason="JAX's CUDA plugin is not installed")

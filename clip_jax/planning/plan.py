@@ -31,6 +31,10 @@ from clip_jax.training.state import TrainState
 
 DAY = 86_400
 
+# What libtpu says where a program wants more memory than there is: of temporaries alone, or of all together.
+_OF_TEMPORARIES = re.compile(r"HLO temporaries \(([\d.]+)([KMGT])\) exceeds")
+_OF_ALL = re.compile(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm")
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -43,7 +47,7 @@ class Plan:
       sample_flops: of the towers' forward pass on one image and on one text.
       step_flops: of a step on all chips, by arithmetic: three forward passes' worth, and the loss, but nothing that is
         recomputed.
-      memory: bytes by kind; `total` is what must fit. Only `total` where the compiler gave up for want of memory.
+      memory: bytes by kind; `total` is what must fit. Where the compiler gave up for want of memory, what it said.
       collectives: of one step.
     """
 
@@ -90,9 +94,13 @@ def make_plan(config: RunConfig, topology: Topology) -> Plan:
     flops = image_flops(model, train=True), text_flops(model)
     devices = devices_of(topology)
     state, lowered = lower_step(config, devices)
-    compiled = _compile(lowered, gpu_compiler.COMPILER_OPTIONS if gpu_compiler.compiles_for(topology) else {})
-    if isinstance(compiled, int):
-        memory, found = {"total": compiled}, []
+    found: list[Collective] = []
+    try:
+        compiled = lowered.compile(gpu_compiler.COMPILER_OPTIONS if gpu_compiler.compiles_for(topology) else {})
+    except jax.errors.JaxRuntimeError as error:
+        memory = _wanted(str(error), state)
+        if not memory:
+            raise UserError(f"the compiler failed: {one_line(error)[:300]}") from error
     else:
         memory = _memory(compiled, state)
         found = collectives(_text(compiled), devices=topology.devices, slices=topology.slices)
@@ -113,8 +121,7 @@ def lasting_bytes(config: RunConfig, topology: Topology) -> int:
     Raises:
       ConfigError: mesh or batch do not fit the devices.
     """
-    state = make_program(config, devices=devices_of(topology)).target
-    return _bytes((state.params, state.opt_state, state.ema))
+    return sum(_lasting(make_program(config, devices=devices_of(topology)).target).values())
 
 
 def lower_step(config: RunConfig, devices: Sequence[Any]) -> tuple[TrainState, jax.stages.Lowered]:
@@ -260,15 +267,18 @@ def _time_rows(plan: Plan, *, mfu: float, images_per_core: float) -> list[tuple[
     ]
 
 
-def _compile(lowered: jax.stages.Lowered, options: dict[str, bool | str]) -> jax.stages.Compiled | int:
-    """Returns the step, or the bytes that it wants where these are more than the compiler can place."""
-    try:
-        return lowered.compile(compiler_options=options)
-    except jax.errors.JaxRuntimeError as error:
-        wanted = re.search(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm", str(error))
-        if wanted is None:
-            raise UserError(f"the compiler failed: {one_line(error)[:300]}") from error
-        return int(float(wanted[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[wanted[2]])
+def _wanted(error: str, state: TrainState) -> dict[str, int]:
+    """Returns bytes of one device by kind where a compiler could not place them; nothing where it failed otherwise."""
+    if total := _OF_ALL.search(error):
+        return {"total": _as_bytes(*total.groups())}
+    if temporaries := _OF_TEMPORARIES.search(error):
+        kinds = _lasting(state) | {"temporaries": _as_bytes(*temporaries.groups())}
+        return kinds | {"total": sum(kinds.values())}
+    return {}
+
+
+def _as_bytes(number: str, unit: str) -> int:
+    return int(float(number) * 1024 ** (1 + "KMGT".index(unit)))
 
 
 def _text(compiled: jax.stages.Compiled) -> str:
@@ -285,13 +295,18 @@ def _text(compiled: jax.stages.Compiled) -> str:
 def _memory(compiled: jax.stages.Compiled, state: TrainState) -> dict[str, int]:
     """Returns bytes of one device by kind; `total` is the compiler's, donated arrays counted once."""
     found: Any = compiled.memory_analysis()
-    parts = {"parameters": state.params, "optimizer state": state.opt_state, "average": state.ema}
-    kinds = {kind: _bytes(tree) for kind, tree in parts.items() if jax.tree.leaves(tree)}
+    kinds = _lasting(state)
     kinds["batch and the rest"] = found.argument_size_in_bytes - sum(kinds.values())
     kinds["temporaries"] = found.temp_size_in_bytes
     kinds["program"] = found.generated_code_size_in_bytes
     fresh = found.output_size_in_bytes - found.alias_size_in_bytes
     return kinds | {"total": sum(kinds.values()) + fresh}
+
+
+def _lasting(state: TrainState) -> dict[str, int]:
+    """Returns the bytes of one device by kind that stay between steps."""
+    parts = {"parameters": state.params, "optimizer state": state.opt_state, "average": state.ema}
+    return {kind: _bytes(tree) for kind, tree in parts.items() if jax.tree.leaves(tree)}
 
 
 def _bytes(tree: Any) -> int:
