@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +14,13 @@ from gradients import by_path, largest_difference
 from test_step import setup, setup_in_f64
 from tiny import TINY
 
-from clip_jax.config import CheckpointConfig, HealthConfig, MeshConfig, OptimConfig
+from clip_jax.config import CheckpointConfig, HealthConfig, LogConfig, MeshConfig, OptimConfig
 from clip_jax.data.loader import open_training_data
 from clip_jax.data.skips import batches_between, next_position
 from clip_jax.errors import UserError
 from clip_jax.partition import place_rows
 from clip_jax.planning.hlo import collectives
-from clip_jax.run import metrics
+from clip_jax.run import metrics, monitor
 from clip_jax.run.health import Alarms, Health, Rewind
 from clip_jax.run.trainer import train
 from clip_jax.training import step
@@ -313,9 +314,9 @@ def test_steps_without_a_pair_neither_rewind_nor_hide_those_that_do(tmp_path):
         health.note(step, 16 * (step - 1), {"index": np.arange(16)})
         return health.judge(step, steps[kind])["skipped"]
 
-    kinds = ["good", *["empty"] * 9, "bad", "empty", "bad"]
-    assert [judge(step, kind) for step, kind in enumerate(kinds, 1)] == [0, *range(1, 13)]
-    assert said[0] == "step 2 is skipped: none of its pairs could be used"
+    kinds = ["bad", "bad", "good", *["empty"] * 7, "bad", "empty", "bad"]
+    assert [judge(step, kind) for step, kind in enumerate(kinds, 1)] == [1, 2, 2, *range(3, 13)]
+    assert said[2] == "step 4 is skipped: none of its pairs could be used"
     (tmp_path / "skipped-0.jsonl").unlink()
     (tmp_path / "skipped-0.jsonl").mkdir()  # a name that cannot be written, as on a full disk, is only lost
     with pytest.raises(Rewind) as caught:
@@ -366,6 +367,15 @@ def test_the_alarm_of_a_loss_spike():
     spike = [*falling, {"loss": falling[-1]["loss"] + 1.0}, *falling[-3:]]
     assert [i for i, each in enumerate(judged(spike)) if each["alarm/loss_spike"]] == [300]
     assert not any(each["alarm/loss_spike"] for each in judged(spike, spike_deviations=0.0))
+    assert judged([{"skipped": 1.0, "loss": np.nan}] * 2) == [{}, {}]
+
+    def last(before, loss):
+        return judged([*before, {"loss": loss}])[-1]["alarm/loss_spike"]
+
+    level, swinging = [{"loss": 2.0}] * 100, [{"loss": 1.5}, {"loss": 2.5}] * 50
+    assert [last(level, loss) for loss in (2.15, 2.17)] == [False, True]
+    assert [last(swinging, loss) for loss in (10.0, 11.0)] == [False, True]
+    assert not last(level[1:], 9.0)  # the window is not full
     lower = [*falling, {"loss": falling[-1]["loss"] - 1.0}]
     assert not any(each["alarm/loss_spike"] for each in judged(lower))
 
@@ -389,6 +399,41 @@ def test_the_alarm_of_collapsed_embeddings(side):
     assert on(*apart, *together, *apart) == [False] * 249 + [True] * 51 + [False] * 150
     assert not any(on(*[0.99] * 60, *[0.93] * 13, *[0.96] * 2, *apart))  # as the demo leaves it
     assert not any(on(*[0.9] * 300))
+
+
+def test_lines_between_which_steps_have_none_hold_their_alarms_and_times(tmp_path, monkeypatch):
+    """Of steps of 4 s, of which one waits for data; an evaluation of 1,000 s is no part of them."""
+    now = 0.0
+    monkeypatch.setattr(monitor, "time", SimpleNamespace(perf_counter=lambda: now))
+    run = dataclasses.replace(TINY, log=LogConfig(every=3, tensorboard=False), samples=32 * 8)
+    run = dataclasses.replace(run, health=HealthConfig(clamp_steps=1))
+    found = HEALTHY | {"pairs": 32.0, "accuracy": 0.5, "gradient_norm": 1.0}
+    batch = {"index": np.arange(32), "bad": np.zeros(32, np.int32)}
+    with monitor.Monitor(run, tmp_path, start_step=0, chance_loss=3.0, where=str, devices=jax.devices()[:1]) as watch:
+
+        def take(step):
+            nonlocal now
+            with watch.waiting_for_data():
+                now += 1
+            watch.started(step, 32 * (step - 1), batch)
+            now += 3
+            values = found | {"logit_scale": 100.0 if step == 4 else 20.0}
+            watch.finished(step, {name: jnp.asarray(value) for name, value in values.items()})
+
+        for step in range(1, 9):
+            take(step)
+            if step == 5:
+                with watch.pause():
+                    now += 1000
+        watch.flush()
+        times, waits, alarms = (rows_of(tmp_path, name) for name in ("step_time", "data_wait", "alarm/logit_scale"))
+        watch.rewound(4)
+        take(5)
+        watch.flush()
+    assert alarms == {1: 0, 3: 0, 6: 1, 8: 0}
+    assert times == {1: 8, 3: 4, 6: 4, 8: 2}  # metrics are read a step late, and the last two at once
+    assert set(waits.values()) == {0.25}
+    assert list(rows_of(tmp_path, "loss")) == [1, 3, 5]  # a run that went back begins with a line
 
 
 def test_alarms_are_in_the_metrics_and_said_once(tmp_path, capsys):

@@ -25,10 +25,11 @@ def test_another_model_is_refused_by_name():
     deeper = dataclasses.replace(TINY.model, text=dataclasses.replace(TINY.model.text, layers=2))
     with pytest.raises(UserError, match=r"^w holds checkpoints of another model: text.layers 1 -> 2 \(saved"):
         lines(model=deeper)
-    with pytest.raises(
-        UserError, match=r"^w holds checkpoints of another model: std \[.*\] -> \[0.5, 0.5, 0.5\] \(saved"
-    ):
-        lines(data=dataclasses.replace(TINY.data, std=(0.5, 0.5, 0.5)))
+    for key in ("mean", "std"):
+        with pytest.raises(
+            UserError, match=rf"^w holds checkpoints of another model: {key} \[.*\] -> \[0.5, 0.5, 0.5\] \(saved"
+        ):
+            lines(data=dataclasses.replace(TINY.data, **{key: (0.5, 0.5, 0.5)}))
     lines(model=dataclasses.replace(TINY.model, dtype="bfloat16", init="scaled"))
 
 
@@ -74,6 +75,7 @@ def test_learning_rate_and_schedule_may_change():
         "resuming at step 10; changed since: optim.lr 0.001 -> 0.0001, optim.warmup_steps 5 -> 3, samples 640 -> 1280",
         "the learning rate goes on at 9.14e-05; without these changes it would at 0.00075",
     ]
+    assert lines(optim=dataclasses.replace(TINY.optim, lr=1e-4))[1].startswith("the learning rate goes on at 7.5e-05; ")
     constant = dataclasses.replace(TINY, optim=dataclasses.replace(TINY.optim, schedule="constant"))
     longer = dataclasses.replace(constant, samples=32 * 40)
     saved = SAVED._replace(config=as_json(constant))
@@ -118,9 +120,22 @@ def test_a_best_that_is_measured_otherwise_from_here_on_is_said():
     for changes, keys in (
         ({"batch": 16}, "batch"),
         ({"eval": dataclasses.replace(best.eval, held_out_pairs=99)}, "eval.held_out_pairs"),
+        ({"loss": dataclasses.replace(best.loss, kind="sigmoid")}, "loss.kind"),
     ):
         (line,) = said(**changes)
         assert line.startswith(f"held_out/loss is measured otherwise from here on ({keys}): the best checkpoint")
+    accuracy = dataclasses.replace(best.checkpoint, best_metric="held_out/accuracy", best_mode="max")
+    assert "measured otherwise" not in str(
+        describe_resume(saved, dataclasses.replace(best, checkpoint=accuracy, batch=16), step=10, data=DATA)
+    )
+    zero_shot = dataclasses.replace(
+        best,
+        checkpoint=dataclasses.replace(best.checkpoint, best_metric="zero_shot/photo/top1"),
+        eval=dataclasses.replace(best.eval, dataset="digits"),
+    )
+    other = dataclasses.replace(zero_shot, batch=16, eval=dataclasses.replace(zero_shot.eval, split="train"))
+    found = describe_resume(SAVED._replace(config=as_json(zero_shot)), other, step=10, data=DATA)
+    assert any("top1 is measured otherwise from here on (eval.split)" in line for line in found)
 
 
 def test_a_batch_that_leaves_nothing_to_do_is_refused():
@@ -133,6 +148,17 @@ def test_a_batch_that_leaves_nothing_to_do_is_refused():
     ("changes", "data", "expected"),
     [
         ({"seed": 1}, DATA, "the order of the data changed after 320 pairs: in the epoch"),
+        *(
+            ({"data": dataclasses.replace(TINY.data, **change)}, DATA, "the order of the data changed after 320 pairs")
+            for change in (
+                {"order": "full"},
+                {"streams": 8},
+                {"block": 1},
+                {"window": 1},
+                {"mixture": ("source=synthetic",)},
+                {"weight": 2.0},
+            )
+        ),
         ({}, DATA | {"name": "other"}, "the data changed after 320 pairs: in the epoch"),
     ],
 )
