@@ -397,13 +397,32 @@ def test_uids_of_datacomp_and_of_text_keep_the_same(tmp_path, monkeypatch):
         patch.setattr(np, "sort", lambda _: pytest.fail("sorted again"))
         assert Filter((), str(tmp_path / "sorted.npy")).digest == kept.fingerprint["filter"]
     np.save(tmp_path / "halves.npy", np.zeros((3, 2), np.uint64))
+    np.save(tmp_path / "numbers.npy", np.zeros(3, np.uint64))
+    np.save(tmp_path / "pickle.npy", np.asarray([None]), allow_pickle=True)
     (tmp_path / "empty.npy").touch()
-    for name, message in {"halves.npy": r"it holds uint64 \[3, 2\], and", "empty.npy": "No data"}.items():
+    messages = {
+        "halves.npy": r"it holds uint64 \[3, 2\], and",
+        "numbers.npy": r"it holds uint64 \[3\], and",
+        "pickle.npy": "Object arrays cannot be loaded",
+        "empty.npy": "No data",
+    }
+    for name, message in messages.items():
         with pytest.raises(UserError, match=message):
             Filter((), str(tmp_path / name))
     (tmp_path / "uids.txt").write_text("nonsense")
     with pytest.raises(UserError, match="'nonsense' is not a uid"):
         Filter((), str(tmp_path / "uids.txt"))
+
+
+def test_uids_are_found_in_whatever_order_they_are_listed(tmp_path):
+    high, low = 0x8123456789ABCDEF, 0xFEDCBA9876543211
+    uids = list(itertools.product((high, high + 1), (low, low + 1)))
+    for order in itertools.permutations(uids):
+        np.save(tmp_path / "uids.npy", np.asarray(list(order), "u8,u8"))
+        keep = Filter((), str(tmp_path / "uids.npy"))
+        assert all(keep({"uid": f"{first:016x}{second:016x}"}) for first, second in uids)
+        others = [(high - 1, low), (high, low - 1), (high, low + 2), (high + 2, low), (low, high)]
+        assert not any(keep({"uid": f"{first:016x}{second:016x}"}) for first, second in others)
 
 
 def test_processes_that_see_other_shards_are_refused(tmp_path, monkeypatch):
