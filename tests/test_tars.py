@@ -22,7 +22,7 @@ from tiny import TINY
 
 from clip_jax.cli import main
 from clip_jax.config import DataConfig
-from clip_jax.data import loader, storage, tar_source
+from clip_jax.data import loader, storage, tar_counts, tar_source
 from clip_jax.data.augment import Augment
 from clip_jax.data.filters import Filter
 from clip_jax.data.images import Preprocess
@@ -246,9 +246,21 @@ def test_counts_come_from_where_they_are_known(shards, tmp_path):
     (tmp_path / "mine.json").write_text(json.dumps({f"{folder}/{name}.tar": 4 for name in names}))
     assert source(shards, tmp_path, counts=str(tmp_path / "mine.json")).counts.tolist() == [4] * 4
     assert not (tmp_path / "index").exists()
-    (tmp_path / "mine.json").write_text("[]")
-    with pytest.raises(UserError, match="config.data.counts=.*not a mapping"):
-        source(shards, tmp_path, counts=str(tmp_path / "mine.json"))
+    for wrong in ("[]", '{"00000.tar": -1}', '{"00000.tar": 2.5}', '{"00000.tar": true}'):
+        (tmp_path / "mine.json").write_text(wrong)
+        with pytest.raises(UserError, match="config.data.counts=.*not a mapping"):
+            source(shards, tmp_path, counts=str(tmp_path / "mine.json"))
+
+
+def test_many_remote_shards_are_counted_only_when_that_is_asked_for(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(tar_counts, "_MOST_REMOTE_TO_INDEX", 3)
+    remote = "::".join(f"file://{path}" for path in expand(shards))
+    with pytest.raises(UserError, match="not known how many samples 4 shards have.*clip-jax data index"):
+        source(remote, tmp_path)
+    few = source(remote.rpartition("::")[0], tmp_path)
+    assert few.counts.tolist() == [7, 10, 1]
+    assert source(remote, tmp_path, index=True).counts.tolist() == [7, 10, 1, 14]
+    assert source(remote, tmp_path).counts.tolist() == [7, 10, 1, 14]
 
 
 def test_what_a_file_states_is_not_remembered(shards, tmp_path):
