@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -183,7 +184,9 @@ def test_two_processes_find_what_one_finds(model_dir, captioned, digits_dir, tmp
     """Classification, retrieval and a probe whose features go through the cache; sizes that divide into nothing."""
     digits = {"dataset": "digits", "split": "test[:37]", "data_dir": str(digits_dir), "templates": "digits"}
     probe = digits | {"task": "linear_probe", "train": "train[:301]"}
-    jobs = json.dumps([digits, {"dataset": str(captioned), "task": "zeroshot_retrieval"}, probe])
+    for copy in ("a", "b"):  # each image is there twice, read by both processes
+        shutil.copytree(captioned, tmp_path / "twice" / copy)
+    jobs = json.dumps([digits, {"dataset": str(tmp_path / "twice"), "task": "zeroshot_retrieval"}, probe])
 
     def start(name, address, index, count):
         folders = tmp_path / name, tmp_path / f"{name}_cache"
@@ -208,3 +211,4 @@ def test_two_processes_find_what_one_finds(model_dir, captioned, digits_dir, tmp
             assert one["details"]["train_images"] == two["details"]["train_images"] == 301
         else:
             assert one == two
+            assert one["task"] != "zeroshot_retrieval" or one["details"]["images"] == 13
