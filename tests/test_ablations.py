@@ -496,6 +496,9 @@ def test_a_paired_difference_by_hand():
     found = paired_difference({0: 10.0, 1: 20.0, 2: 30.0}, {0: 12.0, 1: 22.5, 2: 33.0})
     assert (found.low, found.high) == (pytest.approx(1.2579, abs=1e-4), pytest.approx(3.7421, abs=1e-4))
     assert found.verdict == "more than seed noise"
+    # the same below the baseline, and differences that are close to each other but not equal
+    for other in ({0: 8.0, 1: 17.5, 2: 27.0}, {0: 11.0, 1: 21.0000001, 2: 31.0}):
+        assert paired_difference({0: 10.0, 1: 20.0, 2: 30.0}, other).verdict == "more than seed noise"
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says():

@@ -43,6 +43,13 @@ def test_classify_against_a_loop():
     assert result.top5 == in_five / 200
     assert result.top1 == np.trace(confusion) / 200
     assert result.images == 200
+    assert result.top5_interval == wilson_interval(in_five / 200, 200)
+
+
+def test_of_classes_that_are_equally_near_the_first_comes_first():
+    result = classify(np.ones((4, 1)), np.array([0, 0, 4, 5]), np.ones((6, 1)), prompts="p", classes=CLASSES)
+    assert (result.top1, result.top5) == (2 / 4, 3 / 4)  # the last one is not among the five
+    assert not result.found.any()
 
 
 @pytest.mark.parametrize(("labels", "wrong"), [((0, 1, 6), 6), ((0, -1, 5), -1)])
@@ -58,6 +65,13 @@ def test_means_and_mistakes():
     assert result.top1 == 9 / 12
     assert result.mean_per_class == pytest.approx((0.8 + 0.5) / 2)  # class b has no images
     assert result.confusions() == [("a", "b", 2), ("c", "a", 1)]
+
+
+def test_the_interval_of_a_mean_over_classes():
+    """Two classes of which 50 of 100 are right each: their mean's standard deviation is √(1/4 / 100 / 2)."""
+    result = ZeroShotResult("p", ("a", "b"), np.full((2, 2), 50), math.nan, np.zeros(200, bool), np.zeros(200, int))
+    half = 1.96 * math.sqrt(1 / 800)
+    assert result.mean_per_class_interval == pytest.approx((0.5 - half, 0.5 + half), abs=0.005)
 
 
 def test_fewer_than_five_classes_have_no_top5():
