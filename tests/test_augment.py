@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
 from sklearn.datasets import load_sample_image
 
-from clip_jax.data.augment import Augment, _random_box, random_crop, resized_crop, square_crop
+from clip_jax.data.augment import Augment, _random_box, _scaled, random_crop, resized_crop, square_crop
 from clip_jax.data.images import ImageError, Preprocess, eval_image
 
 SIDES = st.integers(1, 60)
@@ -90,6 +90,10 @@ def test_resized_crop_of_a_strip_falls_back_to_its_centre(height, width, box):
     pixels = noise(height, width)
     expected = Image.fromarray(pixels).crop(box).resize((12, 12), Image.Resampling.BICUBIC)
     np.testing.assert_array_equal(resized_crop(pixels, SMALL, np.random.default_rng(0), EXACT), np.asarray(expected))
+
+
+def test_a_crop_of_a_jpeg_at_part_of_its_size_has_a_pixel_at_least():
+    assert [_scaled(begin, length, 0.25) for begin, length in ((4, 1), (4, 8))] == [slice(1, 2), slice(1, 3)]
 
 
 @pytest.mark.parametrize("crop", [eval_image, square_crop])

@@ -169,14 +169,15 @@ def test_a_jpeg_that_is_small_enough_keeps_its_bytes_and_its_pixels_are_not_turn
     """EXIF orientation is not applied anywhere; a JPEG that is made smaller loses it, pixels as they were stored."""
     exif = Image.Exif()
     exif[0x0112] = 6
-    for side in (20, 200):
+    for side in (20, 30, 200):
         buffer = io.BytesIO()
         Image.new("RGB", (2 * side, side)).save(buffer, "JPEG", exif=exif)
         (tmp_path / f"{side}.jpg").write_bytes(buffer.getvalue())
         (tmp_path / f"{side}.txt").write_text("turned")
     prepare(job(data_dir=str(tmp_path / "out"), folder=str(tmp_path), short_side=30))
-    small, large = (open_prepared(tmp_path / "out")[number].image for number in range(2))  # 20.jpg, 200.jpg
+    small, large, just = (open_prepared(tmp_path / "out")[number].image for number in range(3))  # 20, 200, 30
     assert small == (tmp_path / "20.jpg").read_bytes()
+    assert just == (tmp_path / "30.jpg").read_bytes()
     assert decode(large).shape == (30, 60, 3)
 
 
