@@ -146,6 +146,13 @@ def test_another_job_in_the_same_folder_is_refused(options, message, pictures, v
         run(FolderSource(pictures), vectors, model, kinds=("images", "texts"), **options)
 
 
+def test_a_folder_whose_job_is_damaged_is_refused(tmp_path):
+    (tmp_path / "job.json").write_text('{"half')
+    with pytest.raises(UserError, match=r"job\.json is damaged, so that nobody knows what lies beside it"):
+        VectorStore(str(tmp_path)).begin({"model": "another"})
+    assert (tmp_path / "job.json").read_text() == '{"half'
+
+
 def test_another_precision_is_refused(pictures, vectors, model_dir):
     half = clip_jax.load(model_dir, dtype="bfloat16")
     with pytest.raises(UserError, match=r"another job \(model\.compute 'float32' -> 'bfloat16'\)"):

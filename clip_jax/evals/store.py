@@ -49,9 +49,14 @@ class VectorStore:
         """Writes `job.json`, or checks that it is the same job.
 
         Raises:
-          UserError: another job was begun here, or the folder cannot be written.
+          UserError: another job was begun here, or nobody knows which, or the folder cannot be written.
         """
         found = self._read_json("job.json")
+        if found is None and self._holds("job.json"):
+            raise UserError(
+                f"{self.folder}/job.json is damaged, so that nobody knows what lies beside it; name another folder, or "
+                "remove this one"
+            )
         if found is None:
             self._write("job.json", _json(job))
             return
@@ -154,6 +159,13 @@ class VectorStore:
         except (StorageError, ValueError):
             return None
         return values if isinstance(values, dict) else None
+
+    def _holds(self, name: str) -> bool:
+        try:
+            self._storage.stat(f"{self.folder}/{name}")
+        except StorageError:
+            return False
+        return True
 
     def _write(self, name: str, content: bytes) -> None:
         try:
