@@ -11,13 +11,13 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental import topologies
 from jax.sharding import PartitionSpec
 from tiny import TINY
 
+from benchmarks import plans
 from clip_jax.chips import parse_topology, peak_of
 from clip_jax.config import LossConfig, MeshConfig, from_config_dict, override, to_config_dict
 from clip_jax.data.synthetic import synthetic_batches
@@ -621,9 +621,10 @@ def test_what_chips_send_is_gradients_and_features():
 
 @needs_libtpu
 @pytest.mark.slow
-def test_the_nine_models_fit_a_v5p_of_256_chips():
-    command = [sys.executable, "-m", "benchmarks.plans"]
+@pytest.mark.parametrize("config", plans.CONFIGS)
+def test_which_of_the_nine_models_fit_a_v5p_of_256_chips(config):
+    """As docs/plan.md has it; each takes the compiler 10 to 25 minutes."""
+    command = [sys.executable, "-m", "benchmarks.plans", config]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     print(found)
-    assert found.count("| yes |") == len(GFLOPS)
-    assert np.all([name in found for name in GFLOPS])
+    assert f"| {'no' if config == 'rn50x64' else 'yes'} |" in found
