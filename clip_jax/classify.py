@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from clip_jax.data.images import Images, as_list
+from clip_jax.data.images import Images
 from clip_jax.errors import UserError
 from clip_jax.evals.prompts import checked
 from clip_jax.evals.zero_shot import class_weights
@@ -12,7 +12,6 @@ from clip_jax.pretrained import Pretrained
 
 AS_WRITTEN = ("{}",)
 """Templates of labels that are whole prompts already."""
-_AT_ONCE = 64
 
 
 def label_weights(model: Pretrained, labels: Sequence[str], templates: Sequence[str] = AS_WRITTEN) -> np.ndarray:
@@ -47,13 +46,7 @@ def classifier(model: Pretrained, names: Sequence[str], templates: Sequence[str]
     Raises:
       UserError: a template without its `{}`.
     """
-
-    def embed(texts: Sequence[str]) -> np.ndarray:
-        tokens = model.tokenize(texts)
-        rows = (tokens[first : first + _AT_ONCE] for first in range(0, len(tokens), _AT_ONCE))
-        return np.concatenate([np.asarray(model.encode_text(part, normalize=True)) for part in rows])
-
-    return class_weights(embed, names, checked(tuple(templates), "templates"))
+    return class_weights(model.embed_texts, names, checked(tuple(templates), "templates"))
 
 
 def probabilities(model: Pretrained, features: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -89,8 +82,4 @@ def classify_images(
       >>> classify_images(clip_jax.load("ViT-B/32"), ["pet.jpg"], ["a photo of a cat", "a photo of a dog"])
     """
     weights = label_weights(model, labels, templates)
-    images, features = as_list(images), []
-    for first in range(0, max(len(images), 1), _AT_ONCE):  # the pixels of all need not fit in memory
-        pixels = model.preprocess(images[first : first + _AT_ONCE], first=first)
-        features.append(np.asarray(model.encode_image(pixels, normalize=True)))
-    return probabilities(model, np.concatenate(features), weights)
+    return probabilities(model, model.embed_images(images), weights)

@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 
 from clip_jax.array_types import Array, Float
 from clip_jax.config import NOT_SIZES
+from clip_jax.data.images import Images, as_list
 from clip_jax.data.tokenizer import Captions, tokenize
 from clip_jax.errors import UserError
 from clip_jax.interop.read import read_weights
@@ -22,6 +23,8 @@ from clip_jax.models.clip import CLIP, unit
 from clip_jax.models.norm import LayerNorm
 from clip_jax.models.variants import VOCABULARY, Activation, ModelConfig, ResNetConfig, model_config
 from clip_jax.rules import leaf_paths
+
+_AT_ONCE = 64  # images or texts that `embed_images` and `embed_texts` have in memory
 
 
 class Pretrained:
@@ -95,6 +98,31 @@ class Pretrained:
         tokens = self._checked_tokens(tokens)
         return _features(self.model, self.variables, tokens, method="encode_text", normalize=normalize)
 
+    def embed_images(self, images: Images) -> np.ndarray:
+        """Returns features of unit length, float [n, e]; a single image is a list of one.
+
+        Args:
+          images: as `preprocess` takes them. A few are decoded at a time: the pixels of all need not fit in memory.
+
+        Raises:
+          ImageError: what is no image.
+        """
+        images, parts = as_list(images), []
+        for first in range(0, max(len(images), 1), _AT_ONCE):
+            pixels = self.preprocess(images[first : first + _AT_ONCE], first=first)
+            parts.append(np.asarray(self.encode_image(pixels, normalize=True)))
+        return np.concatenate(parts)
+
+    def embed_texts(self, texts: Captions) -> np.ndarray:
+        """Returns features of unit length, float [n, e], of one text or several; a few are embedded at a time.
+
+        Raises:
+          UserError: as `tokenize`.
+        """
+        tokens = self.tokenize(texts)
+        rows = (tokens[first : first + _AT_ONCE] for first in range(0, max(len(tokens), 1), _AT_ONCE))
+        return np.concatenate([np.asarray(self.encode_text(part, normalize=True)) for part in rows])
+
     def text_states(self, tokens: ArrayLike, *, layer: int = -2, norm: bool = False) -> Float[Array, "b l w"]:
         """Returns the text tower's stream at every token, by which models that draw from text are guided.
 
@@ -157,8 +185,8 @@ class Pretrained:
             )
         return images
 
-    def _checked_tokens(self, tokens: ArrayLike) -> jax.Array:
-        tokens, text = jnp.asarray(tokens), self.config.text
+    def _checked_tokens(self, given: ArrayLike) -> jax.Array:
+        tokens, text = jnp.asarray(given), self.config.text
         shape_fits = tokens.ndim == 2 and tokens.shape[1] <= text.context and tokens.size
         if not shape_fits or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise UserError(
@@ -166,7 +194,7 @@ class Pretrained:
                 "model.tokenize gives them for one text or several"
             )
         if not isinstance(tokens, jax.core.Tracer):  # within a program their values are not known
-            ids = np.asarray(tokens)
+            ids = np.asarray(given)
             least, most = ids.min(), ids.max()
             if not 0 <= least <= most < text.vocab_size:
                 raise UserError(

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from search_fixtures import GOOD, picture
 
-from clip_jax import classify, cli
+from clip_jax import cli, pretrained
 from clip_jax.classify import classify_images, label_weights, probabilities
 from clip_jax.data.images import Preprocess, decode
 from clip_jax.errors import UserError
@@ -21,7 +21,7 @@ from clip_jax.interop.open_clip import write_open_clip
 from clip_jax.interop.read import read_weights
 from clip_jax.interop.weights import Weights
 from clip_jax.pretrained import Pretrained
-from clip_jax.search import query, sheet
+from clip_jax.search import sheet
 from clip_jax.search.index import Item, SearchIndex, build_index, exact_neighbours, perturbed
 from clip_jax.search.query import Hit, open_searcher
 
@@ -266,7 +266,7 @@ def test_index_from_the_command_line(vectors, tmp_path, capsys):
 
 
 def test_probabilities_by_definition(model, pictures, monkeypatch):
-    monkeypatch.setattr(classify, "_AT_ONCE", 1)
+    monkeypatch.setattr(pretrained, "_AT_ONCE", 1)
     paths, labels = [pictures / "even/000.png", pictures / "odd/001.png"], ["a cat", "a dog", "a {} of braces"]
     asked, encode = [], model.encode_text
     monkeypatch.setattr(model, "encode_text", lambda rows, **how: asked.append(len(rows)) or encode(rows, **how))
@@ -351,7 +351,7 @@ def test_many_queries_are_embedded_some_at_a_time(searcher, pictures, monkeypatc
     texts, images = ["a", "b", "c"], sorted((pictures / "even").glob("*.png"))[:3]
     at_once = [searcher.by_text(texts, top=2), searcher.by_image(images, top=2)]
     rows, encode = [], Pretrained.encode_text
-    monkeypatch.setattr(query, "_AT_ONCE", 2)
+    monkeypatch.setattr(pretrained, "_AT_ONCE", 2)
     monkeypatch.setattr(
         Pretrained,
         "encode_text",
@@ -366,7 +366,7 @@ def test_many_queries_are_embedded_some_at_a_time(searcher, pictures, monkeypatc
 
 def test_images_are_decoded_some_at_a_time_and_named_by_their_place(model, pictures, monkeypatch):
     decoded, preprocess = [], Preprocess.__call__
-    monkeypatch.setattr(classify, "_AT_ONCE", 2)
+    monkeypatch.setattr(pretrained, "_AT_ONCE", 2)
     monkeypatch.setattr(
         Preprocess,
         "__call__",

@@ -6,13 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from clip_jax.data.images import Images, as_list
+from clip_jax.data.images import Images
 from clip_jax.errors import UserError
 from clip_jax.pretrained import Pretrained, load
 from clip_jax.search.index import Item, SearchIndex
-
-_AT_ONCE = 64
-"""Queries that are embedded at once: thousands need not fit in memory."""
 
 
 class Hit(NamedTuple):
@@ -59,12 +56,7 @@ class Searcher:
         texts = [texts] if isinstance(texts, str) else texts
         if not all(text.strip() for text in texts):
             raise UserError('the text to search for is blank; write what to look for, such as "red car at night"')
-        tokens = self.model.tokenize(texts)
-        parts = [
-            np.asarray(self.model.encode_text(tokens[first : first + _AT_ONCE], normalize=True))
-            for first in range(0, max(len(tokens), 1), _AT_ONCE)
-        ]
-        return self.nearest(np.concatenate(parts), top=top)
+        return self.nearest(self.model.embed_texts(texts), top=top)
 
     def by_image(self, images: Images, *, top: int) -> list[list[Hit]]:
         """Returns what is nearest to each image, best first; a single image is a list of one.
@@ -72,11 +64,7 @@ class Searcher:
         Raises:
           ImageError: what is no image.
         """
-        images, parts = as_list(images), []
-        for first in range(0, max(len(images), 1), _AT_ONCE):
-            pixels = self.model.preprocess(images[first : first + _AT_ONCE], first=first)
-            parts.append(np.asarray(self.model.encode_image(pixels, normalize=True)))
-        return self.nearest(np.concatenate(parts), top=top)
+        return self.nearest(self.model.embed_images(images), top=top)
 
     def nearest(self, vectors: np.ndarray, *, top: int) -> list[list[Hit]]:
         """Returns what is nearest to each unit vector of [q, e], best first."""
