@@ -17,6 +17,8 @@ from typing import IO
 from clip_jax.errors import UserError, one_line
 
 _LOG = logging.getLogger(__name__)
+RECORD = "record/metadata"
+"""The file by which the folder of a run's checkpoint is known, see `clip_jax.checkpoints.record`."""
 _URL = re.compile(r"[a-z0-9+]+://")
 
 

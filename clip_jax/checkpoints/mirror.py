@@ -21,7 +21,7 @@ import jax
 from clip_jax.checkpoints import lock
 from clip_jax.data.storage import bring, file_system, find
 from clip_jax.errors import RestartError, UserError, one_line
-from clip_jax.files import steps_in
+from clip_jax.files import RECORD, steps_in
 from clip_jax.processes.distributed import any_process
 from clip_jax.processes.preemption import PreemptedError
 
@@ -241,7 +241,7 @@ class Mirror:
 
 def _list_of(folder: Path) -> dict[str, Any]:
     """Returns what tells a checkpoint from others: a digest of its record, and so of all checksums; files' bytes."""
-    record, files = folder / "record" / "metadata", (path for path in folder.rglob("*") if path.is_file())
+    record, files = folder / RECORD, (path for path in folder.rglob("*") if path.is_file())
     return {
         "record": hashlib.sha256(record.read_bytes()).hexdigest() if record.exists() else "",
         "bytes": {path.relative_to(folder).as_posix(): path.stat().st_size for path in files},

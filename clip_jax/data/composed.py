@@ -186,8 +186,8 @@ def draw_pairs(labels: Sequence[int], *, count: int, seed: int = 0) -> list[Pair
     """
     classes, rng, images, drawn = np.asarray(labels), np.random.default_rng(seed), len(labels), {}
     wanted = min(count, images**2 - int(np.sum(np.unique(classes, return_counts=True)[1] ** 2)))
+    few = images**2 <= 4 * count
     while len(drawn) < wanted:
-        few = images**2 <= 4 * count
         order = rng.permutation(images**2) if few else rng.integers(images**2, size=8 * count)
         left, right = np.divmod(order, images)
         unequal = classes[left] != classes[right]

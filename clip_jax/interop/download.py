@@ -15,12 +15,10 @@ from pathlib import Path
 
 from clip_jax.data.storage import Storage, bring, file_system, find
 from clip_jax.errors import UserError, one_line
-from clip_jax.files import appearing, digest, folder_appearing, take_lock
+from clip_jax.files import RECORD, appearing, digest, folder_appearing, take_lock
 from clip_jax.interop.weights import file_sha256
 
 HUB_PREFIX = "hf-hub:"
-CHECKPOINT = "record/metadata"
-"""The file by which the folder of one of a run's checkpoints is known (`clip_jax.checkpoints.record`)."""
 
 # Config and weights, of which a folder may hold several with the same numbers: the first are taken.
 _LAYOUTS = (
@@ -140,7 +138,7 @@ def _of_weights(names: Collection[str]) -> list[str]:
         matches = [fnmatch.filter(above, pattern) for pattern in patterns]
         if all(matches):
             return [*itertools.chain(*matches), *fnmatch.filter(above, _PIXELS)]
-    if CHECKPOINT in names:
+    if RECORD in names:
         return [*names]
     if not (below := {name for name in names if re.match(r"checkpoints/\d+/", name)}):
         return []

@@ -8,9 +8,9 @@ import jax
 
 from clip_jax.config import describe_diff, model_diff
 from clip_jax.errors import UserError, did_you_mean
-from clip_jax.files import is_remote
+from clip_jax.files import RECORD, is_remote
 from clip_jax.interop import hugging_face, open_clip
-from clip_jax.interop.download import CHECKPOINT, HUB_PREFIX, download_hub, download_openai, download_url
+from clip_jax.interop.download import HUB_PREFIX, download_hub, download_openai, download_url
 from clip_jax.interop.hugging_face import read_hugging_face
 from clip_jax.interop.names import WeightsError
 from clip_jax.interop.open_clip import read_open_clip
@@ -81,7 +81,7 @@ def _read_folder(folder: Path) -> Weights:
     has_weights = any((folder / name).exists() for name in (open_clip.SAFETENSORS, open_clip.TORCH))
     if (folder / open_clip.CONFIG).exists() and (has_weights or not _is_hugging_face(folder)):
         return read_open_clip(folder)
-    if (folder / "checkpoints").is_dir() or (folder / CHECKPOINT).exists():
+    if (folder / "checkpoints").is_dir() or (folder / RECORD).exists():
         return _read_trained(folder)
     if _is_hugging_face(folder):
         return read_hugging_face(folder)
@@ -102,7 +102,7 @@ def _read_trained(folder: Path) -> Weights:
     """Reads a run, or one checkpoint of it."""
     from clip_jax.checkpoints.model import read_checkpoint, read_run  # Orbax takes a second to import
 
-    config, variables, preprocess = (read_checkpoint if (folder / CHECKPOINT).exists() else read_run)(folder)
+    config, variables, preprocess = (read_checkpoint if (folder / RECORD).exists() else read_run)(folder)
     return Weights(dataclasses.replace(config, dtype="float32"), variables, preprocess)  # a run may compute in less
 
 
