@@ -28,10 +28,10 @@ from clip_jax.config import RunConfig
 from clip_jax.data.synthetic import synthetic_batches
 from clip_jax.errors import UserError
 from clip_jax.models.variants import variant_name
-from clip_jax.partition import place_rows
 from clip_jax.planning.utilization import StepFlops
 from clip_jax.training.program import Program, make_program
 from clip_jax.training.state import TrainState
+from clip_jax.training.step import place_batch
 
 BATCHES = 4
 
@@ -162,9 +162,7 @@ class CompiledStep:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
-        names = ("image", "tokens", "weight")
-        rows = [next(stream) for _ in range(BATCHES)]
-        self._batches = [place_rows({name: batch[name] for name in names}, program.mesh) for batch in rows]
+        self._batches = [place_batch(next(stream), program.mesh) for _ in range(BATCHES)]
         train_step: Any = program.train_step
         began = time.perf_counter()
         self._step = train_step.lower(self.target, self._batches[0]).compile()
