@@ -19,6 +19,8 @@ HEADS, CHANNELS = 4, 64
 ROWS = 8  # of which each is checked
 GROUPS = ((40, 16), (20, 24), (20, 32), (12, 48), (8, 77))
 MLP = (1_000, 1_024)
+OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+"""The compiler's: without them it tries algorithms for the definitions' products for more than a minute."""
 
 
 class Check(NamedTuple):
@@ -123,6 +125,10 @@ def _errors(
 ) -> tuple[float, float]:
     with jax.default_matmul_precision("highest"):
         wide = [x.astype(jnp.float32) for x in (*arguments, gradient)]
-        exact = jax.jit(functools.partial(both_ways, definition))(wide[:-1], wide[-1])
-    found = [jax.jit(functools.partial(both_ways, each))(arguments, gradient) for each in (ours, definition)]
+        exact = _jitted(definition)(wide[:-1], wide[-1])
+    found = [_jitted(each)(arguments, gradient) for each in (ours, definition)]
     return relative_error(found[0], exact), relative_error(found[1], exact)
+
+
+def _jitted(function: Callable[..., jax.Array]) -> Callable[..., list[jax.Array]]:
+    return jax.jit(functools.partial(both_ways, function), compiler_options=OPTIONS)
