@@ -5,6 +5,7 @@ size 1. Rows of a batch lie on all three; parameters and optimizer states are sp
 others (with ZeRO-1 the optimizer states are split over `data` as well).
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from jax.typing import DTypeLike
 
 from clip_jax.config import MeshConfig
 from clip_jax.errors import ConfigError
-from clip_jax.rules import apply_rules
+from clip_jax.rules import apply_rules, leaf_paths
 
 AXES = ("dcn_data", "data", "fsdp")
 ROWS = PartitionSpec(AXES)
@@ -132,8 +133,7 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
       ConfigError: a split dimension that `fsdp` does not divide.
     """
     axes = apply_rules((*COUNTER_AXES, *PARAMETER_AXES), state, all_used=False)
-    for leaf, spec in zip(jax.tree.leaves(state), jax.tree.leaves(axes, is_leaf=_is_spec), strict=True):
-        _check_divisible(leaf.shape, spec, mesh)
+    _check_divisible(state, jax.tree.leaves(axes, is_leaf=_is_spec), mesh.shape["fsdp"])
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), axes, is_leaf=_is_spec)
 
 
@@ -249,11 +249,19 @@ def place_whole(values: np.ndarray, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
 
 
-def _check_divisible(shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) -> None:
-    for size, axis in zip(shape, spec, strict=False):
-        if axis is not None and size % mesh.shape[axis]:
+def _check_divisible(state: Any, specs: Sequence[PartitionSpec], fsdp: int) -> None:
+    split = [
+        (size, path)
+        for path, leaf, spec in zip(leaf_paths(state), jax.tree.leaves(state), specs, strict=True)
+        for size, axis in zip(leaf.shape, spec, strict=False)
+        if axis == "fsdp"
+    ]
+    for size, path in split:
+        if size % fsdp:
+            common = math.gcd(*(size for size, _ in split))
             raise ConfigError(
-                f"config.mesh.{axis} is {mesh.shape[axis]}, which does not divide a model dimension of {size}"
+                f"config.mesh.fsdp is {fsdp}, which does not divide {size}, a dimension of {path}; of this model it "
+                f"must divide {common}"
             )
 
 

@@ -134,10 +134,7 @@ def test_a_model_behind_one_of_its_sizes_is_refused():
         ({"batch": 1}, "config.batch is 1, and the softmax loss of one pair is 0"),
         ({"seed": -1}, "config.seed is -1; it must not be negative"),
         ({"seed": 2**32}, r"config.seed is 4294967296; it must be less than 2\*\*32"),
-        (
-            {"model": VIT | {"bn_group": 5}},
-            r"config.model.bn_group is 5; it must divide config.batch \(32768\)",
-        ),
+        ({"model": VIT | {"bn_group": 8}}, "config.model.bn_group is 8, and a ViT has no BatchNorm"),
         ({"loss": {"tile": 0}}, "config.loss.tile is 0; it must be positive"),
         ({"loss": {"kind": "sigmoidal"}}, "config.loss.kind is 'sigmoidal'; it must be one of 'softmax', 'sigmoid'"),
         (
@@ -325,6 +322,7 @@ def test_synthetic_pairs_have_nearly_any_vocabulary():
         ("model.vision.image_size", "200", r"config.model.vision.image_size is 200; it must be a multiple of 32"),
         ("micro_batch", "1024", r"config.micro_batch is 1024, and BatchNorm's statistics are over the whole batch"),
         ("model.patch_dropout", "0.5", r"config.model.patch_dropout is 0.5, and a ResNet has no patches"),
+        ("model.bn_group", "5", r"config.model.bn_group is 5; it must divide config.batch \(32768\)"),
         ("model.vision.patch", "32", r"unknown key config.model.vision.patch"),
     ],
 )

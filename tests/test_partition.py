@@ -139,9 +139,11 @@ def test_bytes_a_device_fall_as_the_axes_say(name):
 
 
 def test_a_dimension_that_fsdp_does_not_divide_is_named():
-    leaf = {"x/projection/kernel": jax.ShapeDtypeStruct((12, 4), jnp.float32)}
-    with pytest.raises(ConfigError, match=r"config.mesh.fsdp is 8, which does not divide a model dimension of 12"):
-        state_shardings(leaf, make_mesh(MeshConfig(fsdp=8)))
+    sizes = {"x/projection/kernel": 16, "y/projection/kernel": 12}
+    leaves = {path: jax.ShapeDtypeStruct((size, 5), jnp.float32) for path, size in sizes.items()}
+    message = "fsdp is 8, which does not divide 12, a dimension of y/projection/kernel; of this model it must divide 4$"
+    with pytest.raises(ConfigError, match=message):
+        state_shardings(leaves, make_mesh(MeshConfig(fsdp=8)))
 
 
 def test_rows_keep_their_order():

@@ -250,6 +250,9 @@ def test_counts_come_from_where_they_are_known(shards, tmp_path):
         (tmp_path / "mine.json").write_text(wrong)
         with pytest.raises(UserError, match="config.data.counts=.*not a mapping"):
             source(shards, tmp_path, counts=str(tmp_path / "mine.json"))
+    (tmp_path / "mine.json").write_text('{"0.tar": 4}')
+    with pytest.raises(UserError, match="mine.json names none of the 4 shards, such as .*/00000.tar$"):
+        source(shards, tmp_path, counts=str(tmp_path / "mine.json"))
 
 
 def test_many_remote_shards_are_counted_only_when_that_is_asked_for(shards, tmp_path, monkeypatch):

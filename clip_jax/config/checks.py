@@ -178,6 +178,10 @@ def _batch(config: RunConfig) -> Iterator[tuple[bool, str]]:
         f"config.samples is {config.samples}, less than one config.batch ({config.batch})",
     )
     yield (
+        config.model.bn_group > 0 and config.model.vision.kind == "vit",
+        f"config.model.bn_group is {config.model.bn_group}, and a ViT has no BatchNorm; leave it 0",
+    )
+    yield (
         config.model.bn_group > 0 and config.batch % config.model.bn_group != 0,
         f"config.model.bn_group is {config.model.bn_group}; it must divide config.batch ({config.batch}), or be 0 for "
         "statistics over the whole batch",
