@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import re
 import shutil
 import signal
@@ -18,6 +19,7 @@ from devices import simulating
 from random_weights import random_like
 from tiny import TINY
 
+from clip_jax import cli
 from clip_jax.checkpoints.lock import locked
 from clip_jax.config import CheckpointConfig, DataConfig, EvalConfig, MeshConfig, OptimConfig, RunConfig
 from clip_jax.data.images import Preprocess
@@ -163,6 +165,22 @@ def test_metrics_of_every_step(finished):
     assert rows[0]["logit_scale"] == pytest.approx(1 / 0.07)
     assert rows[0]["loss"] == pytest.approx(np.log(16), rel=0.5)
     assert rows[2]["learning_rate"] == pytest.approx(1e-3)
+
+
+def test_a_runs_checkpoints_are_listed_and_the_best_is_named(finished, tmp_path, capsys):
+    workdir = shutil.copytree(finished[0], tmp_path / "run")
+    cli.main(["inspect", str(workdir)])
+    assert capsys.readouterr().out.endswith("\ncheckpoints: 5, 10, 12\n")
+    config = json.loads((workdir / "config.json").read_text())
+    config["checkpoint"] |= {"best_metric": "held_out/loss", "best_mode": "min"}
+    (workdir / "config.json").write_text(json.dumps(config | {"eval": {"held_out": "seed=1", "every": 5}}))
+    losses = {5: 2.5, 8: 2.0, 10: 2.25, 12: math.nan}
+    rows = [json.dumps({"step": step, "held_out/loss": loss}) for step, loss in losses.items()]
+    (workdir / "metrics.jsonl").write_text("\n".join(rows))
+    cli.main(["inspect", str(workdir)])
+    assert capsys.readouterr().out.endswith(f"\nbest by held_out/loss: {workdir}/checkpoints/10, 2.25\n")
+    cli.main(["inspect", f"{workdir}/checkpoints/10"])
+    assert "checkpoints" not in capsys.readouterr().out
 
 
 def test_memory_is_told_where_it_is_counted(monkeypatch):

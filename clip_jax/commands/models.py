@@ -1,6 +1,8 @@
 """Commands about weights: what they are, in other layouts, between two models."""
 
 import argparse
+import math
+from pathlib import Path
 from typing import Any
 
 from clip_jax.commands.flags import MODEL, add_path, make_folder_of, number, read_lines
@@ -41,6 +43,26 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
     for name, value in facts(read_weights(arguments.source)).items():
         print(f"{name}: {value}")
+    for name, value in _checkpoints(Path(arguments.source).expanduser()).items():
+        print(f"{name}: {value}")
+
+
+def _checkpoints(workdir: Path) -> dict[str, str]:
+    """Returns which checkpoints a run has, and the best of them by what it looks for; {} of what is no run."""
+    from clip_jax.ablations.runs import read_config
+    from clip_jax.files import steps_in
+    from clip_jax.run import metrics
+
+    steps = steps_in(workdir / "checkpoints")[::-1]
+    config = read_config(workdir) if steps else None
+    if config is None:
+        return {}
+    found, wanted = {"checkpoints": ", ".join(map(str, steps))}, config.checkpoint
+    values = {row["step"]: row.get(wanted.best_metric, math.nan) for row in metrics.read(workdir)}
+    if measured := {step: values[step] for step in steps if not math.isnan(values.get(step, math.nan))}:
+        best = (min if wanted.best_mode == "min" else max)(measured, key=measured.__getitem__)
+        found[f"best by {wanted.best_metric}"] = f"{workdir / 'checkpoints' / str(best)}, {measured[best]:.6g}"
+    return found
 
 
 def _add_export(commands: Any) -> None:
