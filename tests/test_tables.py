@@ -142,6 +142,21 @@ def test_other_columns_of_a_text_table_play_no_part(folder):
         TableSource(path)
 
 
+@pytest.mark.parametrize("delimiter", [",", "\t"])
+def test_rows_behind_an_open_quotation_mark_are_told_of(folder, caplog, delimiter):
+    path = folder / "pairs.csv"
+    captions = ["a", '"b', "c", "d", 'e" x', "f", '"g', "h"]
+    rows = [("image", "caption"), *((f"images/{i}.jpg", text) for i, text in enumerate(captions))]
+    path.write_text("\n".join(map(delimiter.join, rows)))
+    assert len(TableSource(path)) == 4
+    (message,) = caplog.messages
+    assert "4 row(s) seem to lie within captions, the first in that of row 1 (images/1.jpg): is a quotation" in message
+    caplog.clear()
+    path.write_text('image,caption\nimages/1.jpg,"A dog, running\non grass, happy"\nimages/2.jpg,"He said ""x""\n"')
+    assert len(TableSource(path)) == 2
+    assert not caplog.messages
+
+
 def test_what_cannot_be_used_has_its_reason(folder):
     path = folder / "pairs.csv"
     path.write_bytes(b"image,caption\nimages/9.jpg,x\n,x\nimages/1.jpg,caf\xe9\n")

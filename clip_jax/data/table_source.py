@@ -1,6 +1,8 @@
 """Images and captions that a table names: CSV, TSV or Parquet, beside a folder of images."""
 
 import hashlib
+import importlib
+import logging
 import os
 import threading
 from pathlib import Path
@@ -10,6 +12,7 @@ from clip_jax.data.records import Record, RecordError, decode_caption, read_imag
 from clip_jax.errors import UserError, did_you_mean, one_line
 from clip_jax.files import state_of
 
+_LOG = logging.getLogger(__name__)
 _READING = threading.Lock()
 _TEXT = frozenset({"string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null"})
 
@@ -45,7 +48,9 @@ class TableSource:
             raise UserError(f"config.data.image_key is {image_key!r}; it must name the column of images, and no other")
         self._path, self._keys = table.expanduser(), tuple(filter(None, (image_key, caption_key)))
         self.root = Path(image_root).expanduser() if image_root else self._path.parent
+        self._layout: tuple[str, list[str]] | None = None  # of text: what is between columns, and their names
         self._columns = self._read()
+        self._warn_of_open_quotes()
         self.fingerprint: dict[str, Any] = {
             "name": "table",
             "table": str(self._path),
@@ -136,6 +141,7 @@ class TableSource:
                 parse = csv.ParseOptions(delimiter="\t" if tabs else ",", newlines_in_values=True)
                 with csv.open_csv(self._path, parse_options=parse) as rows:
                     self._check_columns(rows.schema.names)
+                    self._layout = parse.delimiter, rows.schema.names
                 as_text = csv.ConvertOptions(
                     column_types=dict.fromkeys(self._keys, pyarrow.binary()), include_columns=self._keys
                 )
@@ -149,6 +155,27 @@ class TableSource:
             hint = "; is a quotation mark not closed?" if "straddling" in str(error) else ""  # a row of over 1 MiB
             raise UserError(f"config.data.table={self._path}: {one_line(error)}{hint}") from None
         return tuple(table.column(key) for key in self._keys)
+
+    def _warn_of_open_quotes(self) -> None:
+        """Looks for rows in captions: with a quotation mark that nothing closes begins one that ends far below."""
+        if self._layout is None or len(self._keys) < 2:
+            return
+        compute: Any = importlib.import_module("pyarrow.compute")  # its functions are made when it is imported
+        delimiter, names = self._layout
+        place, (images, captions) = names.index(self._keys[0]), self._columns
+        lost: list[tuple[int, str]] = []
+        for index in compute.indices_nonzero(compute.match_substring(captions, "\n")).to_pylist():
+            image = os.fsdecode(images[index].as_py() or b"")
+            kind = Path(image).suffix.lower()
+            for line in os.fsdecode(captions[index].as_py()).splitlines():
+                parts = line.split(delimiter)
+                if kind and len(parts) == len(names) and Path(parts[place]).suffix.lower() == kind:
+                    lost.append((index, image))
+        if lost:
+            found = (
+                "%s: %d row(s) seem to lie within captions, the first in that of row %d (%s): is a quotation mark not "
+            )
+            _LOG.warning(found + "closed? They are no pairs of their own", self._path, len(lost), *lost[0])
 
     def _check_columns(self, names: list[str]) -> None:
         for key, config_key in zip(self._keys, ("image_key", "caption_key"), strict=False):
