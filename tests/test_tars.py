@@ -849,11 +849,19 @@ def test_data_index_counts_once_for_all_later_runs(shards, tmp_path, capsys):
         "data", "index", "--config=configs/demo.py", "--config.data.source=tars", f"--config.data.shards={shards}",
         f"--config.data.index_dir={tmp_path}/index", "--config.data.build=false",
     ]  # fmt: skip
-    main(arguments)
-    assert capsys.readouterr().out == f"4 tar shards ({shards}): 32 samples\n"
+    out = f"{tmp_path}/kept/sizes.json"
+    main([*arguments, f"--out={out}"])
+    assert capsys.readouterr().out == f"4 tar shards ({shards}): 32 samples\n{out}\n"
     for shard in (tmp_path / "shards").iterdir():
         shard.unlink()
     assert len(source(shards, tmp_path)) == 32
-    with pytest.raises(SystemExit):
-        main(["data", "index", "--config=configs/demo.py"])
-    assert "nothing to index" in capsys.readouterr().err
+    assert source(shards, tmp_path / "elsewhere", counts=out).counts.tolist() == [7, 10, 1, 14]
+    filtered = "--config.data.filters=similarity>=0.3"
+    for wrong, message in (
+        (["data", "index", "--config=configs/demo.py"], "nothing to index"),
+        ([*arguments, filtered, f"--out={out}"], "--out: config.data.filters or uids leave samples out"),
+        ([*arguments, f"--out={tmp_path}"], f"--out={tmp_path}: "),
+    ):
+        with pytest.raises(SystemExit):
+            main(wrong)
+        assert message in capsys.readouterr().err

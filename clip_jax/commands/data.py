@@ -1,6 +1,8 @@
 """Commands that make, examine and measure training data."""
 
 import argparse
+import json
+import os
 import sys
 from typing import Any
 
@@ -88,6 +90,7 @@ def _convert(arguments: argparse.Namespace) -> None:
 def _add_index(actions: Any) -> None:
     index = actions.add_parser("index", help="look into the tar shards of a config, once for all processes and runs")
     index.add_argument("--config", required=True, help="config file of the run")
+    index.add_argument("--out", help="write {shard: samples} there too, for config.data.counts; may be remote")
     index.set_defaults(run=_index)
 
 
@@ -95,14 +98,28 @@ def _index(arguments: argparse.Namespace) -> None:
     from clip_jax.command_line import load_config
     from clip_jax.config import data_sources
     from clip_jax.data.loader import open_tars
+    from clip_jax.data.storage import Storage, StorageError
 
     sections = data_sources(load_config(arguments.config, arguments.overrides).data)
     tars = [section for section in sections if section.source == "tars"]
     if not tars:
         raise UserError("config.data names no tar shards; there is nothing to index")
+    if arguments.out and any(section.filters or section.uids for section in tars):
+        raise UserError(
+            "--out: config.data.filters or uids leave samples out, and config.data.counts is of all of them"
+        )
+    sizes: dict[str, int] = {}
     for section in tars:
         source = open_tars(section, index=True)
         print(f"{source}: {len(source):,} samples")
+        sizes |= source.sizes
+    if arguments.out:
+        out = os.path.expanduser(arguments.out)
+        try:
+            Storage().write_whole(out, json.dumps(sizes, indent=0).encode())
+        except StorageError as error:
+            raise UserError(f"--out={out}: {error}") from None
+        print(out)
 
 
 def _add_bench(actions: Any) -> None:

@@ -123,6 +123,11 @@ class TarSource:
         local = [path for path in self._paths if not is_remote(path)]
         return state_of(Path(), local) if local else None
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The samples of each shard, as a file for `counts` holds them."""
+        return dict(zip(self._paths, self.counts.tolist(), strict=True))
+
     def __len__(self) -> int:
         return self.fingerprint["records"]
 
