@@ -6,7 +6,7 @@
 The same model, batch, precision and machine: both towers, contrastive loss, backward pass, AdamW, clamp of the scale.
 Ours is measured as configured, and, if that differs, with `model.dead_tokens=compute`, which computes what open_clip
 does; and with more keys changed. open_clip runs as its users run it at its best: bfloat16 by autocast over float32
-weights, fused AdamW, TF32 products on a GPU, and with `--compile` through `torch.compile`. Synthetic pairs, whose
+weights, fused AdamW, TF32 products on a GPU, and with `--compile` through `torch.compile` too. Synthetic pairs, whose
 captions are as long as web captions. Needs torch and open_clip.
 """
 
@@ -36,7 +36,7 @@ from clip_jax.data.synthetic import synthetic_batches
 from clip_jax.models.variants import variant_name
 from tests.references import import_open_clip
 
-OURS, PLAIN, THEIRS = "clip_jax", "clip_jax, all tokens", "open_clip"
+OURS, PLAIN, THEIRS, COMPILED = "clip_jax", "clip_jax, all tokens", "open_clip", "open_clip, compiled"
 
 
 def main() -> None:
@@ -47,7 +47,7 @@ def main() -> None:
         add_compare(parser)
         parser.add_argument("--rounds", type=int, default=7, help="turns; the median counts")
         parser.add_argument("--steps", type=int, default=2, help="timed steps in a turn, after one that is not")
-        parser.add_argument("--compile", action="store_true", help="torch.compile for open_clip")
+        parser.add_argument("--compile", action="store_true", help="open_clip through torch.compile too")
         arguments = parser.parse_args(rest)
         first, *others = load_runs(arguments.config, overrides, compare=arguments.compare).items()
         plain = load_config(arguments.config, [*overrides, ("model.dead_tokens", "compute")], without_data=True)
@@ -62,21 +62,22 @@ def measure(runs: dict[str, RunConfig], *, rounds: int, steps: int, compiled: bo
       runs: ours, by name, the plain one last, or alone.
       rounds: turns that count, after one that does not.
       steps: timed in a turn, after one that is not.
-      compiled: use torch.compile.
+      compiled: measure open_clip through torch.compile too.
     """
     run, device = runs[PLAIN], jax.devices()[0]
     with ThreadPoolExecutor(1) as pool:  # their model is made while ours compile
         theirs = pool.submit(_open_clip, run, gpu=device.platform == "gpu", compiled=compiled)
         steps_of, state = compile_steps(runs)
-    contenders = trainers(steps_of, state) | {THEIRS: theirs.result()}
+    others = theirs.result()
+    contenders = trainers(steps_of, state) | others
     calls = {name: functools.partial(train, steps) for name, train in contenders.items()}
     seconds = in_turns(calls, rounds, settle=lambda name: contenders[name](1))
     peak = peak_of(device.device_kind) or matmul_speed(device, None)
     report(
         f"Training step, {variant_name(run.model)}, {run.batch} pairs, {run.model.dtype}; {device.device_kind}, jax "
-        f"{jax.__version__}; {'torch.compile; ' if compiled else ''}median of {rounds} turns",
+        f"{jax.__version__}; median of {rounds} turns",
         [
-            *(_beside(name, seconds[name], seconds[THEIRS], steps) for name in runs),
+            *(_beside(name, seconds[name], other, seconds[other], steps) for other in others for name in runs),
             *(
                 figure
                 for name, step in steps_of.items()
@@ -86,13 +87,13 @@ def measure(runs: dict[str, RunConfig], *, rounds: int, steps: int, compiled: bo
     )
 
 
-def _beside(name: str, ours: list[float], theirs: list[float], steps: int) -> Figure:
+def _beside(name: str, ours: list[float], other: str, theirs: list[float], steps: int) -> Figure:
     ratio = statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
-    mine, other = (1e3 * statistics.median(seconds) / steps for seconds in (ours, theirs))
-    return Figure(name, mine, "ms", THEIRS, other, ratio)
+    mine, their = (1e3 * statistics.median(seconds) / steps for seconds in (ours, theirs))
+    return Figure(name, mine, "ms", other, their, ratio)
 
 
-def _open_clip(run: RunConfig, *, gpu: bool, compiled: bool) -> Callable[[int], None]:
+def _open_clip(run: RunConfig, *, gpu: bool, compiled: bool) -> dict[str, Callable[[int], None]]:
     import torch
 
     open_clip = import_open_clip()
@@ -106,14 +107,13 @@ def _open_clip(run: RunConfig, *, gpu: bool, compiled: bool) -> Callable[[int], 
     groups = [{"params": decayed, "weight_decay": 0.2}, {"params": others, "weight_decay": 0.0}]
     optim = run.optim
     optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.b1, optim.b2), eps=optim.eps, fused=True)
-    forward = torch.compile(model) if compiled else model
     rows = _batch(run)
     preprocess = preprocess_of(run.model)
     mean, std = (torch.tensor(each, device=device).reshape(1, 3, 1, 1) for each in (preprocess.mean, preprocess.std))
     pixels = torch.from_numpy(rows["image"].transpose(0, 3, 1, 2).copy()).to(device)
     tokens = torch.tensor(rows["tokens"], dtype=torch.long).to(device)
 
-    def train(steps: int) -> None:
+    def train(forward: Any, steps: int) -> None:
         for _ in range(steps):
             optimizer.zero_grad(set_to_none=True)
             with torch.autocast(device.type, torch.bfloat16, enabled=run.model.dtype == "bfloat16"):
@@ -125,7 +125,8 @@ def _open_clip(run: RunConfig, *, gpu: bool, compiled: bool) -> Callable[[int], 
                 model.logit_scale.clamp_(max=math.log(optim.max_scale))
         value.item()
 
-    return train
+    forwards = {THEIRS: model} | ({COMPILED: torch.compile(model)} if compiled else {})
+    return {name: functools.partial(train, forward) for name, forward in forwards.items()}
 
 
 def _batch(run: RunConfig) -> dict[str, np.ndarray]:

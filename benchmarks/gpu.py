@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=5, help="steps in a turn")
     parser.add_argument("--batch", type=int, help="pairs, instead of each model's own")
-    parser.add_argument("--compile", action="store_true", help="torch.compile for open_clip")
+    parser.add_argument("--compile", action="store_true", help="open_clip through torch.compile too")
     add_compare(parser)
     arguments = parser.parse_args()
     module, compiled = "step", ()
