@@ -9,8 +9,8 @@ one that does not fit is named, and the rest go on. Without open_clip, ours alon
 each model with one key changed besides, and with one more: attention by cuDNN's kernels, and what XLA makes of the
 MLPs, unless others are named, or none. If a model fails, the last of them is left out, there and behind it. The table
 is written after each.
-XLA_FLAGS=--xla_gpu_enable_triton_gemm=false shortens compiling, --xla_gpu_autotune_level=2 that of ResNets more, and
---xla_gpu_experimental_enable_fusion_autotuner=false RN50x64's, which is three minutes of 16 cores then.
+XLA_FLAGS=--xla_gpu_autotune_level=2 shortens compiling ResNets, --xla_gpu_experimental_enable_fusion_autotuner=false
+RN50x64, which takes three minutes of 16 cores then.
 What is aimed at:
 
 | model | share of the peak | beside open_clip |

@@ -86,7 +86,7 @@ def main() -> None:
 
 def compile_for(run: RunConfig, gpus: Sequence[Any]) -> Program:
     """Returns what a run's step moves and holds on each GPU."""
-    compiled = lower_step(run, gpus)[1].compile(compiler_options=gpu_compiler.COMPILER_OPTIONS)
+    compiled = lower_step(run, gpus)[1].compile()
     text = str(compiled.as_text())
     memory: Any = compiled.memory_analysis()
     moved, transposes = moved_by(text)

@@ -2,10 +2,15 @@
 
 import jax
 import pytest
+from batches import synthetic
+from tiny import TINY
 
 from clip_jax.doctor import examine
 from clip_jax.models import activation_kernel, attention_kernel, gpu_kernels, kernel_check
 from clip_jax.models.kernel_check import check_kernels
+from clip_jax.partition import place_rows
+from clip_jax.training import step
+from clip_jax.training.program import make_program
 
 
 @pytest.fixture
@@ -68,3 +73,25 @@ def test_the_doctor_says_that_kernels_cannot_be_computed(monkeypatch, interprete
     (found,) = findings("kernels")
     assert found[0] == "wrong"
     assert found[1].startswith("they cannot be computed, train with config.model.attention=xla and mlp=xla: no Triton")
+
+
+@pytest.mark.parametrize(
+    ("platform", "flags", "options"),
+    [
+        ("gpu", "--xla_dump_to=x", {"xla_gpu_enable_triton_gemm": False}),
+        ("gpu", "--xla_gpu_enable_triton_gemm=true", {}),
+        ("tpu", "", {}),
+        ("cpu", "", {}),
+    ],
+)
+def test_gpus_multiply_by_cublas_unless_xlas_flags_say_otherwise(monkeypatch, platform, flags, options):
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    assert gpu_kernels.product_options(platform) == options
+
+
+def test_a_step_is_compiled_with_them(monkeypatch):
+    monkeypatch.setattr(step, "product_options", lambda platform: {"xla_gpu_no_such_option": False})
+    program = make_program(TINY)
+    batch = place_rows(synthetic(TINY, 1)[0], program.mesh)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option: 'xla_gpu_no_such_option'"):
+        program.train_step.lower(program.target, batch).compile()

@@ -1,5 +1,6 @@
 """When a training step is computed by kernels for NVIDIA's GPUs instead of what XLA makes for them."""
 
+import os
 import re
 
 import jax
@@ -12,6 +13,17 @@ from clip_jax.partition import traced_for, traced_kind
 
 FIRST_CAPABILITY = 8.0  # of the GPUs that have them: A100
 HOPPER = 9  # the whole part of the capability of H100 and H200
+TRITON_PRODUCTS = "xla_gpu_enable_triton_gemm"
+
+
+def product_options(platform: str) -> dict[str, bool]:
+    """Returns with which of XLA's options a program for devices multiplies matrices: on GPUs by cuBLAS's kernels alone.
+
+    The compiler would try Triton's beside them, for minutes, and take cuBLAS's nearly always (`benchmarks/LOG.md`).
+    What XLA_FLAGS says of it holds.
+    """
+    is_said = TRITON_PRODUCTS in os.environ.get("XLA_FLAGS", "")
+    return {TRITON_PRODUCTS: False} if platform == "gpu" and not is_said else {}
 
 
 def in_a_step() -> bool:

@@ -19,7 +19,7 @@ HEADS, CHANNELS = 4, 64
 ROWS = 8  # of which each is checked
 GROUPS = ((40, 16), (20, 24), (20, 32), (12, 48), (8, 77))
 MLP = (1_000, 1_024)
-OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+OPTIONS = {"xla_gpu_autotune_level": 0, gpu_kernels.TRITON_PRODUCTS: False}
 """The compiler's: without them it tries algorithms for the definitions' products for more than a minute."""
 
 

@@ -1,7 +1,7 @@
 """NVIDIA's GPUs to compile for, which need not be there: JAX's CUDA plugin has the compiler, and needs neither CUDA nor
 cuDNN for it.
 
-Nothing can be tuned by trial: matrix products are cuBLAS's, which on a GPU nearly all of them are found to be.
+Nothing can be tuned by trial.
 """
 
 import contextlib
@@ -17,7 +17,6 @@ from clip_jax.errors import UserError, one_line
 
 PLUGINS = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
 INSTALL = "pip install --no-deps jax-cuda12-plugin jax-cuda12-pjrt, in JAX's version"
-COMPILER_OPTIONS: dict[str, bool | str] = {"xla_gpu_enable_triton_gemm": False}
 
 # Of each kind what the compiler asks a GPU for (CUDA's device properties; XLA's gpu_device_info), with the SXM socket.
 _TARGETS = {

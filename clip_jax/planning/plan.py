@@ -94,10 +94,9 @@ def make_plan(config: RunConfig, topology: Topology) -> Plan:
     flops = image_flops(model, train=True), text_flops(model)
     devices = devices_of(topology)
     state, lowered = lower_step(config, devices)
-    options = gpu_compiler.COMPILER_OPTIONS if gpu_compiler.compiles_for(topology) else {}
     found: list[Collective] = []
     try:
-        compiled = lowered.compile(compiler_options=options)
+        compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         memory = _wanted(str(error), state)
         if not memory:

@@ -19,6 +19,7 @@ from clip_jax.config import LossConfig, RunConfig
 from clip_jax.data.records import REASONS
 from clip_jax.models.clip import CLIP, CLIPOutput
 from clip_jax.models.fences import compiler_options
+from clip_jax.models.gpu_kernels import product_options
 from clip_jax.models.text_groups import Groups
 from clip_jax.partition import place_rows, replicated, row_sharding
 from clip_jax.training.gradient_cache import Gradients, Loss, cached_gradients
@@ -118,12 +119,13 @@ def make_train_step(
         return advance_if(usable, advance, state, grads, batch_stats), metrics
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    products = product_options(mesh.devices.flat[0].platform)
     return jax.jit(
         train_step,
         in_shardings=(shardings, row_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
-        compiler_options=compiler_options(mesh) | overlap_options(config.mesh, mesh),
+        compiler_options=compiler_options(mesh) | products | overlap_options(config.mesh, mesh),
     )
 
 
