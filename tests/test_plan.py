@@ -474,9 +474,10 @@ needs_gpu_compiler = pytest.mark.skipif(not gpu_compiler.is_installed(), reason=
 @pytest.mark.parametrize("fused", ["cudnn", "pallas"])
 def test_a_plan_for_gpus_that_are_not_there(fused):
     """Attention is by kernels, and nothing but gradients and features is exchanged, on several hosts too."""
-    keys = "--config.model.dtype=bfloat16", "--config.batch=16384", "--config.samples=3276800"
+    keys = "--config.model.dtype=bfloat16", "--config.batch=16384", "--config.samples=3276800", "--topology=h100:16"
     found, defined = (
-        plan_command("--topology=h100:16", *keys, f"--config.model.attention={kind}") for kind in (fused, "xla")
+        plan_command(*keys, f"--config.model.attention={kind}", config="--config=configs/demo.py")
+        for kind in (fused, "xla")
     )
     assert found.returncode == 0, found.stderr
     assert "CPU" not in found.stdout
