@@ -310,6 +310,7 @@ def test_processes_that_jax_does_not_find_are_one_line(monkeypatch):
         pass
 
 
+@pytest.mark.filterwarnings("ignore:'maxsplit' is passed as positional")  # by JAX, which Python 3.13 complains of
 @pytest.mark.parametrize(("hosts", "slices", "expected"), [(1, "", None), (4, "", "Cloud TPU"), (1, "2", "Cloud TPU")])
 def test_a_cloud_tpu_of_several_hosts_is_known_by_its_metadata(monkeypatch, hosts, slices, expected):
     """Its machines have none of it in their environment."""

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from clip_jax.config import kind_named
 from clip_jax.data.captions import parse_metadata
@@ -22,6 +22,7 @@ _LONGEST_LABEL = 1 << 12
 _MOST_CLASSES = 1 << 20
 
 
+@runtime_checkable
 class LabelledSource(Source, Protocol):
     """Records that have a `label`.
 

@@ -111,6 +111,7 @@ class Records(Protocol):
     def __getitem__(self, index: int, /) -> Record: ...
 
 
+@runtime_checkable
 class Source(Records, Protocol):
     """Records that say what they are.
 
