@@ -75,7 +75,9 @@ def test_learning_rate_and_schedule_may_change():
         "resuming at step 10; changed since: optim.lr 0.001 -> 0.0001, optim.warmup_steps 5 -> 3, samples 640 -> 1280",
         "the learning rate goes on at 9.14e-05; without these changes it would at 0.00075",
     ]
-    assert lines(optim=dataclasses.replace(TINY.optim, lr=1e-4))[1].startswith("the learning rate goes on at 7.5e-05; ")
+    for lr, goes_on in ((1e-4, "7.5e-05"), (1.01e-3, "0.000758")):
+        (_, line) = lines(optim=dataclasses.replace(TINY.optim, lr=lr))
+        assert line.startswith(f"the learning rate goes on at {goes_on}; ")
     constant = dataclasses.replace(TINY, optim=dataclasses.replace(TINY.optim, schedule="constant"))
     longer = dataclasses.replace(constant, samples=32 * 40)
     saved = SAVED._replace(config=as_json(constant))
@@ -101,6 +103,13 @@ def test_another_batch_is_explained():
     assert third.startswith("the learning rate goes on at 0.00095; without these changes it would at 0.00075")
     planned = dataclasses.replace(TINY, batch=16, samples=480)
     assert 320 + (planned.steps - 10) * planned.batch == 640
+    passed_over = SAVED._replace(data={"position": 720, "skips": [[32, 432], [800, 832]]})
+    assert describe_resume(passed_over, dataclasses.replace(TINY, batch=16), step=10, data=DATA)[1] == second
+    before = dataclasses.replace(TINY, batch=16, samples=480)  # as the run went on; then 624 pairs are seen
+    late = Contents({"position": 624, "skips": []}, as_json(before), SAVED.metadata, {})
+    assert describe_resume(late, dataclasses.replace(TINY, batch=8, samples=480), step=29, data=DATA)[1].endswith(
+        "config.samples=248 would make it 640, as planned"
+    )
 
 
 def test_a_best_that_is_measured_otherwise_from_here_on_is_said():
@@ -120,6 +129,7 @@ def test_a_best_that_is_measured_otherwise_from_here_on_is_said():
     for changes, keys in (
         ({"batch": 16}, "batch"),
         ({"eval": dataclasses.replace(best.eval, held_out_pairs=99)}, "eval.held_out_pairs"),
+        ({"eval": dataclasses.replace(best.eval, held_out="split=test")}, "eval.held_out"),
         ({"loss": dataclasses.replace(best.loss, kind="sigmoid")}, "loss.kind"),
     ):
         (line,) = said(**changes)
@@ -133,9 +143,10 @@ def test_a_best_that_is_measured_otherwise_from_here_on_is_said():
         checkpoint=dataclasses.replace(best.checkpoint, best_metric="zero_shot/photo/top1"),
         eval=dataclasses.replace(best.eval, dataset="digits"),
     )
-    other = dataclasses.replace(zero_shot, batch=16, eval=dataclasses.replace(zero_shot.eval, split="train"))
-    found = describe_resume(SAVED._replace(config=as_json(zero_shot)), other, step=10, data=DATA)
-    assert any("top1 is measured otherwise from here on (eval.split)" in line for line in found)
+    for key, value in (("dataset", "cifar10"), ("split", "train"), ("label_key", "class"), ("classes", "names.txt")):
+        other = dataclasses.replace(zero_shot, batch=16, eval=dataclasses.replace(zero_shot.eval, **{key: value}))
+        found = describe_resume(SAVED._replace(config=as_json(zero_shot)), other, step=10, data=DATA)
+        assert any(f"top1 is measured otherwise from here on (eval.{key})" in line for line in found)
 
 
 def test_a_batch_that_leaves_nothing_to_do_is_refused():

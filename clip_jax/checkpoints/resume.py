@@ -34,7 +34,8 @@ def check_resumable(saved: Contents, config: RunConfig, *, step: int, where: Pat
       step: the checkpoint's.
       where: the workdir, for the message.
     """
-    old, new = as_json(_saved_config(saved)), as_json(config)
+    before = _saved_config(saved)
+    old, new = as_json(before), as_json(config)
     pixels = {key: values for key, values in diff(old["data"], new["data"]).items() if key in ("mean", "std")}
     if changes := model_diff(old["model"], new["model"]) | pixels:
         raise UserError(
@@ -48,7 +49,7 @@ def check_resumable(saved: Contents, config: RunConfig, *, step: int, where: Pat
         raise UserError(
             f"config.batch is {config.batch}, and was {old['batch']} for the {step} steps of {where}: the run "
             f"has {config.steps} steps now (config.samples / config.batch), so nothing is left to do; "
-            f"{_samples_for_the_rest(saved, config, step)}"
+            f"{_samples_for_the_rest(saved, before, config, step)}"
         )
     if config.steps < step:
         raise UserError(
@@ -70,7 +71,7 @@ def describe_resume(saved: Contents, config: RunConfig, *, step: int, data: dict
     changes = diff(as_json(before), as_json(config))
     lines = [f"resuming at step {step}" + (f"; changed since: {describe_diff(changes)}" if changes else "")]
     if "batch" in changes:
-        lines.append(_describe_batch(saved, config, step))
+        lines.append(_describe_batch(saved, before, config, step))
     if before.optim != config.optim or before.steps != config.steps:  # an unchanged run compiles nothing for this
         was, is_now = _rate(before, step), _rate(config, step)
         if not math.isclose(was, is_now, rel_tol=1e-3):
@@ -109,19 +110,25 @@ def _rate(config: RunConfig, step: int) -> float:
     return float(np.asarray(learning_rate(config.optim, steps=config.steps)(step)))
 
 
-def _describe_batch(saved: Contents, config: RunConfig, step: int) -> str:
-    seen = saved.data["position"]
+def _describe_batch(saved: Contents, before: RunConfig, config: RunConfig, step: int) -> str:
+    seen = _seen(saved)
     return (
         f"config.batch is another after {step} steps and {seen:,} pairs: steps count updates, so the schedule goes on "
         f"at step {step} of {config.steps} (config.samples / config.batch), and the run will have seen "
-        f"{seen + (config.steps - step) * config.batch:,} pairs; {_samples_for_the_rest(saved, config, step)}"
+        f"{seen + (config.steps - step) * config.batch:,} pairs; {_samples_for_the_rest(saved, before, config, step)}"
     )
 
 
-def _samples_for_the_rest(saved: Contents, config: RunConfig, step: int) -> str:
-    total = saved.config["samples"]
-    rest = max(0, total - saved.data["position"]) // config.batch
-    return f"config.samples={(step + rest) * config.batch} would make it {total:,}, as planned"
+def _samples_for_the_rest(saved: Contents, before: RunConfig, config: RunConfig, step: int) -> str:
+    rest = (before.steps - step) * before.batch
+    samples = (step + rest // config.batch) * config.batch
+    return f"config.samples={samples} would make it {_seen(saved) + rest:,}, as planned"
+
+
+def _seen(saved: Contents) -> int:
+    """Returns the pairs that a run was trained on: positions that it passed over are none."""
+    position = saved.data["position"]
+    return position - sum(max(0, min(end, position) - begin) for begin, end in saved.data["skips"])
 
 
 def _check_same(key: str, old: Any, new: Any, where: Path) -> None:
