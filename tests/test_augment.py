@@ -1,5 +1,6 @@
 """Crops, the fast resize beside PIL's, colours."""
 
+import dataclasses
 import io
 
 import numpy as np
@@ -8,9 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
 from sklearn.datasets import load_sample_image
+from tiny import TINY
 
+from clip_jax.config import DataConfig
 from clip_jax.data.augment import Augment, _random_box, _scaled, random_crop, resized_crop, square_crop
 from clip_jax.data.images import ImageError, Preprocess, eval_image
+from clip_jax.data.loader import transform_of
 
 SIDES = st.integers(1, 60)
 SMALL = Preprocess(size=12)
@@ -245,3 +249,11 @@ def test_colours_change_for_their_share_of_the_images():
     grey = np.mean([(image[..., 0] == image[..., 1]).all() for image in images])
     assert abs(kept - 0.75**2) < 0.1
     assert abs(grey - 0.25) < 0.08
+
+
+def test_a_runs_augmentation_is_what_its_config_says():
+    drawn = {"resize": "exact", "color_jitter": (0.1, 0.2, 0.3, 0.05), "color_jitter_prob": 0.8, "grayscale": 0.2}
+    data = DataConfig(crop="resized", crop_scale=(0.2, 0.9), **drawn)
+    transform = transform_of(dataclasses.replace(TINY, data=data))
+    assert transform.augment == Augment("resized", (0.2, 0.9), **drawn)
+    assert (transform.preprocess.size, transform.context) == (16, 12)

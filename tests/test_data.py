@@ -149,9 +149,11 @@ def test_an_epoch_is_a_permutation(size, epoch, seed):
 def test_epochs_follow_each_other_for_any_size_and_batch(size, batch):
     count = -(-3 * size // batch)
     batches = train_batches(shuffled(Numbers(size), 1), transform=NumberTransform(), batch=batch, seed=1)
-    order = indices(take(batches, count))
+    taken = take(batches, count)
+    order, draws = indices(taken), np.concatenate([batch["draw"] for batch in taken])
     for epoch in range(3):
         assert sorted(order[epoch * size : (epoch + 1) * size]) == list(range(size))
+    assert len(set(draws)) == len(draws)  # no two crops are alike, neither of a record nor within an epoch
 
 
 def test_the_order_of_a_seed_is_forever():

@@ -56,6 +56,12 @@ def test_the_order_of_a_seed_is_forever():
     assert permutation(10, 3, 1).tolist() == [0, 6, 2, 1, 3, 7, 4, 9, 8, 5]
     order = windows([4, 5, 6], streams=2, block=2, window=2)
     assert [each.index for each in records(order, 15)] == [5, 1, 4, 0, 7, 13, 6, 8, 3, 14, 11, 9, 2, 10, 12]
+    order = windows([4, 5, 6], streams=2, block=1, window=4)  # of which the second stream's first window is a half
+    assert [each.index for each in records(order, 15)] == [2, 14, 13, 7, 3, 4, 11, 5, 8, 12, 6, 10, 1, 9, 0]
+    mixture = Mixture((0.7, 0.2, 0.1))
+    sources = [mixture.split(position)[0] for position in range(20)]
+    assert sources == [0, 0, 1, 0, 0, 2, 0, 1, 0, 0, 0, 0, 1, 0, 0, 2, 0, 1, 0, 0]
+    assert mixture.consumed(10_240) == (7_170, 2_050, 1_020)
 
 
 @pytest.mark.parametrize("shards", [1, 300])
@@ -85,8 +91,8 @@ def test_the_plan_of_an_epoch_is_the_blocks_cut_and_counted_one_by_one(shards):
 def test_the_plan_of_an_epoch_keeps_four_bytes_a_block():
     """5 billion samples are 20 million blocks, in every process."""
     order = windows([1_000] * 1_000, block=5)
-    order.window_at(0)
-    order.window_at(order.size)
+    for epoch in range(3):
+        order.window_at(epoch * order.size)
     kept = [array.nbytes for plan in order._epochs.values() for array in plan]
     assert len(kept) == 4
     assert sum(kept) <= 2 * 4.1 * 200_000
@@ -149,6 +155,7 @@ def test_shares_are_the_weights():
     assert [Mixture((3.0, 1.0)).split(position)[0] for position in range(8)].count(1) == 2
     shares = Mixture((0.7, 0.2, 0.1)).shares
     np.testing.assert_allclose(shares, (0.7, 0.2, 0.1), atol=1e-3)
+    assert Mixture((1.0, 1e-4)).consumed(1025) == (1024, 1)  # no source is left out
 
 
 def distinct_shards(order, shard_of, batch):
