@@ -14,10 +14,11 @@ from gradients import by_path, largest_difference
 from test_step import setup, setup_in_f64
 from tiny import TINY
 
-from clip_jax.config import CheckpointConfig, HealthConfig, LogConfig, MeshConfig, OptimConfig
+from clip_jax.config import CheckpointConfig, HealthConfig, LogConfig, LossConfig, MeshConfig, OptimConfig
 from clip_jax.data.loader import open_training_data
 from clip_jax.data.skips import batches_between, next_position
 from clip_jax.errors import UserError
+from clip_jax.models.clip import CLIPOutput
 from clip_jax.partition import place_rows
 from clip_jax.planning.hlo import collectives
 from clip_jax.run import metrics, monitor
@@ -152,6 +153,21 @@ def test_mean_cosine_is_that_of_the_matrix(spread):
     found = mean_cosine(jnp.asarray(dirty, jnp.float32), jnp.asarray(weight, jnp.float32))
     assert float(found) == pytest.approx(expected, abs=1e-5)
     assert float(mean_cosine(jnp.ones((1, 8)), jnp.ones(1))) == 0
+
+
+def test_a_batch_is_judged_by_both_of_its_sides():
+    rng = np.random.default_rng(0)
+    image = 1 + rng.normal(size=(12, 8))
+    text = image + np.sort(rng.normal(size=(12, 8)), axis=0)
+    image, text = (each / np.linalg.norm(each, axis=1, keepdims=True) for each in (image, text))
+    features = CLIPOutput(*(jnp.asarray(each, jnp.float32) for each in (image, text, 10.0, 0.0)))
+    found = step.judge(LossConfig(), features, jnp.ones(12), mesh=None)
+    by_image, by_text = (np.mean((image @ text.T).argmax(axis) == np.arange(12)) for axis in (1, 0))
+    assert by_image != by_text
+    assert found.accuracy == pytest.approx((by_image + by_text) / 2)
+    of_image, of_text = ((np.sum(each @ each.T) - 12) / 132 for each in (image, text))
+    assert abs(of_image - of_text) > 0.01
+    assert (found.image_cosine, found.text_cosine) == pytest.approx((of_image, of_text), rel=1e-5)
 
 
 def test_mean_cosine_costs_one_small_all_reduce(replace):

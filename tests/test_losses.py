@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxprs import equations
 from references import import_open_clip
 
 from benchmarks.loss_memory import MIB, contenders, measure
@@ -281,6 +282,23 @@ def test_bf16_products_round_operands_and_nothing_else(kind, form):
     for a, b in zip(found[:2], exact[:2], strict=True):
         assert a.dtype == jnp.float32
         assert 0 < relative(a, b) <= 2**-8
+
+
+@pytest.mark.parametrize(("form", "products"), [*((form, "full") for form in FORMS), ("chunked", "bfloat16")])
+def test_products_are_of_the_operands_asked_for_and_not_rounded_further(form, products):
+    """TPUs would multiply float32 in bfloat16, if they were not asked not to."""
+
+    def loss(image, text):
+        output = CLIPOutput(image, text, jnp.float32(9), jnp.float32(-3))
+        return contrastive_loss(LossConfig("softmax", form, products=products), output, jnp.ones(24), mesh=None).loss
+
+    found = jax.make_jaxpr(jax.grad(loss, (0, 1)))(*pairs(dtype=np.float32)).jaxpr
+    dots = [each for each in equations(found) if each.primitive.name == "dot_general" and each.outvars[0].aval.ndim]
+    assert len(dots) == (3 if form == "reference" else 4)
+    asked = "float32" if products == "full" else products
+    assert {var.aval.dtype.name for dot in dots for var in dot.invars} == {asked}
+    assert {dot.outvars[0].aval.dtype.name for dot in dots} == {"float32"}
+    assert {dot.params["precision"] for dot in dots} == {(jax.lax.Precision.HIGHEST,) * 2}
 
 
 def test_memory_at_32768_pairs_and_what_the_devices_say_to_each_other():

@@ -22,6 +22,7 @@ from clip_jax.models.variants import ResNetConfig
 from clip_jax.partition import make_mesh, place_rows
 from clip_jax.planning.hlo import collectives
 from clip_jax.rules import leaf_paths
+from clip_jax.training import towers
 from clip_jax.training.optim import make_optimizer
 from clip_jax.training.state import abstract_state, create_state
 from clip_jax.training.step import _sample_keys, make_train_step
@@ -140,7 +141,9 @@ def test_a_resnet_trains_alike_on_every_mesh_in_f64(mesh, group):
 def test_initial_parameters_and_keys_depend_neither_on_the_mesh_nor_on_jaxs_generator():
     """Those of `rbg`, which JAX can be told to use, depend on what they are drawn together with."""
     mesh, one, _ = setup(TINY, 1)
-    keys = np.asarray(jax.random.key_data(_sample_keys(0, jnp.int32(3), 8, mesh)))
+    drawn = [jax.random.key_data(_sample_keys(seed, jnp.int32(at), 8, mesh)) for seed, at in ((0, 3), (0, 4), (1, 3))]
+    keys = np.asarray(drawn[0])
+    assert len(np.unique(np.concatenate(drawn), axis=0)) == 24  # of each pair, step and seed its own
     with jax.default_prng_impl("rbg"):
         mesh, eight, _ = setup(dataclasses.replace(TINY, mesh=MeshConfig(2, 4)), 8)
         np.testing.assert_array_equal(jax.random.key_data(_sample_keys(0, jnp.int32(3), 8, mesh)), keys)
@@ -202,6 +205,18 @@ def test_pixels_are_normalised_as_the_data_say():
     pixels = (batch["image"] / 255 - np.array(run.data.mean)) / np.array(run.data.std)
     expected = image_features(CLIP(run.model), state.variables, jnp.float32(pixels))
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_the_image_tower_is_told_each_pairs_key_and_whether_it_counts(monkeypatch):
+    mesh, state, _ = setup(TINY, 1)
+    [batch] = synthetic(TINY, 1)
+    batch["weight"][[3, 17]] = 0
+    keys = _sample_keys(0, state.step, TINY.batch, mesh)
+    monkeypatch.setattr(towers, "image_features_train", lambda *_, **told: (keys, told))
+    _, told = Towers(CLIP(TINY.model), TINY, state.params, {}, mesh).image({}, place_rows(batch, mesh) | {"key": keys})
+    assert told["keys"] is keys
+    assert np.flatnonzero(~np.asarray(told["kept"])).tolist() == [3, 17]
+    assert told["train"]
 
 
 def test_the_state_is_donated():
