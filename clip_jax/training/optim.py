@@ -1,5 +1,6 @@
 """AdamW, its schedule and its decay mask (paper, §2.5 and tables 18-20); freezing, multipliers, moving average."""
 
+import functools
 import re
 from typing import Any
 
@@ -10,7 +11,6 @@ from jax.typing import ArrayLike
 
 from clip_jax.config import OptimConfig
 from clip_jax.errors import ConfigError, did_you_mean
-from clip_jax.models.precision import widen
 from clip_jax.rules import apply_rules, leaf_paths
 
 _MATRICES = (r"/kernel$", True), (r"/embedding$", True)
@@ -122,15 +122,12 @@ def clamp_scale(config: OptimConfig, params: dict[str, Any]) -> dict[str, Any]:
 
 
 def gradient_norms(gradients: dict[str, Any]) -> dict[str, jax.Array]:
-    """Returns 2-norms in float32 or wider, as metrics: `gradient_norm`, of all leaves together, and of its parts
-    `gradient_norm/image`, `gradient_norm/text` and, of logit_scale and logit_bias, `gradient_norm/rest`.
+    """Returns 2-norms, as metrics: `gradient_norm`, of all leaves together, and of its parts `gradient_norm/image`,
+    `gradient_norm/text` and, of logit_scale and logit_bias, `gradient_norm/rest`.
 
     What is frozen has gradients of zero, and counts as that. Squares are summed once, so the parts cost nothing.
     """
-
-    def square(tree: Any) -> jax.Array:
-        return optax.tree.norm(jax.tree.map(widen, tree), squared=True)
-
+    square = functools.partial(optax.tree.norm, squared=True)
     rest = {name: part for name, part in gradients.items() if name not in ("image", "text")}
     squares = {"image": square(gradients["image"]), "text": square(gradients["text"]), "rest": square(rest)}
     parts = {f"gradient_norm/{name}": jnp.sqrt(value) for name, value in squares.items()}
