@@ -218,6 +218,9 @@ def test_another_state_is_no_damage(tmp_path):
     other = jax.ShapeDtypeStruct((5,), jnp.bfloat16, sharding=target.params["scale"].sharding)
     with pytest.raises(UserError, match=r"checkpoints/2 holds another state.*params/scale is .*float32.*bfloat16"):
         Checkpoints(tmp_path, KEPT).restore_latest(target.replace(params=target.params | {"scale": other}))
+    fewer = {name: leaf for name, leaf in target.params.items() if name != "extra"}
+    with pytest.raises(UserError, match=r"another state.*params/extra is .*float32.* there and None here"):
+        Checkpoints(tmp_path, KEPT).restore_latest(target.replace(params=fewer))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
 
 

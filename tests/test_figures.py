@@ -12,7 +12,7 @@ from clip_jax.config import LossConfig
 from clip_jax.errors import OutageError, UserError
 from clip_jax.evals.evaluation import Evaluated, RetrievalSheet
 from clip_jax.evals.figures import BLUE, GREEN, RED, plot_confusion, plot_retrieval, plot_training
-from clip_jax.evals.zero_shot import ZeroShotResult
+from clip_jax.evals.zero_shot import ZeroShotResult, wilson_interval
 from clip_jax.run import report
 
 
@@ -53,6 +53,22 @@ def test_a_runs_figure_has_the_chance_loss_of_its_kind(tmp_path, monkeypatch):
     for kind in ("softmax", "sigmoid"):
         report.report_training(tmp_path, dataclasses.replace(TINY, loss=LossConfig(kind=kind)))
     assert drawn == pytest.approx([math.log(32), math.log(32) - 31 * math.log(31 / 32)])
+
+
+def test_what_zero_shot_json_holds():
+    matrix = np.array([[3, 1, 0, 0, 0], *np.eye(5, dtype=np.int64)[1:]])
+    result = ZeroShotResult("photo", tuple("abcde"), matrix, 0.9, np.ones(8, bool), np.arange(8))
+    assert report._entry(result, {"photo": ("a {}",), "other": ("{}",)}) == {
+        "prompts": "photo",
+        "templates": ["a {}"],
+        "images": 8,
+        "acc1": 0.875,
+        "acc1_interval": list(wilson_interval(0.875, 8)),
+        "acc5": 0.9,
+        "mean_per_class_recall": pytest.approx(0.95),
+        "confusion": matrix.tolist(),
+        "classes": list("abcde"),
+    }
 
 
 def test_a_report_that_cannot_be_written_ends_no_run(tmp_path, caplog):

@@ -338,6 +338,7 @@ def test_steps_without_a_pair_neither_rewind_nor_hide_those_that_do(tmp_path):
     with pytest.raises(Rewind) as caught:
         judge(14, "bad")
     assert (caught.value.first, caught.value.begin, caught.value.end) == (11, 160, 224)
+    assert judge(15, "bad") == 14  # the first of another row
 
 
 @pytest.mark.parametrize(
@@ -417,6 +418,15 @@ def test_the_alarm_of_collapsed_embeddings(side):
     assert not any(on(*[0.9] * 300))
 
 
+def test_embeddings_that_lie_together_in_a_runs_warm_up_have_not_collapsed(tmp_path):
+    health = Health(dataclasses.replace(RUN, optim=OptimConfig(warmup_steps=50)), tmp_path, str, say=lambda _: None)
+    together, on = HEALTHY | {"pairs": 16.0, "image_cosine": 0.99}, []
+    for number in range(1, 152):
+        health.note(number, 16 * number, {"index": np.arange(16)})
+        on.append(health.judge(number, together)["alarm/collapse"])
+    assert on == [0] * 149 + [1] * 2
+
+
 def test_lines_between_which_steps_have_none_hold_their_alarms_and_times(tmp_path, monkeypatch):
     """Of steps of 4 s, of which one waits for data; an evaluation of 1,000 s is no part of them."""
     now = 0.0
@@ -442,14 +452,19 @@ def test_lines_between_which_steps_have_none_hold_their_alarms_and_times(tmp_pat
                 with watch.pause():
                     now += 1000
         watch.flush()
-        times, waits, alarms = (rows_of(tmp_path, name) for name in ("step_time", "data_wait", "alarm/logit_scale"))
-        watch.rewound(4)
+        names = ("step_time", "samples_per_second", "data_wait", "alarm/logit_scale")
+        times, speeds, waits, alarms = (rows_of(tmp_path, name) for name in names)
+        take(9)
+        watch.rewound(4)  # and nothing is said of the step before
         take(5)
         watch.flush()
     assert alarms == {1: 0, 3: 0, 6: 1, 8: 0}
     assert times == {1: 8, 3: 4, 6: 4, 8: 2}  # metrics are read a step late, and the last two at once
+    assert speeds == {step: 32 / time for step, time in times.items()}
     assert set(waits.values()) == {0.25}
     assert list(rows_of(tmp_path, "loss")) == [1, 3, 5]  # a run that went back begins with a line
+    written = [json.loads(line) for line in (tmp_path / metrics.FILE).read_text().splitlines()]
+    assert [row["step"] for row in written] == [1, 3, 6, 8, 5]
 
 
 def test_alarms_are_in_the_metrics_and_said_once(tmp_path, capsys):
