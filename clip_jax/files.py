@@ -1,8 +1,10 @@
-"""Files on disks and shares: their paths, writing that leaves all or nothing, locks, and digests of what they are."""
+"""Files on disks and shares: their paths, writing that leaves all or nothing, JSON that people may have edited, locks,
+and digests of what files are."""
 
 import contextlib
 import fcntl
 import hashlib
+import json
 import logging
 import os
 import re
@@ -12,7 +14,7 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from clip_jax.errors import UserError, one_line
 
@@ -20,6 +22,7 @@ _LOG = logging.getLogger(__name__)
 RECORD = "record/metadata"
 """The file by which the folder of a run's checkpoint is known, see `clip_jax.checkpoints.record`."""
 _URL = re.compile(r"[a-z0-9+]+://")
+_JSON_NAMES = {dict: "an object", list: "a list", str: "a text", str | None: "a text or null", int: "a whole number"}
 
 
 def is_remote(path: str) -> bool:
@@ -97,6 +100,49 @@ def new_folder(folder: Path) -> Iterator[Path]:
             yield partial
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {one_line(error)}; nothing was kept") from error
+
+
+def json_object(content: bytes, shape: dict[Any, Any] | None = None) -> dict[str, Any]:
+    """Returns the object that a JSON file holds, with a byte order mark before it or without.
+
+    Args:
+      content: of the file.
+      shape: see `check_shape`.
+
+    Raises:
+      ValueError: it is no JSON, or does not hold what it must.
+    """
+    try:
+        values = json.loads(content)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    check_shape(values, shape or {})
+    return values
+
+
+def check_shape(value: Any, shape: Any, path: str = "it") -> None:
+    """Checks what JSON gave.
+
+    Args:
+      value: to be checked.
+      shape: a type, or a union of them; for an object, the shape of each key that must be there, or of all that are,
+        {...: shape}; for a list, a list of the shape of its items.
+      path: to the value, for the message.
+
+    Raises:
+      ValueError: something is missing, or of another type.
+    """
+    kind = type(shape) if isinstance(shape, dict | list) else shape
+    if not isinstance(value, kind):
+        raise ValueError(f"{path} is {value!r:.50}, and must be {_JSON_NAMES.get(kind, kind)}")
+    if isinstance(shape, dict):
+        for key, inner in (dict.fromkeys(value, shape[...]) if ... in shape else shape).items():
+            if key not in value:
+                raise ValueError(f"{path} has no {key!r}")
+            check_shape(value[key], inner, f"{path}[{key!r}]")
+    elif isinstance(shape, list):
+        for number, item in enumerate(value):
+            check_shape(item, shape[0], f"{path}[{number}]")
 
 
 def sweep(folder: Path, *, seconds: float = 0.0) -> None:

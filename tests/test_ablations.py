@@ -689,6 +689,10 @@ def test_the_same_run_twice_is_refused_and_the_same_folder_twice_is_once(three_a
     write_run(tmp_path / "copy", dataclasses.replace(BASE, seed=1), top1=0.1)
     with pytest.raises(UserError, match="are the same run, seed 1 of one config"):
         compare([three_arms, tmp_path / "copy"])
+    for content in ("null", "[1]", "[" * 100_000, '{"model"'):
+        (tmp_path / "copy/config.json").write_text(content)
+        with pytest.raises(UserError, match=r"copy/config\.json is not a run's config: "):
+            compare([three_arms, tmp_path / "copy"])
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty holds no run"):
         compare([tmp_path / "empty"])

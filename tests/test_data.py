@@ -507,6 +507,17 @@ def test_another_file_format_is_named_with_the_command(digits_dir, tmp_path, fil
     assert str(caught.value).endswith(convert if file_format == "tfrecord" else prepare_command("pairs", tmp_path))
 
 
+@pytest.mark.parametrize("file", ["dataset_info.json", "features.json"])
+@pytest.mark.parametrize("damaged", [b"", b'{"name": 3, "pythonClassName": []}', b"[]", b"\xff"])
+def test_a_damaged_description_is_one_line(digits_dir, tmp_path, file, damaged):
+    for name in ("dataset_info.json", "features.json"):
+        (tmp_path / "pairs/1.0.0").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "pairs/1.0.0" / name).write_bytes((digits_dir / "digits/1.0.0" / name).read_bytes())
+    (tmp_path / "pairs/1.0.0" / file).write_bytes(damaged)
+    with pytest.raises(UserError, match="cannot be opened: .* is damaged .*; copy or prepare the dataset|data convert"):
+        TfdsSource("pairs", "train", data_dir=str(tmp_path))
+
+
 @pytest.mark.parametrize("split", ["nope", "train[", "train[:200%]", "train[:0]", "train[5:2]", ""])
 def test_an_unknown_split_lists_the_splits(digits_dir, split):
     with pytest.raises(UserError, match=r"no split '.*'; it has train \(8,982\), test \(300\)"):

@@ -288,7 +288,9 @@ def test_the_table_has_all_results_of_the_folder(result, tmp_path):
     (tmp_path / "benchmark_theirs.json").write_text(json.dumps(theirs))
     (tmp_path / "benchmark_damaged.json").write_text("{")
     (tmp_path / "benchmark_list.json").write_text("[]")
-    result.write(tmp_path)
+    (tmp_path / result.file_name).write_text('{"metrics": {}, "details": {"job": null, "model": "small"}}')
+    assert result.write(tmp_path).name.endswith("_2.json")
+    (tmp_path / result.file_name).unlink()
     write_table(tmp_path)
     header, *rows = (tmp_path / "results.csv").read_text().splitlines()
     assert header == "acc1,acc5,mean_per_class_recall,map,dataset,model,pretrained,task,language,model_fullname"

@@ -99,6 +99,8 @@ def test_a_torn_line_costs_itself_only(tmp_path):
     assert metrics.read(tmp_path) == [{"step": 1, "loss": 1.0}]
     with MetricWriter(tmp_path, tensorboard=False) as writer:
         writer.write(2, {"loss": 2.0})
+    with (tmp_path / metrics.FILE).open("a") as file:
+        print('3\n[1]\nnull\n{"loss": 1}\n{"step": "3"}\n{"step": NaN}\n{"step": 3, "loss": "1.0"}', file=file)
     assert metrics.read(tmp_path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}]
 
 

@@ -523,6 +523,13 @@ def test_other_settings_or_another_input_are_refused_by_name(shards, tmp_path, i
                 prepare(job(data_dir=str(tmp_path), tars=shards, **{name: value}))
         with pytest.raises(UserError, match=r"another input: 3 shards, of 4 before"):
             prepare(dataclasses.replace(asked, tars=f"{tmp_path}/shards/{{00000..00002}}.tar"))
+        begun = asked.unfinished / "work" / "job.json" if state == "unfinished" else asked.target / "manifest.json"
+        content = begun.read_bytes()
+        for damaged in (content[:50], b"{}", b"\xff" + content, b"[" * 100_000):
+            begun.write_bytes(damaged)
+            with pytest.raises(UserError, match=rf"{begun.name} is damaged, .*; choose another --version, or"):
+                prepare(asked)
+        begun.write_bytes(content)
         if state == "unfinished":
             prepare(asked)
     monkeypatch.chdir(tmp_path)

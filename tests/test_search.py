@@ -115,6 +115,7 @@ def test_many_vectors_get_cells_tuned_against_an_exact_search(tmp_path):
     recall = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found, exact, strict=True)])
     print(f"recall@10 {recall:.3f} with nprobe {index.nprobe} of {about['cells']} cells")
     assert recall >= 0.9
+    assert SearchIndex(tmp_path / "index", nprobe=10**30).nprobe == about["cells"]
     few = SearchIndex(tmp_path / "index", nprobe=1).search(queries, top=10)[1]
     assert np.mean([len(set(a) & set(b)) / 10 for a, b in zip(few, exact, strict=True)]) < recall
     assert {index.item(5_999).key, index.item(0).key} == {"k5999", "k0"}
@@ -159,6 +160,13 @@ def test_another_dimension_is_refused(searcher):
         searcher.nearest(np.zeros((1, 16), np.float32), top=0)
 
 
+def edit(file, change):
+    """Changes a JSON file as a person would, with an editor that begins it with a byte order mark."""
+    values = json.loads(file.read_text())
+    change(values)
+    file.write_text(json.dumps(values), encoding="utf-8-sig")
+
+
 def damage_shard(vectors):
     content = bytearray((vectors / "images-00001.parquet").read_bytes())
     content[len(content) // 2] ^= 1
@@ -172,6 +180,18 @@ def damage_shard(vectors):
         (lambda vectors: (vectors / "images-00002.parquet").unlink(), "run the same clip-jax embed again"),
         (lambda vectors: (vectors / "manifest.json").unlink(), "are not complete; run the same clip-jax embed again"),
         (shutil.rmtree, r"holds no embeddings \(there is no manifest\.json\)"),
+        (
+            lambda vectors: edit(vectors / "manifest.json", lambda values: values["shards"].pop(0)),
+            r"says 30 images of 16 dimensions, and its shards hold 24 of 16; remove manifest\.json and run the same",
+        ),
+        (
+            lambda vectors: edit(vectors / "manifest.json", lambda values: values["shards"][1]["files"].pop("images")),
+            r"manifest\.json is damaged: a shard has no images; remove manifest\.json and run the same clip-jax embed",
+        ),
+        (
+            lambda vectors: edit(vectors / "manifest.json", lambda values: values.pop("root")),
+            r"manifest\.json is damaged: it has no 'root'; remove manifest\.json and run the same clip-jax embed again",
+        ),
     ],
 )
 def test_embeddings_that_are_not_whole_give_no_index(damage, message, vectors, tmp_path):
@@ -182,19 +202,25 @@ def test_embeddings_that_are_not_whole_give_no_index(damage, message, vectors, t
     assert not [path for path in tmp_path.iterdir() if path.name != "vectors"]
 
 
-def change_count(index):
-    about = json.loads((index / "index.json").read_text())
-    (index / "index.json").write_text(json.dumps(about | {"count": 3}))
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (change_count, "a count of 3 do not belong together; build the index again"),
+        (
+            lambda index: edit(index / "index.json", lambda about: about.update(count=3)),
+            "a count of 3 do not belong together; build the index again",
+        ),
         (lambda index: (index / "index.faiss").write_bytes(b"something"), "cannot be opened as an index"),
         (lambda index: (index / "items.arrow").write_bytes(b"something"), "cannot be opened as an index"),
         (lambda index: (index / "index.json").write_text("{}"), "is not of an index of format 1"),
         (lambda index: (index / "index.json").write_text("{"), "cannot be read"),
+        (
+            lambda index: (index / "index.json").write_text("[" * 100_000),
+            "nested too deep; build the index again",
+        ),
+        (
+            lambda index: edit(index / "index.json", lambda about: about["model"].pop("source")),
+            r"it\['model'\] has no 'source'; build the index again",
+        ),
         (shutil.rmtree, "holds no index: .*No such file"),
     ],
 )

@@ -246,13 +246,17 @@ def test_counts_come_from_where_they_are_known(shards, tmp_path):
     (tmp_path / "mine.json").write_text(json.dumps({f"{folder}/{name}.tar": 4 for name in names}))
     assert source(shards, tmp_path, counts=str(tmp_path / "mine.json")).counts.tolist() == [4] * 4
     assert not (tmp_path / "index").exists()
-    for wrong in ("[]", '{"00000.tar": -1}', '{"00000.tar": 2.5}', '{"00000.tar": true}'):
+    for wrong in ("[]", "[" * 10**5, *(f'{{"00000.tar": {count}}}' for count in ("-1", "2.5", "true", "9" * 30))):
         (tmp_path / "mine.json").write_text(wrong)
-        with pytest.raises(UserError, match="config.data.counts=.*not a mapping"):
+        with pytest.raises(UserError, match="config.data.counts=.*(not a mapping|must be an object|nested too deep)"):
             source(shards, tmp_path, counts=str(tmp_path / "mine.json"))
     (tmp_path / "mine.json").write_text('{"0.tar": 4}')
     with pytest.raises(UserError, match="mine.json names none of the 4 shards, such as .*/00000.tar$"):
         source(shards, tmp_path, counts=str(tmp_path / "mine.json"))
+    (folder / "sizes.json").unlink()
+    for name, wrong in zip(names, ("-2", "1e99", "2.5", "[]"), strict=True):
+        (folder / f"{name}_stats.json").write_text(f'{{"successes": {wrong}}}')
+    assert source(shards, tmp_path).counts.tolist() == [7, 10, 1, 14]  # by a look into them
 
 
 def test_many_remote_shards_are_counted_only_when_that_is_asked_for(shards, tmp_path, monkeypatch):

@@ -1,7 +1,6 @@
 """Runs as they lie on disk: their config, how far they came, and what they measured."""
 
 import dataclasses
-import json
 import math
 import os
 import re
@@ -20,7 +19,7 @@ from clip_jax.config import (
     from_saved,
 )
 from clip_jax.errors import ConfigError, UserError
-from clip_jax.files import steps_in
+from clip_jax.files import json_object, steps_in
 from clip_jax.run import metrics
 
 CONFIG, RESULTS = "config.json", "zero_shot.json"
@@ -73,7 +72,8 @@ class FinishedRun:
         checkpoints = self.workdir / "checkpoints"
         try:
             newest = str(steps_in(checkpoints)[0])
-            return json.loads((checkpoints / newest / "metadata" / "metadata").read_text())["git_revision"] or ""
+            record = json_object((checkpoints / newest / "metadata" / "metadata").read_bytes(), {"git_revision": str})
+            return record["git_revision"]
         except (OSError, ValueError, LookupError):
             return ""
 
@@ -116,10 +116,10 @@ def read_config(workdir: Path) -> RunConfig | None:
     if not file.exists():
         return None
     try:
-        return from_saved(json.loads(file.read_text()))
+        return from_saved(json_object(file.read_bytes()))
     except ConfigError as error:
         raise UserError(f"{file}: {error}") from None
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{file} is not a run's config: {error}") from None
 
 

@@ -1,7 +1,6 @@
 """Commands around a run: what it needs, whether it would work, and how its config differs from another."""
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -10,6 +9,7 @@ from typing import Any
 
 from clip_jax.commands.flags import check_mfu, check_positive
 from clip_jax.errors import UserError
+from clip_jax.files import json_object
 
 
 def add(commands: Any) -> None:
@@ -167,6 +167,6 @@ def _config_diff(arguments: argparse.Namespace) -> None:
 def _read_config(path: Path) -> dict:
     file = path / "config.json" if path.is_dir() else path
     try:
-        return dict(json.loads(file.read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        return json_object(file.read_bytes())
+    except (OSError, ValueError) as error:
         raise UserError(f"{file} is not a run's config: {error}") from None

@@ -32,7 +32,7 @@ from clip_jax.data.tfds_files import FEATURES, dataset_info, shard_name
 from clip_jax.data.tfds_source import datasets_root
 from clip_jax.data.workers import cores, run
 from clip_jax.errors import UserError
-from clip_jax.files import alone, appearing, local_path, sweep, sync
+from clip_jax.files import alone, appearing, json_object, local_path, sweep, sync
 
 _NAME, _SPLIT, _VERSION = re.compile(r"[a-zA-Z]\w*"), re.compile(r"[a-z]\w*"), re.compile(r"\d+\.\d+\.\d+")
 _OPTION = re.compile(r"config\.data\.(\w+)")
@@ -110,7 +110,7 @@ def prepare(job: Job, *, runner: str = "pool", workers: int = 0, address: str = 
     with _as_options():
         plan = _plan(job, _find_parts(job))
     if job.target.is_dir():
-        _check_same(json.loads(_read(job.target / "manifest.json")), plan, job.target)
+        _check_same(_read(job.target / "manifest.json"), plan, job.target)
         shutil.rmtree(job.target / _NOTES, ignore_errors=True)  # where it was killed after the rename
         print(f"{job.target} is prepared already")
         return job.target
@@ -221,7 +221,7 @@ def _begun(job: Job, plan: _Plan) -> Iterator[None]:
                 _write(begun, json.dumps(plan.same()))
         except OSError as error:
             raise UserError(f"--data-dir: cannot write {job.unfinished}: {error.strerror}") from None
-        _check_same(json.loads(_read(begun)), plan, job.unfinished)
+        _check_same(_read(begun), plan, job.unfinished)
         _sweep(job.unfinished)
         try:
             yield
@@ -358,11 +358,16 @@ def _manifest(job: Job, plan: _Plan, reports: Sequence[ShardReport]) -> dict[str
     return named | plan.same() | sums | {"rejected": dict(sorted(rejected.items())), "shards": shards}
 
 
-def _read(path: Path) -> str:
+def _read(path: Path) -> dict[str, Any]:
     try:
-        return path.read_text(encoding="utf-8")
+        return json_object(path.read_bytes(), {"settings": {}, "inputs": {"shards": int, "sha256": str}})
     except OSError:
         raise UserError(f"{path.parent} is there, but was not prepared by this command; remove it first") from None
+    except ValueError as error:
+        raise UserError(
+            f"{path} is damaged, so that nobody knows what lies there: {error}; choose another --version, or remove "
+            "that folder"
+        ) from None
 
 
 def _write(path: Path, text: str) -> None:

@@ -24,7 +24,7 @@ from clip_jax.data.records import UNREACHABLE, Record, RecordError
 from clip_jax.data.storage import StorageError
 from clip_jax.data.tfds_files import RecordWriter, serialize
 from clip_jax.errors import UserError
-from clip_jax.files import appearing
+from clip_jax.files import appearing, json_object
 
 
 class OutputError(UserError):
@@ -142,7 +142,7 @@ def process_shard(task: ShardTask) -> ShardReport:
 def find_report(task: ShardTask) -> ShardReport | None:
     """Returns the report of a shard that is whole; None if it must be made."""
     try:
-        report = ShardReport(**json.loads(task.marker.read_text(encoding="utf-8")))
+        report = ShardReport(**json_object(task.marker.read_bytes()))
         whole = report.digest == task.part.digest and report.bytes == task.shard.stat().st_size
         return report if whole and task.rejects.exists() else None
     except (OSError, ValueError, TypeError):

@@ -6,12 +6,13 @@ import posixpath
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
+from typing import Any
 
 import numpy as np
 
 from clip_jax.data.storage import Stat, Storage, StorageError
 from clip_jax.errors import UserError
-from clip_jax.files import absolute, is_remote, named_after
+from clip_jax.files import absolute, is_remote, json_object, named_after
 
 _MOST_REMOTE_TO_INDEX = 256
 
@@ -104,14 +105,14 @@ def _remember(storage: Storage, file: str, counts: Mapping[str, int], stats: Map
 def _remembered(storage: Storage, file: str, stats: Mapping[str, Stat | None]) -> dict[str, int]:
     """Returns the counts that were kept, without those of shards that are seen to be others now."""
     try:
-        kept = dict(json.loads(storage.read_whole(file)))
-    except (StorageError, ValueError, TypeError):
+        kept = json_object(storage.read_whole(file))
+    except (StorageError, ValueError):
         return {}
     known = {}
     for path, stat in stats.items():
         count = kept.get(absolute(path))
         samples, *then = count if isinstance(count, list) and count else [count]
-        if type(samples) is int and (stat is None or then == [*stat]):
+        if _is_count(samples) and (stat is None or then == [*stat]):
             known[path] = samples
     return known
 
@@ -130,8 +131,8 @@ def _local_stats(storage: Storage, paths: Sequence[str], pool: Executor) -> dict
 
 def _counts_in(storage: Storage, file: str, *, optional: bool = False) -> dict[str, int]:
     try:
-        counts = json.loads(storage.read_whole(file))
-        if not isinstance(counts, dict) or not all(type(count) is int and count >= 0 for count in counts.values()):
+        counts = json_object(storage.read_whole(file))
+        if not all(map(_is_count, counts.values())):
             raise ValueError("not a mapping of shards to numbers of samples")
     except (StorageError, ValueError) as error:
         if optional:
@@ -161,7 +162,11 @@ def _by_path(counts: dict[str, int], paths: Sequence[str]) -> dict[str, int]:
 
 def _count_in_stats(storage: Storage, path: str) -> int | None:
     try:
-        stats = json.loads(storage.read_whole(f"{posixpath.splitext(path)[0]}_stats.json"))
-        return int(stats["successes"])
-    except (StorageError, ValueError, KeyError, TypeError):
+        stats = json_object(storage.read_whole(f"{posixpath.splitext(path)[0]}_stats.json"))
+    except (StorageError, ValueError):
         return None
+    return found if _is_count(found := stats.get("successes")) else None
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 31

@@ -7,7 +7,6 @@ here imports it. Images stay encoded, so that decoding happens in the pipeline's
 import contextlib
 import difflib
 import errno
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from clip_jax.data.records import UNREACHABLE, Record, RecordError, decode_capti
 from clip_jax.data.storage import OUTAGES
 from clip_jax.data.tfds_files import FILE_FORMAT
 from clip_jax.errors import UserError, one_line
-from clip_jax.files import allow_open_files, local_path, state_of
+from clip_jax.files import allow_open_files, check_shape, json_object, local_path, state_of
 
 OWN_DATASETS = ("digits",)
 """Datasets that this package can prepare itself (`clip-jax data build`)."""
@@ -143,9 +142,9 @@ class TfdsSource:
                 records = builder.as_data_source(self._split, deserialize_method=method, file_format=FILE_FORMAT)
             len(records)  # a ValueError where a slice ends before it begins
             return records
-        except ValueError:
+        except (ValueError, KeyError):
             counts = ", ".join(f"{name} ({split.num_examples:,})" for name, split in builder.info.splits.items())
-            known = f"it has {counts} and slices of these, as in 'train[:50%]'"
+            known = f"it has {counts or 'none'} and slices of these, as in 'train[:50%]'"
             raise UserError(f"{self._directory} has no split {self._split!r}; {known}") from None
 
     def _check_features(self, features: Any, *, images_only: bool) -> None:
@@ -266,7 +265,19 @@ def _open_builder(directory: Path) -> Any:
     with _missing_module_named(directory):
         import tensorflow_datasets as tfds
 
-        return tfds.builder_from_directory(str(directory))
+        try:
+            return tfds.builder_from_directory(str(directory))
+        except ImportError:
+            raise
+        except Exception as error:  # of any kind: of TFDS, of protocol buffers, of JSON
+            raise _damaged(directory, error) from None
+
+
+def _damaged(directory: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{directory} cannot be opened: dataset_info.json or features.json is damaged ({one_line(error)}); copy or "
+        "prepare the dataset again"
+    )
 
 
 @contextlib.contextmanager
@@ -302,8 +313,13 @@ def _check_format(directory: Path, dataset: str, data_dir: str) -> None:
 
 def file_formats(directory: Path) -> list[str]:
     """Returns the formats in which a dataset's files are there."""
-    info = json.loads((directory / "dataset_info.json").read_text(encoding="utf-8"))
-    return [info.get("fileFormat") or "tfrecord", *info.get("alternativeFileFormats", [])]
+    try:
+        info = json_object((directory / "dataset_info.json").read_bytes())
+        formats = [info.get("fileFormat") or "tfrecord", *info.get("alternativeFileFormats", [])]
+        check_shape(formats, [str])
+    except (OSError, ValueError, TypeError) as error:
+        raise _damaged(directory, error) from None
+    return formats
 
 
 def _name_and_config(info: Any) -> str:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from clip_jax.errors import UserError, did_you_mean
 from clip_jax.evals.published import published
-from clip_jax.files import appearing
+from clip_jax.files import appearing, json_object
 
 FILE_NAME = "benchmark_{dataset}_{pretrained}_{model}_{language}_{task}.json"
 _LONGEST_NAME = 200  # bytes; file systems take 255, of which a temporary name needs some
@@ -222,17 +222,20 @@ def write_table(folder: Path) -> None:
 def _read(file: Path) -> dict[str, Any]:
     """Returns a result as JSON holds it; empty where the file holds none."""
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return json_object(file.read_bytes(), {"metrics": {}})
+    except (OSError, ValueError):
         return {}
-    return values if isinstance(values, dict) and isinstance(values.get("metrics"), dict) else {}
 
 
 def _evaluation_of(values: Mapping[str, Any]) -> tuple[Any, ...]:
     """Returns of which weights a result is, in which dtype, and of what; whatever was found or should have been."""
-    details = values.get("details", {})
-    job = {key: value for key, value in details.get("job", {}).items() if key != "check"}
-    return values.get("pretrained"), details.get("model", {}).get("dtype"), job
+    details = _object(values.get("details"))
+    job = {key: value for key, value in _object(details.get("job")).items() if key != "check"}
+    return values.get("pretrained"), _object(details.get("model")).get("dtype"), job
+
+
+def _object(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def _percent(value: float) -> str:

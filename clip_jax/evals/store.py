@@ -25,12 +25,14 @@ from pyarrow import parquet
 from clip_jax.config import describe_diff, diff
 from clip_jax.data.storage import FAILURES, Storage, StorageError
 from clip_jax.errors import UserError, one_line
-from clip_jax.files import is_remote, sweep
+from clip_jax.files import check_shape, is_remote, json_object, sweep
 
 Kind = Literal["images", "texts"]
 KINDS: tuple[Kind, ...] = ("images", "texts")
 FORMAT = 1
+REMEDY = "remove manifest.json and run the same clip-jax embed again"
 _CONNECTIONS = 16
+_FILES: dict[Any, Any] = {...: {"file": str, "rows": int, "bytes": int, "sha256": str}}
 _LEFT_S = 3_600.0
 
 
@@ -89,10 +91,11 @@ class VectorStore:
         if about is None:
             return None
         try:
+            check_shape(about, {"records": int, "files": _FILES})
             for file in about["files"].values():
                 if self._storage.stat(f"{self.folder}/{file['file']}").size != file["bytes"]:
                     return None
-        except (StorageError, KeyError, TypeError):
+        except (StorageError, ValueError):
             return None
         return about
 
@@ -107,11 +110,14 @@ class VectorStore:
         if not is_remote(self.folder):
             sweep(Path(self.folder), seconds=_LEFT_S)  # younger ones another process may be writing
 
-    def read_manifest(self) -> dict[str, Any]:
+    def read_manifest(self, shape: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Returns the manifest.
 
+        Args:
+          shape: what it must hold beside its shards, see `clip_jax.files.check_shape`.
+
         Raises:
-          UserError: there are no embeddings here, or not all of them yet.
+          UserError: there are no embeddings here, or not all of them yet; or the manifest is damaged.
         """
         manifest = self._read_json("manifest.json")
         if manifest is None:
@@ -120,6 +126,10 @@ class VectorStore:
             raise UserError(f"{self.folder} holds no embeddings (there is no manifest.json); make them: clip-jax embed")
         if manifest.get("format") != FORMAT:
             raise UserError(f"{self.folder}/manifest.json has format {manifest.get('format')}, not {FORMAT}")
+        try:
+            check_shape(manifest, {"kinds": [str], "shards": [{"files": _FILES}], **(shape or {})})
+        except ValueError as error:
+            raise UserError(f"{self.folder}/manifest.json is damaged: {error}; {REMEDY}") from None
         return manifest
 
     def tables(self, kind: Kind, columns: Sequence[str] | None = None) -> Iterator[pyarrow.Table]:
@@ -138,13 +148,15 @@ class VectorStore:
                 f"{self.folder} holds embeddings of {' and '.join(manifest['kinds'])} only; embed into another folder "
                 f"with --kinds={kind}"
             )
+        if not all(kind in shard["files"] for shard in manifest["shards"]):
+            raise UserError(f"{self.folder}/manifest.json is damaged: a shard has no {kind}; {REMEDY}")
         for shard in manifest["shards"]:
             file = shard["files"][kind]
             path = f"{self.folder}/{file['file']}"
             try:
                 content = self._storage.read_whole(path)
             except StorageError as error:
-                raise UserError(f"{error}; remove manifest.json and run the same clip-jax embed again") from None
+                raise UserError(f"{error}; {REMEDY}") from None
             if hashlib.sha256(content).hexdigest() != file["sha256"]:
                 raise UserError(
                     f"{path} is not what its manifest says (SHA-256); remove it and manifest.json, and run the same "
@@ -155,10 +167,9 @@ class VectorStore:
     def _read_json(self, name: str) -> dict[str, Any] | None:
         """Returns a JSON file, or None where there is none that can be read."""
         try:
-            values = json.loads(self._storage.read_whole(f"{self.folder}/{name}"))
+            return json_object(self._storage.read_whole(f"{self.folder}/{name}"))
         except (StorageError, ValueError):
             return None
-        return values if isinstance(values, dict) else None
 
     def _holds(self, name: str) -> bool:
         try:

@@ -33,6 +33,7 @@ import clip_jax
 from clip_jax.array_types import Array, Float
 from clip_jax.data.images import Preprocess, normalize, preprocess_of
 from clip_jax.errors import UserError, did_you_mean, one_line
+from clip_jax.files import json_object
 from clip_jax.interop import stablehlo_run
 from clip_jax.interop.stablehlo_run import ExportedModel
 from clip_jax.interop.weights import file_sha256, write_safetensors
@@ -274,10 +275,10 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path} is missing; {path.parent} holds no StableHLO export")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json_object(path.read_bytes())
     except ValueError as error:
         raise UserError(f"{path} is damaged: {one_line(error)}") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
+    if manifest.get("format") != _FORMAT:
         raise UserError(f"{path} does not describe a {_FORMAT} export")
     if manifest.get("format_version") != _FORMAT_VERSION:
         raise UserError(

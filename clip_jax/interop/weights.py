@@ -14,6 +14,7 @@ import numpy as np
 from clip_jax.config import DataConfig, LossConfig, RunConfig, from_config_dict
 from clip_jax.data.images import Preprocess
 from clip_jax.errors import ConfigError, one_line
+from clip_jax.files import json_object
 from clip_jax.interop.names import WeightsError
 from clip_jax.interop.torch_file import LFS_POINTER
 from clip_jax.models.clip import Variables, count_parameters
@@ -90,12 +91,9 @@ def read_json(path: Path) -> dict[str, Any]:
       WeightsError: not readable, or something else.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return json_object(path.read_bytes())
+    except (OSError, ValueError) as error:
         raise WeightsError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise WeightsError(f"{path} holds a {type(values).__name__}, not an object")
-    return values
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ leaves at most one torn line, which the next one ends before it appends.
 import importlib.util
 import json
 import logging
+import math
 import os
 import secrets
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol, SupportsFloat, runtime_checkable
 
 from clip_jax.errors import UserError, one_line
+from clip_jax.files import json_object
 
 FILE = "metrics.jsonl"
 TENSORBOARD_FLUSH_SECONDS = 10.0
@@ -234,16 +236,18 @@ def read(workdir: Path) -> list[dict[str, Any]]:
     """Returns one dict a step, in order, with `step` and every scalar written for it.
 
     Where a step was written twice, as after a resume, the later line holds. What was written of later steps before a
-    line is of a run that went back since, or of a longer one that this is a copy of, and left out. A torn line is
-    passed over.
+    line is of a run that went back since, or of a longer one that this is a copy of, and left out. A line that is
+    torn, or no row of numbers, is passed over.
     """
     path = workdir / FILE
     by_step: dict[int, dict[str, Any]] = {}
     last = -1
     for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            row = json.loads(line)
+            row = json_object(line, {...: int | float})
         except ValueError:
+            continue
+        if not 0 <= row.get("step", -1) < math.inf:
             continue
         if row["step"] < last:
             by_step = {step: scalars for step, scalars in by_step.items() if step <= row["step"]}

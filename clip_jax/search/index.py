@@ -20,8 +20,8 @@ import pyarrow
 
 from clip_jax.console import plain_table
 from clip_jax.errors import UserError, one_line
-from clip_jax.evals.store import Kind, VectorStore, vectors_of
-from clip_jax.files import new_folder
+from clip_jax.evals.store import REMEDY, Kind, VectorStore, vectors_of
+from clip_jax.files import check_shape, json_object, new_folder
 
 EXACT_LIMIT = 100_000
 """Up to so many vectors are searched exactly."""
@@ -30,6 +30,8 @@ NEIGHBOURS = 10
 FORMAT = 1
 _QUERIES = 256
 _TRAINED_PER_CELL = 64
+_ABOUT = {"of": str, "count": int, "kind": str, "root": str | None, "model": {"source": str, "fingerprint": str}}
+_MANIFEST = {"rows": {...: int}, "rejected": {}, "data": {}, "root": str | None, "model": {"embed_dim": int}}
 
 
 class Item(NamedTuple):
@@ -87,7 +89,7 @@ class SearchIndex:
             raise UserError(
                 f"{self.folder} is an exact index, which has no cells to search {nprobe} of; leave nprobe out"
             )
-        self.nprobe = nprobe or self.about.get("nprobe", 0)
+        self.nprobe = max(0, min(nprobe or self.about.get("nprobe", 0), getattr(self._index, "nlist", 0)))
         if self.nprobe:
             self._index.nprobe = self.nprobe
 
@@ -157,10 +159,11 @@ def build_index(
     if not 0 < target <= 1:
         raise UserError(f"--recall is {target}; it must be over 0 and at most 1")
     store = VectorStore(vectors)
-    manifest = store.read_manifest()
+    manifest = store.read_manifest(_MANIFEST)
     count = manifest["rows"].get(kind, 0)
     if kind in manifest["kinds"] and not count:
         raise UserError(f"{vectors} holds no {kind}; records that were rejected: {manifest['rejected'] or 'none'}")
+    _check_manifest(store, kind, manifest)
     with new_folder(Path(folder).expanduser()) as partial:
         began = time.monotonic()
         index, found = _build(store, kind, count, exact=count <= exact_limit, items=partial / "items.arrow")
@@ -183,6 +186,18 @@ def build_index(
     return about
 
 
+def _check_manifest(store: VectorStore, kind: Kind, manifest: dict[str, Any]) -> None:
+    """Refuses a manifest whose sums are not those of its shards."""
+    first = next(store.tables(kind, ["embedding"]))
+    stated = (manifest["rows"][kind], manifest["model"]["embed_dim"])
+    found = (sum(shard["files"][kind]["rows"] for shard in manifest["shards"]), vectors_of(first).shape[1])
+    if stated != found:
+        raise UserError(
+            f"{store.folder}/manifest.json says {stated[0]:,} {kind} of {stated[1]:,} dimensions, and its shards hold "
+            f"{found[0]:,} of {found[1]:,}; {REMEDY}"
+        )
+
+
 def _build(store: VectorStore, kind: Kind, count: int, *, exact: bool, items: Path) -> tuple[Any, dict[str, Any]]:
     """Returns the FAISS index of all vectors, and a few facts; writes the items on the way."""
     import faiss
@@ -199,8 +214,6 @@ def _build(store: VectorStore, kind: Kind, count: int, *, exact: bool, items: Pa
     writer = None
     for table in store.tables(kind):
         rows = vectors_of(table)
-        if rows.shape[1] != dimensions:
-            raise UserError(f"{store.folder} holds vectors of {rows.shape[1]} dimensions; its job says {dimensions}")
         index.add(rows)
         table = table.drop_columns("embedding").combine_chunks()
         writer = writer or pyarrow.ipc.new_file(str(items), table.schema)
@@ -319,12 +332,14 @@ def _write_faiss(index: Any, path: Path) -> None:
 
 def _read_about(folder: Path) -> dict[str, Any]:
     try:
-        about = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+        about = json_object((folder / "index.json").read_bytes())
+        if about.get("format") == FORMAT:
+            check_shape(about, _ABOUT | ({} if about.get("kind") == "exact" else {"nprobe": int}))
     except OSError as error:
         hint = " (it holds embeddings; build one: clip-jax index)" if (folder / "manifest.json").exists() else ""
         raise UserError(f"{folder} holds no index: {one_line(error)}{hint}") from None
     except ValueError as error:
-        raise UserError(f"{folder / 'index.json'} cannot be read: {one_line(error)}") from None
-    if not isinstance(about, dict) or about.get("format") != FORMAT:
+        raise UserError(f"{folder / 'index.json'} cannot be read: {one_line(error)}; build the index again") from None
+    if about.get("format") != FORMAT:
         raise UserError(f"{folder / 'index.json'} is not of an index of format {FORMAT}")
     return about
