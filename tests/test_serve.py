@@ -252,6 +252,9 @@ def test_forms_that_are_refused(client):
     assert "image must be a file" in error(400, files={"image": (None, "x")})
     bad = {"content": b"--x\r\n", "headers": {"Content-Type": "multipart/form-data"}}
     assert "boundary" in error(400, **bad)
+    part = b'--x\r\nContent-Disposition: form-data; name="text"\r\n\r\n\xff\r\n--x--\r\n'
+    bad = {"content": part, "headers": {"Content-Type": "multipart/form-data; boundary=x; charset=undefined"}}
+    assert error(400, **bad) == "the form's texts are not in the charset that it names"
     assert client.get("/api/search").status_code == 405
     assert client.post("/").status_code == 405
 

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import uvicorn
 from starlette.applications import Starlette
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -320,13 +320,20 @@ async def _values(request: Request, *, repeated: str = "") -> AsyncIterator[dict
             if kind == "application/json":
                 values = _json_object(await request.body())
             else:
-                form = await request.form(max_files=1, max_fields=MOST_LABELS + 8, max_part_size=16 << 10)
+                form = await _form(request)
                 values = {key: _one_or_all(key, form.getlist(key), repeated) for key in form}
         yield values
     except TimeoutError:
         raise HTTPException(408, f"the request did not arrive within {_BODY_SECONDS} s") from None
     finally:
         await request.close()
+
+
+async def _form(request: Request) -> FormData:
+    try:
+        return await request.form(max_files=1, max_fields=MOST_LABELS + 8, max_part_size=16 << 10)
+    except UnicodeError:  # such as for charset=undefined; what Starlette itself expects, it takes for latin-1
+        raise HTTPException(400, "the form's texts are not in the charset that it names") from None
 
 
 def _json_object(body: bytes) -> dict[str, Any]:
