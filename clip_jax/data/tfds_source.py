@@ -30,7 +30,8 @@ _USUAL_KEYS = {"image": "image", "caption": "caption", "label": ""}
 class TfdsSource:
     """A split of a TFDS dataset prepared as ArrayRecord.
 
-    The files are opened when the first record is read, again in every process that receives the source.
+    The files are opened at once, again in every process that receives the source, before it has threads: while TFDS is
+    imported, what others import is replaced by stand-ins (`etils.epy.lazy_imports`), and may wait for it for ever.
 
     Attributes:
       classes: names of the label's classes, in order; empty without `label_key`.
@@ -121,6 +122,11 @@ class TfdsSource:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_records": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        with contextlib.suppress(UserError, OSError):  # which who reads it will hear of
+            self._records = self._open(_open_builder(self._directory))
 
     def _read(self, index: int) -> bytes:
         if self._records is None:
