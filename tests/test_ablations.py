@@ -480,6 +480,7 @@ def test_a_sweep_from_file_to_comparison(tmp_path):
 def test_mean_and_error_by_hand():
     """2, 4, 9: mean 5, deviations -3, -1, 4, variance 26 / 2 = 13, error √(13 / 3)."""
     assert mean_and_error([2.0, 4.0, 9.0]) == (5, pytest.approx(math.sqrt(13 / 3)))
+    assert mean_and_error([1.0, 3.0]) == (2, pytest.approx(1))
     mean, error = mean_and_error([7.0])
     assert mean == 7
     assert math.isnan(error)
@@ -513,19 +514,21 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
 
 
 @pytest.mark.parametrize(
-    ("baseline", "other", "verdict", "reason"),
+    ("baseline", "other", "mean", "verdict", "reason"),
     [
-        ({0: 1.0, 1: 1.0}, {0: 2.0, 1: 2.5}, "cannot be told", "2 of 3 seeds"),
-        ({0: 1.0}, {1: 2.0}, "cannot be told", "no seed in common"),
-        ({0: 1.0, 1: 2.0, 2: 3.0}, {0: 1.0, 1: 2.0, 2: 3.0}, "the same", ""),
-        ({0: 1.0, 1: 2.0, 2: 3.0}, {0: 2.0, 1: 3.0, 2: 4.0}, "cannot be told", "all seeds differ by the same"),
-        ({0: 0.5, 1: 0.6, 2: 0.1}, {0: 0.51, 1: 0.61, 2: 0.11}, "cannot be told", "all seeds differ by the same"),
-        ({0: 1.0, 1: 2.0, 2: 3.0}, {0: 2.0, 1: math.nan, 2: 4.5}, "cannot be told", "a number is not finite"),
-        ({0: math.inf, 1: 1.0, 2: 1.0}, {0: 1.0, 1: math.inf, 2: 2.0}, "cannot be told", "a number is not finite"),
+        ({0: 1.0, 1: 1.0}, {0: 2.0, 1: 2.5}, 1.25, "cannot be told", "2 of 3 seeds"),
+        ({0: 1.0}, {1: 2.0}, math.nan, "cannot be told", "no seed in common"),
+        ({0: 1.0, 1: 2.0, 2: 3.0}, {0: 1.0, 1: 2.0, 2: 3.0}, 0.0, "the same", ""),
+        ({0: 1.0, 1: 2.0, 2: 3.0}, {0: 2.0, 1: 3.0, 2: 4.0}, 1.0, "cannot be told", "all seeds differ by the same"),
+        ({0: 0.5, 1: 0.6, 2: 0.1}, {0: 0.51, 1: 0.61, 2: 0.11}, 0.01, "cannot be told", "all seeds differ by the same"),
+        ({0: 1.0, 1: 2.0, 2: 3.0}, {0: 2.0, 1: math.nan, 2: 4.5}, math.nan, "cannot be told", "a number is not finite"),
+        ({0: math.inf, 1: 1.0, 2: 1.0}, {0: 1.0, 1: math.inf, 2: 2.0}, math.nan, "cannot be told", "a number is not"),
     ],
 )
-def test_what_cannot_be_told(baseline, other, verdict, reason):
+def test_what_cannot_be_told(baseline, other, mean, verdict, reason):
     found = paired_difference(baseline, other)
+    ends = 0.0 if verdict == "the same" else math.nan
+    assert found[:3] == pytest.approx((mean, ends, ends), nan_ok=True)
     assert found.verdict == verdict
     assert found.reason.startswith(reason)
     assert bool(found.reason) == bool(reason)
