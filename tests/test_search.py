@@ -22,7 +22,7 @@ from clip_jax.interop.read import read_weights
 from clip_jax.interop.weights import Weights
 from clip_jax.pretrained import Pretrained
 from clip_jax.search import sheet
-from clip_jax.search.index import Item, SearchIndex, build_index, exact_neighbours, perturbed
+from clip_jax.search.index import Item, SearchIndex, _sample, build_index, exact_neighbours, perturbed
 from clip_jax.search.query import Hit, open_searcher
 
 
@@ -83,7 +83,7 @@ def test_images_find_captions(texts_dir, vectors, pictures, model):
 
 def test_items_are_those_that_were_embedded(searcher, pictures):
     index = searcher.index
-    assert len(index) == GOOD
+    assert (len(index), index.nprobe) == (GOOD, 0)
     assert index.root == pictures.resolve()
     for number in range(GOOD):
         item = index.item(number)
@@ -118,6 +118,9 @@ def test_many_vectors_get_cells_tuned_against_an_exact_search(tmp_path):
     assert SearchIndex(tmp_path / "index", nprobe=10**30).nprobe == about["cells"]
     few = SearchIndex(tmp_path / "index", nprobe=1).search(queries, top=10)[1]
     assert np.mean([len(set(a) & set(b)) / 10 for a, b in zip(few, exact, strict=True)]) < recall
+    drawn = np.sort(np.random.default_rng(0).choice(6_000, 50, replace=False))
+    np.testing.assert_array_equal(_sample(VectorStore(str(tmp_path / "vectors")), "images", 6_000, 50), rows[drawn])
+    assert np.sum(perturbed(rows) * rows, axis=1).mean() == pytest.approx(1 / math.sqrt(1 + 0.5**2), abs=0.01)
     assert {index.item(5_999).key, index.item(0).key} == {"k5999", "k0"}
     # A byte a dimension and 8 for the number, the centroids apart.
     assert about["bytes"] < 6_000 * (32 + 8) + 4 * about["cells"] * 32 + 60_000
@@ -282,6 +285,8 @@ def test_index_from_the_command_line(vectors, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "recall@10" in printed
     assert f"{GOOD} images, ivf_sq8, nprobe" in printed
+    [hits] = open_searcher(tmp_path / "index", nprobe=1).by_text("red car", top=GOOD)
+    assert len(hits) < GOOD  # one cell holds no more
     for arguments, message in (
         ([str(vectors), str(tmp_path / "index")], "exists, and nothing is written over; name another folder"),
         ([str(vectors), str(tmp_path / "other"), "--recall=2"], "--recall is 2.0; it must be over 0"),
