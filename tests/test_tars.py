@@ -836,7 +836,7 @@ def test_paths_of_a_config_may_begin_at_home(shards, tmp_path, monkeypatch):
     assert len(open_tars(section)) == 2
     assert (tmp_path / "index").is_dir()
     assert not (tmp_path / "shards" / "~").exists()
-    with pytest.raises(UserError, match=f"config.data.counts={tmp_path}/counts.json: not a mapping"):
+    with pytest.raises(UserError, match=f"config.data.counts={tmp_path}/counts.json: .* must be an object"):
         open_tars(dataclasses.replace(section, uids="", counts="~/counts.json"))
 
 
