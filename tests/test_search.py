@@ -1,6 +1,7 @@
 """Indexes find what an exact search finds, say how well, and answer by text, by image and for captions."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import shutil
@@ -10,6 +11,7 @@ import numpy as np
 import pyarrow
 import pytest
 from PIL import Image
+from pyarrow import parquet
 from search_fixtures import GOOD, picture
 
 from clip_jax import cli, pretrained
@@ -176,9 +178,21 @@ def damage_shard(vectors):
     (vectors / "images-00001.parquet").write_bytes(content)
 
 
+def narrow_shard(vectors):
+    """A shard of another job, as its file and the manifest say alike."""
+    path = vectors / "images-00001.parquet"
+    table = parquet.read_table(path)
+    column = table.column_names.index("embedding")
+    parquet.write_table(table.set_column(column, "embedding", embedding_column(vectors_of(table)[:, :8])), path)
+    content = path.read_bytes()
+    about = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    edit(vectors / "manifest.json", lambda values: values["shards"][1]["files"]["images"].update(about))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (narrow_shard, r"holds vectors of 8 dimensions; its manifest says 16"),
         (damage_shard, r"images-00001\.parquet is not what its manifest says"),
         (lambda vectors: (vectors / "images-00002.parquet").unlink(), "run the same clip-jax embed again"),
         (lambda vectors: (vectors / "manifest.json").unlink(), "are not complete; run the same clip-jax embed again"),

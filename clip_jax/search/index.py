@@ -11,7 +11,7 @@ judged against an exact search with queries that are not themselves in the way.
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -212,8 +212,7 @@ def _build(store: VectorStore, kind: Kind, count: int, *, exact: bool, items: Pa
         index.train(_sample(store, kind, count, cells * _TRAINED_PER_CELL))
         facts = {"kind": "ivf_sq8", "cells": cells}
     writer = None
-    for table in store.tables(kind):
-        rows = vectors_of(table)
+    for table, rows in _shards(store, kind):
         index.add(rows)
         table = table.drop_columns("embedding").combine_chunks()
         writer = writer or pyarrow.ipc.new_file(str(items), table.schema)
@@ -227,11 +226,29 @@ def _sample(store: VectorStore, kind: Kind, count: int, wanted: int, *, seed: in
     """Returns vectors at random places, float32 [min(count, wanted), e]."""
     chosen = np.sort(np.random.default_rng(seed).choice(count, min(count, wanted), replace=False))
     parts, first = [], 0
-    for table in store.tables(kind, ["embedding"]):
-        inside = chosen[(chosen >= first) & (chosen < first + table.num_rows)] - first
-        parts.append(vectors_of(table)[inside])
-        first += table.num_rows
+    for _, rows in _shards(store, kind, ["embedding"]):
+        inside = chosen[(chosen >= first) & (chosen < first + len(rows))] - first
+        parts.append(rows[inside])
+        first += len(rows)
     return np.concatenate(parts)
+
+
+def _shards(
+    store: VectorStore, kind: Kind, columns: Sequence[str] | None = None
+) -> Iterator[tuple[pyarrow.Table, np.ndarray]]:
+    """Yields the shards' tables in order, and their vectors, float32 [n, e].
+
+    Raises:
+      UserError: as `VectorStore.tables`; or a shard's vectors are of other dimensions than the manifest says.
+    """
+    dimensions = store.read_manifest()["model"]["embed_dim"]
+    for table in store.tables(kind, columns):
+        rows = vectors_of(table)
+        if rows.shape[1] != dimensions:
+            raise UserError(
+                f"{store.folder} holds vectors of {rows.shape[1]} dimensions; its manifest says {dimensions}; {REMEDY}"
+            )
+        yield table, rows
 
 
 def _measure(
@@ -253,7 +270,7 @@ def _measure(
         milliseconds = (time.monotonic() - began) / len(queries) * 1_000
         report(f"exact search: {milliseconds:.3f} ms a query in batches of {len(queries)} {what}")
         return {"recall_at_10": 1.0, "milliseconds": milliseconds, "queries": what}
-    blocks = (vectors_of(table) for table in store.tables(kind, ["embedding"]))
+    blocks = (rows for _, rows in _shards(store, kind, ["embedding"]))
     return {"queries": what} | choose_nprobe(index, queries, blocks, target=target, report=report, what=what)
 
 
