@@ -58,8 +58,9 @@ def _checkpoints(workdir: Path) -> dict[str, str]:
     if config is None:
         return {}
     found, wanted = {"checkpoints": ", ".join(map(str, steps))}, config.checkpoint
-    values = {row["step"]: row.get(wanted.best_metric, math.nan) for row in metrics.read(workdir)}
-    if measured := {step: values[step] for step in steps if not math.isnan(values.get(step, math.nan))}:
+    rows = (row for row in metrics.read(workdir) if row["step"] in steps)
+    values = {row["step"]: row.get(wanted.best_metric, math.nan) for row in rows}
+    if measured := {step: value for step, value in values.items() if not math.isnan(value)}:
         best = (min if wanted.best_mode == "min" else max)(measured, key=measured.__getitem__)
         found[f"best by {wanted.best_metric}"] = f"{workdir / 'checkpoints' / str(best)}, {measured[best]:.6g}"
     return found

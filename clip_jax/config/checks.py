@@ -187,7 +187,7 @@ def _batch(config: RunConfig) -> Iterator[tuple[bool, str]]:
         "statistics over the whole batch",
     )
     yield (
-        config.model.bn_group == 1 and config.model.vision.kind == "resnet" and config.model.vision.image_size == 32,
+        config.model.bn_group == 1 and config.model.vision.image_size == 32,
         "config.model.bn_group is 1, and of an image of 32 pixels the last stage leaves one value a channel, which has "
         "no variance; use config.model.bn_group=2 or more, or larger images",
     )

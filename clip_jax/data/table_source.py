@@ -172,10 +172,13 @@ class TableSource:
                 if kind and len(parts) == len(names) and Path(parts[place]).suffix.lower() == kind:
                     lost.append((index, image))
         if lost:
-            found = (
+            _LOG.warning(
                 "%s: %d row(s) seem to lie within captions, the first in that of row %d (%s): is a quotation mark not "
+                "closed? They are no pairs of their own",
+                self._path,
+                len(lost),
+                *lost[0],
             )
-            _LOG.warning(found + "closed? They are no pairs of their own", self._path, len(lost), *lost[0])
 
     def _check_columns(self, names: list[str]) -> None:
         for key, config_key in zip(self._keys, ("image_key", "caption_key"), strict=False):

@@ -50,9 +50,11 @@ def find_counts(
     Raises:
       UserError: the file is none, or names no shard, or many remote shards would have to be read whole.
     """
-    known = _by_path(_counts_in(storage, file), paths) if all_used and file else {}
-    if all_used and file and paths and not known:
-        raise UserError(f"config.data.counts={file} names none of the {len(paths):,} shards, such as {paths[0]}")
+    known: dict[str, int] = {}
+    if all_used and file:
+        known = _by_path(_counts_in(storage, file), paths)
+        if not known:
+            raise UserError(f"config.data.counts={file} names none of the {len(paths):,} shards, such as {paths[0]}")
     stats: dict[str, Stat | None] = {}
     looked: dict[str, int] = {}
     if len(known) < len(paths):
